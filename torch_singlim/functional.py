@@ -1,0 +1,201 @@
+"""A module as a pure function of its flat weight vector, its inputs and noise on its activations."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ActivationSite", "FunctionalModule"]
+
+# dimensions after the channel that one mask value covers
+_DROPOUT_KINDS: dict[type[nn.Module], int] = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
+_NOT_MULTIPLICATIVE = (nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """One call of a dropout layer in the forward pass: its rate p and the shape of one sample's mask."""
+
+    name: str
+    rate: float
+    shape: tuple[int, ...]
+
+    @property
+    def dimension(self) -> int:
+        """Number of mask values per sample."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def variance(self) -> float:
+        """sigma^2 = p / (1 - p): the variance of eta where the activation is multiplied by 1 + eta."""
+        return self.rate / (1 - self.rate)
+
+
+class _Tape:
+    """What the noise layers of one copy share: the noise to apply, in call order, and the sites they saw."""
+
+    def __init__(self) -> None:
+        self.noise: list[Tensor] | None = None
+        self.sites: list[ActivationSite] | None = None
+
+    def visit(self, name: str, rate: float, shape: tuple[int, ...], x: Tensor) -> Tensor:
+        if self.sites is not None:
+            self.sites.append(ActivationSite(name, rate, shape))
+        if self.noise is None:
+            return x
+        eta = self.noise.pop(0)
+        return x * (1 + eta.reshape(x.shape[:1] + shape))
+
+
+class _ActivationNoise(nn.Module):
+    """Stands where a dropout layer stood: multiplies the activation by 1 + eta with the eta that it is handed."""
+
+    def __init__(self, name: str, dropout: nn.modules.dropout._DropoutNd, tape: _Tape) -> None:
+        super().__init__()
+        self.site = name
+        self.p = float(dropout.p)
+        self.trailing = _DROPOUT_KINDS[type(dropout)]
+        self.tape = tape
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.p == 0.0:
+            return x
+        if self.trailing and x.ndim != self.trailing + 2:
+            raise ValueError(
+                f"channel dropout {self.site!r} expects batched input with {self.trailing + 2} dimensions, "
+                f"got shape {tuple(x.shape)}"
+            )
+        shape = tuple(x.shape[1:]) if not self.trailing else (x.shape[1],) + (1,) * self.trailing
+        return self.tape.visit(self.site, self.p, shape, x)
+
+
+@contextmanager
+def _no_global_randomness() -> Iterator[None]:
+    """A forward pass that draws random numbers leaves the global generators as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+
+
+class FunctionalModule:
+    """f(w; x, eta) for a module: evaluation mode, weights from a flat vector, activations times 1 + eta.
+
+    Works on a copy of the module's structure that shares its parameters (they are never written) and snapshots its
+    buffers in `dtype`. Weights are the parameters that require a gradient, in the order of ``module.parameters()``.
+    Every ``nn.Dropout`` of the copy is a noise site; in the order of calls, sites split the columns of eta ``[n, D]``.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 1))
+    >>> f = FunctionalModule(net, dtype=torch.float64)
+    >>> f.num_weights, [(s.rate, s.shape) for s in f.sites(torch.ones(1, 2).double())]
+    (13, [(0.5, (3,))])
+    >>> f(f.weights(), torch.ones(4, 2, dtype=torch.float64)).shape
+    torch.Size([4, 1])
+    """
+
+    def __init__(self, module: nn.Module, *, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("the module has no trainable parameters: there is no weight space to measure in")
+        self.module = module
+        self.dtype = dtype
+        self.device = torch.device(device) if device is not None else named[0][1].device
+        self.names = [name for name, _ in named]
+        self.shapes = [p.shape for _, p in named]
+        self.num_weights = sum(p.numel() for _, p in named)
+        self._tape = _Tape()
+        self._copy = self._evaluation_copy()
+        self.refresh_constants()
+
+    def _evaluation_copy(self) -> nn.Module:
+        shared = {id(p): p for p in self.module.parameters()}
+        for part in self.module.modules():
+            # results kept as attributes may hang on a graph, which deepcopy refuses
+            shared |= {id(v): v for v in vars(part).values() if isinstance(v, Tensor) and v.grad_fn is not None}
+        # Lightning's modules drop their trainer when copied
+        holder = nn.ModuleDict({"root": copy.deepcopy(self.module, shared)})  # a parent for a module that is itself a dropout
+        for parent_name, parent in list(holder.named_modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, _NOT_MULTIPLICATIVE):
+                    raise ValueError(
+                        f"{type(child).__name__} is not multiplicative mean-one noise, the theory does not cover it: "
+                        "use nn.Dropout"
+                    )
+                if isinstance(child, nn.modules.dropout._DropoutNd) and type(child) in _DROPOUT_KINDS:
+                    site = f"{parent_name}.{name}".removeprefix("root.")
+                    parent._modules[name] = _ActivationNoise(site, child, self._tape)
+        return holder["root"].eval()
+
+    def refresh_constants(self) -> None:
+        """Take the module's present buffers and frozen parameters (running statistics move while it trains)."""
+        constants = [(n, p) for n, p in self.module.named_parameters() if not p.requires_grad]
+        constants += list(self.module.named_buffers())
+        self.constants = {name: self._cast(tensor) for name, tensor in constants}
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(self.device, dtype, copy=True)
+
+    def weights(self) -> Tensor:
+        """The module's present weights ``[P]``, a copy."""
+        parameters = dict(self.module.named_parameters())
+        return torch.cat([self._cast(parameters[name]).reshape(-1) for name in self.names])
+
+    def flatten(self, tensors: list[Tensor]) -> Tensor:
+        """Tensors of the weights' shapes, in their order, as one vector ``[P]``."""
+        return torch.cat([self._cast(t).reshape(-1) for t in tensors])
+
+    def unflatten(self, w: Tensor) -> dict[str, Tensor]:
+        """The weights by name, as views of w ``[P]``."""
+        sizes = [shape.numel() for shape in self.shapes]
+        parts = w.split(sizes)
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+    def __call__(self, w: Tensor, x: Tensor, eta: Tensor | None = None) -> Tensor:
+        """Outputs ``[n, C]`` (trailing dimensions flattened) at weights w ``[P]``, inputs x and noise eta ``[n, D]``."""
+        if eta is not None:
+            self._tape.noise = list(eta.split([s.dimension for s in self._noise_sites], dim=1))
+        try:
+            out = torch.func.functional_call(self._copy, {**self.unflatten(w), **self.constants}, (x,))
+        finally:
+            self._tape.noise = None
+        if not isinstance(out, Tensor) or out.ndim == 0 or out.shape[0] != x.shape[0]:
+            got = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"forward must return one tensor [n, ...] for n = {x.shape[0]} inputs, got {got}")
+        return out.reshape(x.shape[0], -1)
+
+    def sites(self, x: Tensor) -> list[ActivationSite]:
+        """The dropout calls of one forward pass on x, in order; remembered for the noise that is passed later."""
+        self._tape.sites = []
+        try:
+            with torch.no_grad(), _no_global_randomness():
+                self(self.weights(), x)
+            self._noise_sites = list(self._tape.sites)
+        finally:
+            self._tape.sites = None
+        return self._noise_sites
+
+    def is_random(self, x: Tensor, *, training: bool = False) -> bool:
+        """Whether two forward passes on x differ, dropout layers switched off; `training`: in training mode.
+
+        In training mode this finds randomness that does not come from a dropout layer.
+        """
+        w = self.weights()
+        self._copy.train(training)
+        try:
+            with torch.no_grad(), _no_global_randomness():
+                first = self(w, x)
+                self.refresh_constants()  # training mode writes buffers: both passes start from the same ones
+                second = self(w, x)
+        finally:
+            self._copy.eval()
+            self.refresh_constants()
+        return not torch.equal(first.nan_to_num(), second.nan_to_num())
+
+    @property
+    def normalises_over_batch(self) -> bool:
+        """Whether training mode couples the samples of a batch (batch normalisation)."""
+        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._copy.modules())

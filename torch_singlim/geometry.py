@@ -1,0 +1,177 @@
+"""The zero-loss set: nearest point, distance, tangent space, spectrum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_singlim.linalg import FactoredOperator, Solution, minimum_norm
+from torch_singlim.problem import ZeroLossProblem
+
+__all__ = ["FootPoint", "TangentSpace", "nearest_point", "tangent_space"]
+
+
+@dataclass(frozen=True)
+class TangentSpace:
+    """T = ker H at one weight vector, H = B^T B the Gauss-Newton matrix there (the Hessian of L, on Gamma).
+
+    `hessian` holds H; where `exact` is False it was too large to decompose, `rank` is a lower bound, `spectrum` the
+    part that Lanczos resolved, and `project` is accurate to the tolerance that was asked for.
+    """
+
+    hessian: FactoredOperator
+
+    def project(self, v: Tensor) -> Tensor:
+        """P_T v = v - B^T (B B^T)^+ B v  ``[P]``, orthogonal projection on the tangent space."""
+        return self.hessian.project_kernel(v)
+
+    @property
+    def rank(self) -> int:
+        """r, the codimension of Gamma: number of nonzero eigenvalues of H."""
+        return self.hessian.rank
+
+    @property
+    def exact(self) -> bool:
+        """Whether the whole spectrum was resolved."""
+        return self.hessian.exact
+
+    def spectrum(self) -> Tensor:
+        """Nonzero eigenvalues of H, descending ``[r]``, in units of loss per squared weight norm."""
+        return self.hessian.spectrum()
+
+    def separated(self, v: Tensor, *, lr: float, steps: float, threshold: float = 1.0) -> Tensor:
+        """The part of v along separated normal modes, those with lr lambda steps >= threshold  ``[P]``.
+
+        After that many steps of size `lr` their initial deviation has decayed to exp(-threshold) or less.
+        """
+        smallest = separation_level(lr, steps, threshold)
+        return self.hessian.normal_function(lambda values: (values >= smallest).to(values.dtype), v)
+
+    def num_separated(self, *, lr: float, steps: float, threshold: float = 1.0) -> int:
+        """Number of normal modes with lr lambda steps >= threshold."""
+        return int((self.spectrum() >= separation_level(lr, steps, threshold)).sum())
+
+
+def separation_level(lr: float, steps: float, threshold: float) -> float:
+    """Smallest separated eigenvalue: threshold / (lr steps); infinite before the first step."""
+    return threshold / (lr * steps) if lr * steps > 0 else float("inf")
+
+
+@dataclass(frozen=True)
+class FootPoint:
+    """Where the nearest point of Gamma is, and how well it was found.
+
+    Args:
+        point: ``[P]``.
+        distance: |w - point|, in units of the weights' norm. An upper bound of the distance where `converged` is False.
+        linearised_distance: |B^+ b|, from the linearisation at w alone: right to first order in the distance.
+        converged: the point is on Gamma and stationary to the tolerance asked for.
+        residual: |b(point)|, the root of about twice the loss gap that is left.
+        steps: linearisations used.
+    """
+
+    point: Tensor
+    distance: float
+    linearised_distance: float
+    converged: bool
+    residual: float
+    steps: int
+
+
+def nearest_point(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    *,
+    rtol: float = 1e-6,
+    max_steps: int = 20,
+    max_dense: int = 4096,
+    krylov_steps: int = 500,
+) -> FootPoint:
+    """The nearest point of Gamma to w, by Gauss-Newton steps on the constraint b(v) = 0 with v - w kept shortest.
+
+        v <- w + B(v)^+ (B(v) (v - w) - b(v))
+
+    A fixed point has b(v) = 0 and v - w in the range of B(v)^T, the normal space: stationarity of |v - w| on Gamma.
+    A step is halved while it would increase |b|, which far from Gamma the full step can.
+
+    Args:
+        problem: the loss and probe set.
+        w: weights ``[P]``.
+        rtol: converged when the last step is at most rtol times the distance (or rounding, next to Gamma).
+        max_steps: most linearisations.
+        max_dense: up to this many residuals B B^T is formed and factored; above, Lanczos with `krylov_steps` products.
+        krylov_steps: most products per linearisation on that path.
+
+    Raises:
+        ValueError: weights or outputs that are not finite.
+
+    >>> from torch import nn
+    >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))
+    >>> foot = nearest_point(problem, torch.tensor([1.0, 5.0], dtype=torch.float64))
+    >>> foot.point, foot.distance, foot.converged
+    (tensor([3., 5.], dtype=torch.float64), 2.0, True)
+    """
+    if w.shape != (problem.num_weights,):
+        raise ValueError(f"expected {problem.num_weights} weights in one vector, got shape {tuple(w.shape)}")
+    if not torch.isfinite(w).all():
+        raise ValueError("the weights contain nan or infinity: training has probably diverged")
+
+    rounding = 100 * torch.finfo(w.dtype).eps
+    at = problem.linearize(w)
+    initial = torch.linalg.vector_norm(at.residual).item()
+
+    def shortest(linearization, rhs: Tensor) -> Solution:
+        dense = problem.num_residuals <= max_dense
+        gram = linearization.gram() if dense else None
+        return minimum_norm(linearization.operator, gram, rhs, rtol=0.1 * rtol, max_steps=krylov_steps)
+
+    v, residual, linearised, converged, steps = w, initial, 0.0, initial <= rounding, 0
+    while not converged and steps < max_steps:
+        steps += 1
+        target = w + shortest(at, at.operator.matvec(v - w) - at.residual).x
+        if steps == 1:
+            linearised = torch.linalg.vector_norm(target - w).item()
+        # near Gamma a step along it may raise |b| by its square: residuals this small count as feasible
+        feasible = 1e-3 * initial
+        share = 1.0
+        while share > 1e-3:
+            trial = v + share * (target - v)
+            trial_residual = torch.linalg.vector_norm(problem.residual(trial)).item()
+            if trial_residual < max((1 - 0.1 * share) * residual, feasible):
+                break
+            share /= 2
+        else:
+            break  # no step reduces the residual: the best point so far is returned, not converged
+        moved = torch.linalg.vector_norm(trial - v).item()
+        v, residual = trial, trial_residual
+        distance = torch.linalg.vector_norm(v - w).item()
+        scale = torch.linalg.vector_norm(v).item()
+        converged = share == 1.0 and moved <= max(rtol * distance, rounding * scale) and residual <= max(
+            rtol * initial, rounding * scale
+        )
+        if not converged and steps < max_steps:
+            at = problem.linearize(v)
+    return FootPoint(v, torch.linalg.vector_norm(v - w).item(), linearised, converged, residual, steps)
+
+
+def tangent_space(
+    problem: ZeroLossProblem, w: Tensor, *, max_dense: int = 4096, rtol: float = 1e-6, max_steps: int = 300
+) -> TangentSpace:
+    """The kernel of the Gauss-Newton matrix at w: where w lies on Gamma, the tangent space of Gamma there.
+
+    Args:
+        problem: the loss and probe set.
+        w: weights ``[P]``.
+        max_dense: up to this many residuals everything is exact (one eigendecomposition of an M x M matrix).
+        rtol: above that, relative accuracy of each projection.
+        max_steps: above that, most products per projection.
+
+    >>> from torch import nn
+    >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))
+    >>> T = tangent_space(problem, torch.tensor([3.0, 5.0], dtype=torch.float64))
+    >>> T.rank, T.spectrum(), T.project(torch.ones(2, dtype=torch.float64))
+    (1, tensor([2.], dtype=torch.float64), tensor([0., 1.], dtype=torch.float64))
+    """
+    return TangentSpace(problem.gauss_newton(w, max_dense=max_dense, rtol=rtol, max_steps=max_steps))

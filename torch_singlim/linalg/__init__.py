@@ -1,0 +1,27 @@
+"""Numerical linear algebra on plain tensors; it has never heard of networks."""
+
+from torch_singlim.linalg.estimate import Estimate, VectorEstimate, rademacher
+from torch_singlim.linalg.factored import DenseFactored, FactoredOperator, KrylovFactored, gram_cutoff, minimum_norm
+from torch_singlim.linalg.krylov import KrylovBasis, Solution, krylov_function, krylov_solve, lanczos
+from torch_singlim.linalg.operator import LinearOperator
+
+__all__ = [
+    # operators known by their products
+    "LinearOperator",
+    # H = B^T B through K = B B^T
+    "FactoredOperator",
+    "DenseFactored",
+    "KrylovFactored",
+    "minimum_norm",
+    "gram_cutoff",
+    # Lanczos
+    "lanczos",
+    "KrylovBasis",
+    "krylov_solve",
+    "krylov_function",
+    "Solution",
+    # random estimates
+    "Estimate",
+    "VectorEstimate",
+    "rademacher",
+]

@@ -1,0 +1,192 @@
+"""H = B^T B seen through its small Gram matrix K = B B^T: kernel projection, pseudo-inverse, matrix functions.
+
+With K u_i = l_i u_i, the eigenvectors of H with nonzero eigenvalue are v_i = B^T u_i / sqrt(l_i). So for any phi,
+
+    phi(H) P_N = sum_i phi(l_i) v_i v_i^T = B^T psi(K) B,      psi(l) = phi(l) / l,
+
+and nothing of the large dimension squared is ever formed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from torch_singlim.linalg.estimate import rademacher
+from torch_singlim.linalg.krylov import Solution, krylov_function, krylov_solve, lanczos
+from torch_singlim.linalg.operator import LinearOperator
+
+__all__ = ["DenseFactored", "FactoredOperator", "KrylovFactored", "gram_cutoff", "minimum_norm"]
+
+
+def gram_cutoff(rows: int, dtype: torch.dtype) -> float:
+    """Eigenvalues of K up to this share of the largest are rounding error: m eps (as numpy.linalg.matrix_rank).
+
+    A sensible relative cutoff for K ``[m, m]`` and so for the eigenvalues of H, which are squared singular values of B.
+    """
+    return max(rows, 10) * torch.finfo(dtype).eps
+
+
+class FactoredOperator(ABC):
+    """H = B^T B ``[n, n]`` for an operator B ``[m, n]``; the interface of the two ways to work with it."""
+
+    operator: LinearOperator
+
+    @abstractmethod
+    def gram_function(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+        """psi(K) u on the range of K (zero on its kernel).  psi maps eigenvalues elementwise; u ``[m]`` -> ``[m]``."""
+
+    @abstractmethod
+    def spectrum(self) -> Tensor:
+        """Nonzero eigenvalues of H, descending ``[r]``; those resolved, where `exact` is False."""
+
+    @property
+    @abstractmethod
+    def exact(self) -> bool:
+        """Whether the spectrum and the projections are complete up to rounding."""
+
+    @property
+    def rank(self) -> int:
+        """Number of nonzero eigenvalues of H; a lower bound where `exact` is False."""
+        return self.spectrum().numel()
+
+    def normal_function(self, phi: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """phi(H) P_N v = B^T psi(K) B v with psi(l) = phi(l) / l.  v ``[n]`` -> ``[n]``."""
+        B = self.operator
+        return B.rmatvec(self.gram_function(lambda values: phi(values) / values, B.matvec(v)))
+
+    def project_kernel(self, v: Tensor) -> Tensor:
+        """P_T v = v - B^T K^+ B v: the orthogonal projection on ker H.  v ``[n]`` -> ``[n]``.
+
+        Applied twice: the second pass removes what rounding left of the range (Giraud et al. 2005).
+        """
+        for _ in range(2):
+            v = v - self.normal_function(torch.ones_like, v)
+        return v
+
+    def pseudo_inverse(self, u: Tensor) -> Tensor:
+        """B^+ u = B^T K^+ u: the shortest x with B x = P_range u.  u ``[m]`` -> ``[n]``."""
+        return self.operator.rmatvec(self.gram_function(torch.reciprocal, u))
+
+
+@dataclass(frozen=True)
+class DenseFactored(FactoredOperator):
+    """H = B^T B by the full eigendecomposition of K; exact, O(m^3) once, O(m^2) per product.
+
+    >>> B = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]], dtype=torch.float64)
+    >>> H = DenseFactored.from_gram(LinearOperator.from_matrix(B), B @ B.T)
+    >>> H.spectrum(), H.rank, H.project_kernel(torch.ones(3, dtype=torch.float64))
+    (tensor([4., 1.], dtype=torch.float64), 2, tensor([0., 0., 1.], dtype=torch.float64))
+    """
+
+    operator: LinearOperator
+    eigenvalues: Tensor  # [r] descending, above the cutoff
+    eigenvectors: Tensor = field(repr=False)  # [m, r], of K
+
+    @classmethod
+    def from_gram(cls, operator: LinearOperator, gram: Tensor, *, rtol: float | None = None) -> DenseFactored:
+        """From K ``[m, m]``; eigenvalues at most rtol times the largest count as zero (default `gram_cutoff`)."""
+        rtol = gram_cutoff(gram.shape[0], gram.dtype) if rtol is None else rtol
+        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = values.flip(0), vectors.flip(1)
+        kept = (values > rtol * values[0]) & (values > 0) if values.numel() else values > 0
+        return cls(operator, values[kept], vectors[:, kept])
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    def spectrum(self) -> Tensor:
+        return self.eigenvalues
+
+    def gram_function(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+        return self.eigenvectors @ (psi(self.eigenvalues) * (self.eigenvectors.T @ u))
+
+
+@dataclass(frozen=True)
+class KrylovFactored(FactoredOperator):
+    """H = B^T B by Lanczos on K, a new Krylov space for each vector; B is only ever multiplied with.
+
+    Args:
+        operator: B ``[m, n]``.
+        like: a tensor whose dtype and device the vectors have.
+        rtol: relative accuracy asked of every product.
+        max_steps: most products with K per vector.
+        cutoff: Ritz values at most this share of the largest count as zero.
+        seed: of the random start vector of `spectrum`.
+    """
+
+    operator: LinearOperator
+    like: Tensor = field(repr=False)
+    rtol: float
+    max_steps: int
+    cutoff: float
+    seed: int = 0
+
+    @cached_property
+    def _ritz(self) -> tuple[Tensor, bool]:
+        generator = torch.Generator().manual_seed(self.seed)
+        start = rademacher((self.operator.shape[0],), generator=generator, like=self.like)
+        space = None
+        for space in lanczos(self.operator.gram_product, start, max_steps=self.max_steps, stride=self.max_steps):
+            pass
+        if space is None:
+            return self.like.new_zeros(0), True
+        values, _, bounds = space.ritz()
+        largest = values[-1].clamp_min(0)
+        resolved = (values > self.cutoff * largest) & (bounds <= self.rtol * largest)
+        return values[resolved].flip(0), space.beta == 0.0
+
+    def spectrum(self) -> Tensor:
+        return self._ritz[0]
+
+    @property
+    def exact(self) -> bool:
+        """True when the Krylov space of a random vector became invariant: every distinct eigenvalue was found.
+
+        A repeated eigenvalue is found once (a random start vector sees one direction of its eigenspace).
+        """
+        return self._ritz[1]
+
+    def gram_function(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+        def on_range(values: Tensor) -> Tensor:
+            kept = values > self.cutoff * values.max()
+            return torch.where(kept, psi(values.where(kept, 1)), 0)
+
+        return krylov_function(
+            self.operator.gram_product, on_range, u, rtol=self.rtol, max_steps=self.max_steps
+        ).x
+
+
+def minimum_norm(operator: LinearOperator, gram: Tensor | None, u: Tensor, *, rtol: float, max_steps: int) -> Solution:
+    """The shortest x with B x = u: x = B^T K^+ u, with the status and the relative residual |B x - u| / |u|.
+
+    Args:
+        operator: B ``[m, n]``.
+        gram: K = B B^T ``[m, m]``, or None to work with products alone (Lanczos).
+        u: right-hand side ``[m]``.
+        rtol: a residual at most this counts as converged.
+        max_steps: most products with K, where `gram` is None.
+
+    A numerically full-rank K is solved by Cholesky; else by its eigendecomposition, small eigenvalues cut off.
+    """
+    norm = torch.linalg.vector_norm(u).item()
+    if norm == 0.0:
+        return Solution(u.new_zeros(operator.shape[1]), "converged", 0, 0.0)
+    cutoff = gram_cutoff(u.numel(), u.dtype)
+    if gram is None:
+        inner = krylov_solve(operator.gram_product, u, rtol=rtol, max_steps=max_steps, cutoff=cutoff)
+        return Solution(operator.rmatvec(inner.x), inner.status, inner.steps, inner.residual)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal().square()
+    if info.item() == 0 and bool((pivots > cutoff * gram.diagonal().max()).all()):
+        y = torch.cholesky_solve(u[:, None], factor)[:, 0]
+    else:
+        y = DenseFactored.from_gram(operator, gram).gram_function(torch.reciprocal, u)
+    residual = torch.linalg.vector_norm(gram @ y - u).item() / norm
+    return Solution(operator.rmatvec(y), "converged" if residual <= rtol else "inconsistent", 1, residual)

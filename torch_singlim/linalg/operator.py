@@ -1,0 +1,45 @@
+"""Linear operators known by their products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LinearOperator"]
+
+
+@dataclass(frozen=True)
+class LinearOperator:
+    """A linear map B: R^n -> R^m, given by the products v -> B v and u -> B^T u.
+
+    Args:
+        shape: ``(m, n)``.
+        matvec: maps a vector ``[n]`` to ``[m]``.
+        rmatvec: maps a vector ``[m]`` to ``[n]``; the transpose of ``matvec``.
+
+    >>> B = LinearOperator.from_matrix(torch.tensor([[1.0, 2.0], [0.0, 1.0], [3.0, 0.0]]))
+    >>> B.shape, B.matvec(torch.tensor([1.0, 1.0])), B.rmatvec(torch.tensor([1.0, 0.0, 1.0]))
+    ((3, 2), tensor([3., 1., 3.]), tensor([4., 2.]))
+    """
+
+    shape: tuple[int, int]
+    matvec: Callable[[Tensor], Tensor]
+    rmatvec: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor) -> LinearOperator:
+        """The operator of a dense matrix ``[m, n]``."""
+        rows, columns = matrix.shape
+        return cls((rows, columns), lambda v: matrix @ v, lambda u: matrix.T @ u)
+
+    def gram_product(self, u: Tensor) -> Tensor:
+        """K u with K = B B^T.  u ``[m]`` -> ``[m]``."""
+        return self.matvec(self.rmatvec(u))  # u -> B^T u -> B B^T u
+
+    def rows(self, like: Tensor) -> Tensor:
+        """The dense matrix B ``[m, n]``, one row a product; for small problems.  `like` gives dtype and device."""
+        identity = torch.eye(self.shape[0], dtype=like.dtype, device=like.device)
+        return torch.stack([self.rmatvec(e) for e in identity])

@@ -1,0 +1,222 @@
+"""Per-sample losses l(f, y), convex in f, with their infimum subtracted: value, curvature factor, weighted residual.
+
+For each sample, A = d^2 l / df^2 is written A = R^T R. The rows of R are the whitened outputs in which the
+Gauss-Newton matrix is a plain sum of squares: H = (1/N) sum_i J_i^T A_i J_i = B^T B with B = N^{-1/2} [R_i J_i]_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["CustomLoss", "MeanSquaredError", "SampleLoss", "SoftCrossEntropy", "resolve_loss"]
+
+
+class SampleLoss(Protocol):
+    """What a problem needs to know of its loss. Outputs f ``[n, C]``, targets as returned by `prepare`."""
+
+    def prepare(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        """Targets in the form the other methods take, checked against example outputs ``[n, C]``."""
+        ...
+
+    def num_rows(self, num_outputs: int) -> int:
+        """Rows of R: the number of residuals of one sample."""
+        ...
+
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
+        """l(f, y) with its infimum subtracted ``[n]``, differentiable in f."""
+        ...
+
+    def infimum(self, y: Tensor) -> Tensor:
+        """What was subtracted ``[n]``."""
+        ...
+
+    def whiten(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """R v: ``[n, C]`` -> ``[n, rows]``."""
+        ...
+
+    def unwhiten(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        """R^T u: ``[n, rows]`` -> ``[n, C]``."""
+        ...
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        """R (f - f*) with f* the minimiser of l in f ``[n, rows]``: zero exactly where l is."""
+        ...
+
+
+@dataclass(frozen=True)
+class MeanSquaredError:
+    """l = |f - y|^2 / C;  A = (2/C) I;  R = sqrt(2/C) I."""
+
+    def prepare(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        flat = targets.reshape(targets.shape[0], -1) if targets.ndim else targets
+        if not targets.is_floating_point() or flat.shape[1:] != outputs.shape[1:]:
+            hint = ""
+            if not targets.is_floating_point() and targets.ndim == 1:
+                hint = f"; for class labels pass F.one_hot(targets, {outputs.shape[1]}).float()"
+            raise ValueError(
+                f"mse targets must be floating point, one value per output: got {targets.dtype} of shape "
+                f"{tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}{hint}"
+            )
+        return flat.to(outputs)
+
+    def num_rows(self, num_outputs: int) -> int:
+        return num_outputs
+
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
+        return (f - y).square().mean(1)
+
+    def infimum(self, y: Tensor) -> Tensor:
+        return y.new_zeros(y.shape[0])
+
+    def whiten(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return (2 / f.shape[1]) ** 0.5 * v
+
+    unwhiten = whiten  # R is symmetric
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        return self.whiten(f, y, f - y)
+
+
+def _reflect(s: Tensor, x: Tensor) -> Tensor:
+    """Householder reflection along s + sign(s_C) e_C, which sends the unit vector s to a multiple of e_C.  ``[n, C]``."""
+    h = s.clone()
+    h[:, -1] += torch.where(s[:, -1] < 0, -1.0, 1.0)  # the sign that does not cancel (Golub & Van Loan, 5.1.3)
+    return x - h * (2 * (h * x).sum(1, keepdim=True) / h.square().sum(1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class SoftCrossEntropy:
+    """l = KL(q || softmax f) for soft targets q > 0;  A = diag(p) - p p^T, p = softmax f, of rank C - 1.
+
+    With s = sqrt(p): A = diag(s) (I - s s^T) diag(s), so R = G diag(s), where the rows of G are an orthonormal basis
+    of the complement of s. R has C - 1 rows; the constant, which softmax does not see, is gone.
+    """
+
+    label_smoothing: float = 0.0
+
+    def prepare(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        if outputs.ndim != 2 or outputs.shape[1] < 2:
+            raise ValueError(f"cross-entropy needs outputs [n, C] with C >= 2 classes, got {tuple(outputs.shape)}")
+        classes = outputs.shape[1]
+        if targets.is_floating_point():
+            if targets.shape[1:] != outputs.shape[1:]:
+                raise ValueError(
+                    f"soft targets must have the outputs' shape [n, {classes}], got {tuple(targets.shape)}"
+                )
+            onehot = targets.to(outputs)
+            if not torch.allclose(onehot.sum(1), onehot.new_ones(()), atol=1e-4) or bool((onehot < 0).any()):
+                raise ValueError("soft targets must be probabilities: non-negative rows that sum to 1")
+            onehot = onehot / onehot.sum(1, keepdim=True)
+        else:
+            if targets.ndim != 1:
+                raise ValueError(f"class labels must have shape [n], got {tuple(targets.shape)}")
+            if targets.numel() and not (0 <= int(targets.min()) and int(targets.max()) < classes):
+                raise ValueError(
+                    f"class labels must lie in 0..{classes - 1} (the network has {classes} outputs), "
+                    f"got {int(targets.min())}..{int(targets.max())}"
+                )
+            onehot = F.one_hot(targets.long(), classes).to(outputs)
+        q = (1 - self.label_smoothing) * onehot + self.label_smoothing / classes
+        if bool((q <= 0).any()):
+            raise ValueError(
+                "hard-label cross-entropy never reaches its infimum, so its zero-loss set is empty (at infinity): "
+                "got targets with zero probabilities; train with nn.CrossEntropyLoss(label_smoothing=0.1), soft "
+                "targets that are all positive, or mse on one-hot targets"
+            )
+        return q
+
+    def num_rows(self, num_outputs: int) -> int:
+        return num_outputs - 1
+
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
+        return (y * (y.log() - F.log_softmax(f, 1))).sum(1)
+
+    def infimum(self, y: Tensor) -> Tensor:
+        return -(y * y.log()).sum(1)
+
+    def whiten(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        s = F.softmax(f, 1).sqrt()
+        return _reflect(s, s * v)[:, :-1]
+
+    def unwhiten(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        s = F.softmax(f, 1).sqrt()
+        return s * _reflect(s, F.pad(u, (0, 1)))
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        return self.whiten(f, y, f - y.log())
+
+
+@dataclass(frozen=True)
+class CustomLoss:
+    """A user's l(f_i, y_i): one sample's outputs ``[C]`` and target -> scalar, convex and smooth in f, infimum 0.
+
+    R = A^{1/2} from the eigendecomposition of A = d^2 l / df^2, and the residual is the Newton step R A^+ dl/df.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def prepare(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        return targets.to(outputs) if targets.is_floating_point() else targets.to(outputs.device)
+
+    def num_rows(self, num_outputs: int) -> int:
+        return num_outputs
+
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
+        return torch.func.vmap(self.function)(f, y)
+
+    def infimum(self, y: Tensor) -> Tensor:
+        return torch.zeros(y.shape[0], device=y.device)
+
+    def _root(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        A = torch.func.vmap(torch.func.hessian(self.function))(f, y)  # [n, C, C]
+        values, vectors = torch.linalg.eigh(A)
+        kept = values > values.amax(1, keepdim=True).clamp_min(0) * f.shape[1] * torch.finfo(f.dtype).eps
+        return values.where(kept, 0).sqrt(), vectors
+
+    def whiten(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        root, vectors = self._root(f, y)
+        return torch.einsum("nij,nj,nkj,nk->ni", vectors, root, vectors, v)
+
+    unwhiten = whiten  # R is symmetric
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        gradient = torch.func.vmap(torch.func.grad(self.function))(f, y)
+        root, vectors = self._root(f, y)
+        inverse = torch.where(root > 0, 1 / root.where(root > 0, 1), 0)
+        return torch.einsum("nij,nj,nkj,nk->ni", vectors, inverse, vectors, gradient)
+
+
+def resolve_loss(loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor], Tensor]) -> SampleLoss:
+    """The loss that a name, a torch.nn loss or a per-sample function stands for.
+
+    >>> resolve_loss("mse")
+    MeanSquaredError()
+    >>> resolve_loss(nn.CrossEntropyLoss(label_smoothing=0.1))
+    SoftCrossEntropy(label_smoothing=0.1)
+    """
+    if isinstance(loss, MeanSquaredError | SoftCrossEntropy | CustomLoss):
+        return loss
+    if loss == "mse":
+        return MeanSquaredError()
+    if loss == "cross_entropy":
+        return SoftCrossEntropy()
+    if isinstance(loss, nn.MSELoss | nn.CrossEntropyLoss) and loss.reduction != "mean":
+        raise ValueError(f"the loss must be a mean over samples, got reduction={loss.reduction!r}; use reduction='mean'")
+    if isinstance(loss, nn.MSELoss):
+        return MeanSquaredError()
+    if isinstance(loss, nn.CrossEntropyLoss):
+        if loss.weight is not None or loss.ignore_index != -100:
+            raise ValueError("class weights and ignore_index are not supported: pass nn.CrossEntropyLoss without them")
+        return SoftCrossEntropy(label_smoothing=loss.label_smoothing)
+    if isinstance(loss, str) or isinstance(loss, nn.Module) or not callable(loss):
+        raise ValueError(
+            f"unknown loss {loss!r}: expected 'mse', 'cross_entropy', nn.MSELoss(), "
+            "nn.CrossEntropyLoss(label_smoothing=...) or a function of one sample's (outputs, target)"
+        )
+    return CustomLoss(loss)

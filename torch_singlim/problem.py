@@ -1,0 +1,295 @@
+"""A module, its loss and a finite probe set, as functions of a flat weight vector."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, jvp, linearize, vjp, vmap
+
+from torch_singlim.functional import ActivationSite, FunctionalModule
+from torch_singlim.linalg import DenseFactored, FactoredOperator, KrylovFactored, LinearOperator, gram_cutoff
+from torch_singlim.loss import SampleLoss, resolve_loss
+
+__all__ = ["Linearization", "ZeroLossProblem"]
+
+# Jacobian rows held at once while a Gram matrix is formed
+_ROW_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """The weighted residual b and its derivative B at one weight vector: b(w + v) = b + B v + O(|v|^2).
+
+    On the zero-loss set b = 0, and H = B^T B is the Hessian of the loss there.
+
+    Args:
+        operator: B, with the products v -> B v and u -> B^T u; shape [M, P].
+        residual: b ``[M]``, samples first.
+        gram: forms K = B B^T ``[M, M]``.
+    """
+
+    operator: LinearOperator
+    residual: Tensor
+    gram: Callable[[], Tensor] = field(repr=False)
+
+
+class ZeroLossProblem:
+    """The loss gap L(w) >= 0 of a module on a probe set; its zero set Gamma = {w : L(w) = 0} is what is studied.
+
+        L(w) = (1/N) sum_i l(f(w; x_i), y_i)        l convex in f, its infimum subtracted
+
+    The module is evaluated in evaluation mode on a copy that shares its parameters: its mode, buffers, gradients and
+    hooks' owner are left alone, and no global random state is consumed.
+
+    Args:
+        module: maps a batch of inputs to outputs ``[n, ...]``; evaluation mode must be deterministic.
+        loss: ``"mse"``, ``"cross_entropy"`` (with soft targets), ``nn.MSELoss()``,
+            ``nn.CrossEntropyLoss(label_smoothing=...)``, or a function of one sample's outputs ``[C]`` and target,
+            convex, with infimum 0.
+        inputs: ``[N, ...]``.
+        targets: ``[N, ...]`` in the outputs' shape for mse; class labels ``[N]`` or probabilities ``[N, C]`` for
+            cross-entropy.
+        dtype: of every computation here; small eigenvalues need float64.
+        device: default: where the module's weights are.
+        batch_size: samples evaluated at once (bounds memory); default: all, which also lets products be reused.
+
+    Raises:
+        ValueError: empty probe set, targets that do not fit, hard labels with cross-entropy (Gamma is empty),
+            non-finite data, a module that is random in evaluation mode.
+
+    Warns:
+        UserWarning: fewer weights P than residuals M: Gamma may be empty or a point.
+
+    Source: arXiv 2404.12293, section 2.
+
+    >>> torch.manual_seed(0) and None
+    >>> problem = ZeroLossProblem(nn.Linear(3, 1), "mse", torch.eye(3)[:2], torch.zeros(2, 1))
+    >>> problem.num_weights, problem.num_samples, problem.num_residuals
+    (4, 2, 2)
+    >>> problem.loss(torch.zeros(4, dtype=torch.float64)).item()
+    0.0
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor], Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        if inputs.shape[0] == 0:
+            raise ValueError("the probe set is empty: pass at least one sample")
+        if targets.ndim == 0 or targets.shape[0] != inputs.shape[0]:
+            raise ValueError(
+                f"inputs and targets must have the same number of samples, got {inputs.shape[0]} inputs and targets "
+                f"of shape {tuple(targets.shape)}"
+            )
+        for name, data in (("inputs", inputs), ("targets", targets)):
+            if not torch.isfinite(data).all():
+                raise ValueError(f"{name} contain nan or infinity")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.sample_loss = resolve_loss(loss)
+        self.function = FunctionalModule(module, dtype=dtype, device=device)
+        self.dtype, self.device = dtype, self.function.device
+        self.inputs = inputs.detach().to(self.device)
+        if self.inputs.is_floating_point():
+            self.inputs = self.inputs.to(dtype)
+        self.num_samples = inputs.shape[0]
+        self.num_weights = self.function.num_weights
+        self.batch_size = min(batch_size or self.num_samples, self.num_samples)
+
+        example = self.inputs[:2]
+        self.sites: list[ActivationSite] = self.function.sites(example)
+        with torch.no_grad():
+            outputs = self.function(self.weights(), example)
+        self.num_outputs = outputs.shape[1]
+        self.targets = self.sample_loss.prepare(targets.detach().to(self.device), outputs)
+        self.num_residuals = self.num_samples * self.sample_loss.num_rows(self.num_outputs)
+        if self.function.is_random(example):
+            raise ValueError(
+                "the module is random in evaluation mode: two forward passes on the same inputs differ; make forward "
+                "deterministic under module.eval() (nn.Dropout rather than F.dropout without training=self.training)"
+            )
+        if self.num_weights < self.num_residuals:
+            warnings.warn(
+                f"{self.num_weights} weights for {self.num_residuals} residuals ({self.num_samples} samples): the "
+                "network is not over-parameterised on this probe set, its zero-loss set may be empty or a point; "
+                "use fewer samples or a larger network",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"ZeroLossProblem({type(self.function.module).__name__}, {self.sample_loss}, N={self.num_samples}, "
+            f"C={self.num_outputs}, P={self.num_weights}, {self.dtype})"
+        )
+
+    # --- weights and samples ---------------------------------------------------------------------------------------
+
+    def weights(self) -> Tensor:
+        """The module's present weights ``[P]``, a copy in the problem's dtype."""
+        return self.function.weights()
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of the probe set, `batch_size` samples each, the last one what is left."""
+        for start in range(0, self.num_samples, self.batch_size):
+            yield slice(start, min(start + self.batch_size, self.num_samples))
+
+    def mean(self, function: Callable[[slice], Tensor]) -> Tensor:
+        """Mean over samples from means over chunks, a ragged last chunk weighted by its size."""
+        total: Tensor | None = None
+        for part in self.chunks():
+            term = function(part) * ((part.stop - part.start) / self.num_samples)
+            total = term if total is None else total + term
+        assert total is not None  # the probe set is not empty
+        return total
+
+    def batch_loss(self, w: Tensor, x: Tensor, y: Tensor, eta: Tensor | None = None) -> Tensor:
+        """Mean of l over a batch at weights w ``[P]`` and activation noise eta ``[n, D]``; differentiable in each."""
+        return self.sample_loss.value(self.function(w, x, eta), y).mean()
+
+    # --- the loss and its derivatives ------------------------------------------------------------------------------
+
+    def outputs(self, w: Tensor) -> Tensor:
+        """f(w; x_i) for the whole probe set ``[N, C]``."""
+        with torch.no_grad():
+            return torch.cat([self.function(w, self.inputs[part]) for part in self.chunks()])
+
+    def loss(self, w: Tensor) -> Tensor:
+        """The loss gap L(w), a scalar: zero exactly on Gamma."""
+        with torch.no_grad():
+            return self.mean(lambda part: self.batch_loss(w, self.inputs[part], self.targets[part]))
+
+    def infimum(self) -> float:
+        """What `loss` has subtracted: training loss = loss gap + infimum (the entropy of soft targets)."""
+        return self.sample_loss.infimum(self.targets).mean().item()
+
+    def gradient(self, w: Tensor) -> Tensor:
+        """grad L(w)  ``[P]``."""
+        return self.mean(lambda part: grad(self.batch_loss)(w, self.inputs[part], self.targets[part]))
+
+    def hessian_product(self, w: Tensor, v: Tensor) -> Tensor:
+        """(D^2 L)(w) v  ``[P]``, forward over reverse: the derivative of the gradient along v."""
+
+        def along(part: slice) -> Tensor:
+            def gradient(u: Tensor) -> Tensor:
+                return grad(self.batch_loss)(u, self.inputs[part], self.targets[part])
+
+            return jvp(gradient, (w,), (v,))[1]  # type: ignore[return-value]  # jvp is typed for any number of outputs
+
+        return self.mean(along)
+
+    # --- residual and Gauss-Newton factor --------------------------------------------------------------------------
+
+    def residual(self, w: Tensor) -> Tensor:
+        """b(w) = N^{-1/2} [R_i (f_i - f_i*)]  ``[M]``; |b|^2 = 2 L to second order, and equal for mse."""
+        f = self.outputs(w)
+        return self.sample_loss.residual(f, self.targets).reshape(-1) / math.sqrt(self.num_samples)
+
+    def whiten(self, f: Tensor, v: Tensor) -> Tensor:
+        """N^{-1/2} [R_i v_i]  ``[M]`` for output directions v ``[N, C]`` at outputs f ``[N, C]``."""
+        return self.sample_loss.whiten(f, self.targets, v).reshape(-1) / math.sqrt(self.num_samples)
+
+    def linearize(self, w: Tensor) -> Linearization:
+        """b(w) and B = N^{-1/2} [R_i J_i] at w.
+
+        With one chunk the forward pass is linearised once and reused by every product (about one gradient each);
+        with several it is recomputed chunk by chunk, which bounds memory.
+
+        Raises:
+            ValueError: outputs that are not finite.
+        """
+        f = self.outputs(w)
+        if not torch.isfinite(f).all():
+            raise ValueError("the network's outputs are not finite at these weights: training has probably diverged")
+        scale = 1 / math.sqrt(self.num_samples)
+        cached: dict[str, Callable[[Tensor], Tensor]] = {}
+
+        def products(part: slice) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+            def at(v: Tensor) -> Tensor:
+                return self.function(v, self.inputs[part])
+
+            if self.batch_size < self.num_samples:
+                return (lambda v: jvp(at, (w,), (v,))[1]), (lambda g: vjp(at, w)[1](g)[0])  # type: ignore[return-value]
+            if not cached:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch.fx, which traces the forward pass, warns about itself
+                    cached["push"] = linearize(at, w)[1]
+                pull = vjp(at, w)[1]
+                cached["pull"] = lambda g: pull(g)[0]
+            return cached["push"], cached["pull"]
+
+        def matvec(v: Tensor) -> Tensor:  # v -> J v -> R J v
+            Jv = torch.cat([products(part)[0](v) for part in self.chunks()])  # [N, C]
+            return self.whiten(f, Jv)
+
+        def rmatvec(u: Tensor) -> Tensor:  # u -> R^T u -> J^T R^T u
+            g = scale * self.sample_loss.unwhiten(f, self.targets, u.reshape(self.num_samples, -1))  # [N, C]
+            pulled = [products(part)[1](g[part]) for part in self.chunks()]
+            return torch.stack(pulled).sum(0)
+
+        operator = LinearOperator((self.num_residuals, self.num_weights), matvec, rmatvec)
+        residual = self.sample_loss.residual(f, self.targets).reshape(-1) * scale
+        return Linearization(operator, residual, lambda: self._gram(w, f))
+
+    def _rows(self, w: Tensor, f: Tensor, part: slice) -> Tensor:
+        """Rows of B that belong to some samples ``[n rows, P]``: one vector-Jacobian product per residual."""
+        f, y, x = f[part], self.targets[part], self.inputs[part]
+        rows = self.num_residuals // self.num_samples
+        basis = torch.eye(rows, dtype=f.dtype, device=f.device)
+        R = torch.stack([self.sample_loss.unwhiten(f, y, e.expand(len(f), -1)) for e in basis], 1)  # [n, rows, C]
+
+        def sample_rows(x_i: Tensor, R_i: Tensor) -> Tensor:
+            pull = vjp(lambda v: self.function(v, x_i[None])[0], w)[1]
+            return vmap(lambda r: pull(r)[0])(R_i)  # R_i J_i  [rows, P]
+
+        return vmap(sample_rows)(x, R).reshape(-1, self.num_weights) / math.sqrt(self.num_samples)
+
+    def _gram(self, w: Tensor, f: Tensor) -> Tensor:
+        """K = B B^T  ``[M, M]`` from per-sample Jacobians, a bounded number of rows at a time."""
+        rows = self.num_residuals // self.num_samples
+        size = max(1, _ROW_BYTES // (rows * self.num_weights * f.element_size()))
+        parts = [slice(i, min(i + size, self.num_samples)) for i in range(0, self.num_samples, size)]
+        K = f.new_empty(self.num_residuals, self.num_residuals)
+        for i, left in enumerate(parts):
+            B_left = self._rows(w, f, left)
+            at = slice(left.start * rows, left.stop * rows)
+            K[at, at] = B_left @ B_left.T
+            for right in parts[i + 1 :]:
+                across = slice(right.start * rows, right.stop * rows)
+                K[at, across] = B_left @ self._rows(w, f, right).T
+                K[across, at] = K[at, across].T
+        return K
+
+    def gauss_newton(
+        self, w: Tensor, *, max_dense: int = 4096, rtol: float = 1e-6, max_steps: int = 300
+    ) -> FactoredOperator:
+        """H = B^T B at w, ready for projections and matrix functions.
+
+        Args:
+            w: weights ``[P]``.
+            max_dense: up to this many residuals K is formed and decomposed (exact); above, Lanczos.
+            rtol: relative accuracy of each Lanczos product.
+            max_steps: most products with K in each.
+        """
+        linearization = self.linearize(w)
+        if self.num_residuals <= max_dense:
+            return DenseFactored.from_gram(linearization.operator, linearization.gram())
+        return KrylovFactored(
+            linearization.operator,
+            like=linearization.residual,
+            rtol=rtol,
+            max_steps=max_steps,
+            cutoff=gram_cutoff(self.num_residuals, self.dtype),
+        )

@@ -1,11 +1,10 @@
-"""The descent settings, the slow clock, and steps of stochastic gradient descent on flat vectors."""
+"""The descent settings, one step of descent on flat vectors, and the slow clock."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 __all__ = ["SGDSettings", "time_scale"]
@@ -76,7 +75,3 @@ def time_scale(sgd: SGDSettings, order: int | None, variance: float) -> float:
     return 1 / (sgd.effective_lr**order * variance)
 
 
-def epoch_batches(num_samples: int, batch_size: int, *, generator: torch.Generator | None) -> list[Tensor]:
-    """One shuffled pass over the samples in batches, the last one what is left, as a shuffling DataLoader does."""
-    order = torch.randperm(num_samples, generator=generator)
-    return list(order.split(batch_size))

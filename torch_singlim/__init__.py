@@ -1,1 +1,64 @@
-"""x"""
+"""Measure how a network moves along its zero-loss set while it trains, beside what the singular limit predicts.
+
+Theory: A. Shalova, A. Schlichting, M. Peletier, "Singular-limit analysis of gradient descent with noise injection",
+arXiv 2404.12293.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch_singlim.geometry import FootPoint, TangentSpace, nearest_point, tangent_space
+from torch_singlim.linalg import Estimate
+from torch_singlim.observe import Agreement, compare
+from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory import (
+    Dropout,
+    LimitPrediction,
+    Minibatch,
+    SGDSettings,
+    WeightDecay,
+    WindowPrediction,
+    effective_flow,
+    simulate,
+    singular_limit,
+)
+
+if TYPE_CHECKING:
+    from torch_singlim.callbacks import SingularLimitMonitor
+
+__all__ = [
+    # the problem: a module, its loss, a finite probe set
+    "ZeroLossProblem",
+    # its zero-loss set
+    "nearest_point",
+    "FootPoint",
+    "tangent_space",
+    "TangentSpace",
+    # how it is trained
+    "SGDSettings",
+    "Dropout",
+    "WeightDecay",
+    "Minibatch",
+    # what the theory predicts
+    "singular_limit",
+    "LimitPrediction",
+    "effective_flow",
+    "WindowPrediction",
+    "simulate",
+    "Estimate",
+    # measured against predicted
+    "compare",
+    "Agreement",
+    # in a Lightning Trainer
+    "SingularLimitMonitor",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # the callbacks import lightning, which takes seconds: only on first use
+    if name == "SingularLimitMonitor":
+        from torch_singlim.callbacks import SingularLimitMonitor
+
+        return SingularLimitMonitor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""Lightning callbacks: the only place that imports lightning."""
+
+from torch_singlim.callbacks.monitor import SingularLimitMonitor
+
+__all__ = ["SingularLimitMonitor"]

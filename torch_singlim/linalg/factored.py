@@ -63,9 +63,9 @@ class FactoredOperator(ABC):
     def project_kernel(self, v: Tensor) -> Tensor:
         """P_T v = v - B^T K^+ B v: the orthogonal projection on ker H.  v ``[n]`` -> ``[n]``.
 
-        Applied twice: the second pass removes what rounding left of the range (Giraud et al. 2005).
+        Where H was decomposed it is applied twice: the second pass removes what rounding left of the range.
         """
-        for _ in range(2):
+        for _ in range(2 if isinstance(self, DenseFactored) else 1):
             v = v - self.normal_function(torch.ones_like, v)
         return v
 

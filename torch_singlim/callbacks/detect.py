@@ -1,0 +1,273 @@
+"""What a Trainer trains: its probe set, its loss, its descent, its noise; read, not asked for."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from torch_singlim.loss import CustomLoss, MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
+from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory import Dropout, Minibatch, NoiseSystem, SGDSettings, WeightDecay
+
+__all__ = ["Descent", "ProbeSet", "detect_descent", "detect_noise", "detect_problem", "read_probe_set"]
+
+_LOSS_RTOL = 1e-3
+_ADVICE = (
+    "write the training loss as a mean over samples of mse or label-smoothed cross-entropy, or pass what it is: "
+    "SingularLimitMonitor(loss=nn.MSELoss()), loss=nn.CrossEntropyLoss(label_smoothing=0.1), or a function of one "
+    "sample's (outputs, target)"
+)
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """The samples that are probed, and how many the training set has."""
+
+    inputs: Tensor
+    targets: Tensor
+    train_size: int
+
+    @property
+    def is_subset(self) -> bool:
+        """Whether training uses samples that the probe does not see."""
+        return len(self.inputs) < self.train_size
+
+
+def _train_loader(trainer: Trainer) -> DataLoader:
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            f"the probe set is read from one DataLoader over a dataset with a length, got {type(loader).__name__}; "
+            "pass the probe set itself: SingularLimitMonitor(data=(inputs, targets))"
+        )
+    return loader
+
+
+def read_probe_set(trainer: Trainer, num_samples: int) -> ProbeSet:
+    """The first `num_samples` training samples, collated as the loader collates them.
+
+    Raises:
+        ValueError: no such loader, batches that are not (inputs, targets), an empty dataset, or items that change
+            when they are read again (random augmentation).
+    """
+    loader = _train_loader(trainer)
+    size = len(loader.dataset)  # type: ignore[arg-type]  # a map-style dataset, see _train_loader
+    if size == 0:
+        raise ValueError("the training dataset is empty: there is nothing to probe")
+    collate: Callable = loader.collate_fn
+
+    def read(count: int) -> tuple[Tensor, Tensor]:
+        batch = collate([loader.dataset[i] for i in range(count)])
+        if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(b, Tensor) for b in batch)):
+            got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+            raise ValueError(
+                f"batches must be (inputs, targets), two tensors, got {got}; pass the probe set itself: "
+                "SingularLimitMonitor(data=(inputs, targets))"
+            )
+        return batch[0], batch[1]
+
+    inputs, targets = read(min(num_samples, size))
+    again, _ = read(min(8, len(inputs)))
+    if not torch.equal(inputs[: len(again)], again):
+        raise ValueError(
+            "reading the same training items twice gave different inputs: with random augmentation the training set "
+            "is not finite and has no zero-loss set; remove the augmentation, or pass a fixed probe set: "
+            "SingularLimitMonitor(data=(inputs, targets))"
+        )
+    return ProbeSet(inputs, targets, size)
+
+
+def _evaluation_twin(module: LightningModule) -> LightningModule:
+    """A copy in evaluation mode whose logging goes nowhere; the module itself is not touched."""
+    shared: dict[int, object] = {id(p): p for p in module.parameters()}
+    for part in module.modules():
+        shared |= {id(v): v for v in vars(part).values() if isinstance(v, Tensor) and v.grad_fn is not None}
+    twin = copy.deepcopy(module, shared).eval()  # its reference to the trainer is dropped by Lightning
+    for name in ("log", "log_dict"):
+        setattr(twin, name, lambda *args, **kwargs: None)
+    return twin
+
+
+def _training_losses(module: LightningModule, probes: list[tuple[Tensor, Tensor]]) -> list[float] | None:
+    """What training_step returns on each probe batch in evaluation mode; None where it needs a running trainer."""
+    twin = _evaluation_twin(module)
+    losses = []
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for batch in probes:
+                out = twin.training_step(batch, 0)
+                value = out["loss"] if isinstance(out, dict) else out
+                losses.append(float(value))  # type: ignore[arg-type]  # a scalar tensor by Lightning's contract
+    except Exception:
+        return None
+    return losses
+
+
+def _candidates(f: Tensor, targets: Tensor, value: float) -> list[tuple[SampleLoss, Tensor]]:
+    """Losses that could have given `value` on outputs f ``[n, C]``, with targets in the form that they take."""
+    if targets.is_floating_point():
+        same_shape = targets.reshape(len(targets), -1).shape == f.shape
+        return [(MeanSquaredError(), targets), (SoftCrossEntropy(), targets)] if same_shape else []
+    if targets.ndim != 1 or f.ndim != 2 or int(targets.max()) >= f.shape[1] or int(targets.min()) < 0:
+        return []
+    onehot = F.one_hot(targets.long(), f.shape[1]).to(f)
+    hard, uniform = F.cross_entropy(f, targets.long()).item(), -F.log_softmax(f, 1).mean().item()
+    # the cross-entropy is linear in its label smoothing: one value tells it
+    smoothing = round((value - hard) / (uniform - hard), 6) if uniform != hard else 0.0
+    found: list[tuple[SampleLoss, Tensor]] = [(MeanSquaredError(), onehot)]
+    if 0 < smoothing < 1:
+        found.append((SoftCrossEntropy(smoothing), targets))
+    found.append((SoftCrossEntropy(), targets))
+    return found
+
+
+def _mean_loss(loss: SampleLoss, f: Tensor, targets: Tensor) -> float:
+    """The loss as training has it: with what `value` subtracts added back. Hard labels are let through here."""
+    if loss == SoftCrossEntropy() and not targets.is_floating_point():
+        return F.cross_entropy(f, targets.long()).item()
+    try:
+        y = loss.prepare(targets, f)
+    except ValueError:
+        return float("nan")
+    return (loss.value(f, y) + loss.infimum(y)).mean().item()
+
+
+def detect_problem(
+    module: LightningModule,
+    probe: ProbeSet,
+    *,
+    loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor], Tensor] | None,
+    dtype: torch.dtype,
+    batch_size: int | None,
+) -> ZeroLossProblem:
+    """The zero-loss problem that this module trains, its loss checked against ``training_step`` on a few samples.
+
+    The loss is recognised by its value: mse (on targets as they are or one-hot), cross-entropy with soft targets, or
+    with any label smoothing, which two values determine.
+
+    Raises:
+        ValueError: the loss is not recognised, or is not the one that was passed, or its zero-loss set is empty.
+    """
+    half = min(max(len(probe.inputs) // 2, 1), 64)
+    rest = slice(half, 2 * half) if len(probe.inputs) >= 2 * half else slice(0, half)
+    device = next(module.parameters()).device
+    batches = [(probe.inputs[s].to(device), probe.targets[s].to(device)) for s in (slice(0, half), rest)]
+    losses = _training_losses(module, batches)
+    twin = _evaluation_twin(module)
+    with torch.no_grad():
+        outputs = [twin(x) for x, _ in batches]
+    outputs = [f.reshape(len(f), -1).double() for f in outputs]
+
+    def agrees(candidate: SampleLoss, value: float, f: Tensor, y: Tensor) -> bool:
+        return abs(_mean_loss(candidate, f, y) - value) <= _LOSS_RTOL * abs(value) + 1e-12
+
+    if loss is None:
+        if losses is None:
+            raise ValueError(
+                "training_step could not be evaluated outside of training, so the loss could not be recognised; pass it: "
+                "SingularLimitMonitor(loss=...) with nn.MSELoss(), nn.CrossEntropyLoss(label_smoothing=...) or a function"
+            )
+        for candidate, y in _candidates(outputs[0], batches[0][1], losses[0]):
+            onehot = isinstance(candidate, MeanSquaredError) and not batches[0][1].is_floating_point()
+            y_rest = F.one_hot(batches[1][1].long(), outputs[1].shape[1]).to(outputs[1]) if onehot else batches[1][1]
+            if agrees(candidate, losses[0], outputs[0], y) and agrees(candidate, losses[1], outputs[1], y_rest):
+                if onehot:
+                    classes = outputs[0].shape[1]
+                    probe = replace(probe, targets=F.one_hot(probe.targets.long(), classes).to(outputs[0].dtype))
+                return ZeroLossProblem(
+                    module, candidate, probe.inputs, probe.targets, dtype=dtype, batch_size=batch_size
+                )
+        raise ValueError(f"the loss of training_step, {losses[0]:.6g} on {half} samples, was not recognised; {_ADVICE}")
+
+    chosen = resolve_loss(loss)
+    if isinstance(chosen, MeanSquaredError) and not probe.targets.is_floating_point() and probe.targets.ndim == 1:
+        classes = outputs[0].shape[1]
+        probe = replace(probe, targets=F.one_hot(probe.targets.long(), classes).to(outputs[0].dtype))
+    problem = ZeroLossProblem(module, chosen, probe.inputs, probe.targets, dtype=dtype, batch_size=batch_size)
+    if losses is not None:
+        f, y = outputs[1], problem.targets[rest].to(outputs[1])
+        value = chosen.value(f, y).mean().item()
+        infimum = chosen.infimum(y).mean().item()
+        shift = 0.0 if isinstance(chosen, CustomLoss) else infimum
+        if not abs(value + shift - losses[1]) <= _LOSS_RTOL * abs(losses[1]) + 1e-12:
+            raise ValueError(
+                f"the loss that was passed gives {value + shift:.6g} where training_step gives {losses[1]:.6g} on the "
+                f"same {len(f)} samples; {_ADVICE}"
+            )
+    return problem
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How the optimizer descends, or why the theory does not cover it."""
+
+    sgd: SGDSettings | None
+    weight_decay: float
+    not_covered: tuple[str, ...]
+
+
+def detect_descent(trainer: Trainer, module: LightningModule, batch_size: int | None) -> Descent:
+    """SGD settings from the one optimizer; anything else is named in `not_covered`.
+
+    Raises:
+        ValueError: several optimizers.
+    """
+    if len(trainer.optimizers) != 1:
+        raise ValueError(
+            f"expected one optimizer, got {len(trainer.optimizers)}: the weights' motion is then not one descent; "
+            "train the other networks in a run of their own"
+        )
+    optimizer = trainer.optimizers[0]
+    # Lightning may wrap it
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(optimizer, torch.optim.SGD):
+        name = type(optimizer).__name__
+        return Descent(None, 0.0, (f"{name} rescales or reshapes the gradient, the theory covers torch.optim.SGD",))
+    reasons = []
+    groups = optimizer.param_groups
+    keys = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
+    if any(group[key] != groups[0][key] for group in groups for key in keys):
+        reasons.append("parameter groups with different settings")
+    first = groups[0]
+    if first["maximize"]:
+        reasons.append("the optimizer maximizes")
+    if trainer.gradient_clip_val:
+        reasons.append("gradient clipping is on (gradient_clip_val)")
+    held = {id(p) for group in groups for p in group["params"]}
+    if held != {id(p) for p in module.parameters() if p.requires_grad}:
+        reasons.append("the optimizer does not hold exactly the module's trainable parameters")
+    if first["lr"] <= 0:
+        return Descent(None, 0.0, (*reasons, f"the learning rate is {first['lr']}"))
+    sgd = SGDSettings(
+        lr=float(first["lr"]),
+        momentum=float(first["momentum"]),
+        dampening=float(first["dampening"]),
+        nesterov=bool(first["nesterov"]),
+        batch_size=batch_size,
+    )
+    return Descent(sgd, float(first["weight_decay"]), tuple(reasons))
+
+
+def detect_noise(problem: ZeroLossProblem, weight_decay: float) -> tuple[NoiseSystem, tuple[str, ...]]:
+    """The noise of plain training: the module's dropout layers, or minibatches alone; weight decay beside it.
+
+    Also what else training mode does that the theory does not cover.
+    """
+    noise: NoiseSystem = Dropout() if problem.sites else Minibatch()
+    if weight_decay:
+        noise = noise + WeightDecay(weight_decay)
+    reasons = []
+    if problem.function.normalises_over_batch:
+        reasons.append("batch normalisation couples the samples of a batch in training mode (GroupNorm does not)")
+    elif problem.function.is_random(problem.inputs[:2], training=True):
+        reasons.append("training mode is random beyond the nn.Dropout layers (functional dropout, attention dropout)")
+    return noise, tuple(reasons)

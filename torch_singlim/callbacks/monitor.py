@@ -1,0 +1,337 @@
+"""The monitor: distance to the zero-loss set and drift along it during training, beside the theory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from torch_singlim.callbacks.detect import (
+    ProbeSet,
+    detect_descent,
+    detect_noise,
+    detect_problem,
+    read_probe_set,
+)
+from torch_singlim.loss import SampleLoss
+from torch_singlim.observe import (
+    Observation,
+    WindowObservation,
+    observation_scalars,
+    observe,
+    observe_window,
+    verdict,
+    window_scalars,
+)
+from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory import NoiseSystem, SGDSettings
+
+__all__ = ["SingularLimitMonitor", "probe_starts"]
+
+
+def probe_starts(window: int, every_n_steps: int | None, total: int | None) -> Iterator[int]:
+    """Optimizer steps at which windows begin: 0, then every n steps; or at window times powers of two.
+
+    Without `every_n_steps` the last window of a run of known length ends with it.
+
+    >>> list(probe_starts(100, None, 1000))
+    [0, 100, 200, 400, 900]
+    >>> list(probe_starts(100, 300, 1000))
+    [0, 300, 600, 900]
+    """
+    limit = math.inf if total is None else total - window
+    starts = [0]
+    step = every_n_steps or window
+    while step <= limit and len(starts) < 10_000:
+        starts.append(step)
+        step += every_n_steps or step
+    if every_n_steps is None and total is not None and limit > 0:
+        # a last doubling that would overlap the final window gives way to it
+        starts = [s for s in starts if s + window <= limit] + [int(limit)]
+    yield from starts
+
+
+class SingularLimitMonitor(Callback):
+    """Measure how far the weights are from the zero-loss set and how they drift along it, beside the theory.
+
+    Works with no arguments on a LightningModule whose forward maps inputs to outputs, whose batches are (inputs,
+    targets) and whose loss is mse or label-smoothed cross-entropy. At a probe the weights are copied; everything else
+    happens on the copy. Training with and without the monitor gives the same weights to the last bit.
+
+    A probe opens a window of optimizer steps; at its end the displacement of the weights is compared with descent on
+    the effective loss (the reference), with descent on the loss alone (the null control) and with the singular limit.
+    Scalars go to every logger of the trainer under ``singlim/``; records stay on `observations` and `windows`; a
+    verdict is written at the end, to the log, as `verdict`, and to TensorBoard as text. The loss gap alone, which is
+    cheap, is logged ten times per decade of steps (`loss_gaps`).
+
+    Args:
+        loss: what ``training_step`` computes, if it is not recognised: see `ZeroLossProblem`.
+        data: the probe set ``(inputs, targets)``; default: the first `num_samples` of the training set.
+        num_samples: most samples to probe. With fewer than the training set the distance is a lower bound and the
+            drift is not predicted.
+        noise: what is injected; default: the module's dropout layers and the optimizer's weight decay.
+        every_n_steps: a probe every so many optimizer steps; default: at `window` times powers of two, and so that a
+            last window ends with the run.
+        window: optimizer steps over which drift is measured; at most `every_n_steps`.
+        replicas: independent copies of each window to run for the noise ceiling; 0: none. Costs as many windows of
+            training again.
+        num_draws: random directions for the limit's potential; at least the noise components of one sample: exact.
+        separation: a normal mode counts as settled once lr * eigenvalue * steps reaches this.
+        dtype: of the probe; float64 resolves small eigenvalues.
+        batch_size: samples the probe evaluates at once; default: all.
+        seed: of the probe's own generator.
+
+    Raises:
+        ValueError: at the start of training, where the set-up cannot be probed: what came, what was expected, what to
+            write instead.
+
+    >>> SingularLimitMonitor(window=500).window
+    500
+    """
+
+    def __init__(
+        self,
+        *,
+        loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor], Tensor] | None = None,
+        data: tuple[Tensor, Tensor] | None = None,
+        num_samples: int = 1000,
+        noise: NoiseSystem | None = None,
+        every_n_steps: int | None = None,
+        window: int = 500,
+        replicas: int = 0,
+        num_draws: int = 32,
+        separation: float = 1.0,
+        dtype: torch.dtype = torch.float64,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("window", window), ("num_samples", num_samples), ("every_n_steps", every_n_steps or 1)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if every_n_steps is not None and every_n_steps < window:
+            raise ValueError(
+                f"windows may not overlap: got window={window} > every_n_steps={every_n_steps}; make the window shorter"
+            )
+        self.loss, self.data, self.num_samples, self.noise = loss, data, num_samples, noise
+        self.every_n_steps, self.window, self.replicas = every_n_steps, window, replicas
+        self.num_draws, self.separation, self.dtype, self.batch_size = num_draws, separation, dtype, batch_size
+        self.seed = seed
+        self.observations: list[Observation] = []
+        self.windows: list[WindowObservation] = []
+        self.loss_gaps: dict[int, float] = {}
+        self.not_covered: tuple[str, ...] = ()
+        self.verdict = ""
+
+    # --- set-up ----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the problem, the descent and the noise; probe the first weights."""
+        self.observations, self.windows, self.loss_gaps, self.verdict = [], [], {}, ""
+        self._began = time.perf_counter()
+        self._probing = 0.0
+        self._warned = False
+        self._slow_time = self._step_lengths = 0.0
+        self._open: tuple[Observation, Tensor | None, float] | None = None  # start, momentum, sum of lr so far
+        with self._aside():
+            self._generator = torch.Generator().manual_seed(self.seed)
+            probe = (
+                ProbeSet(*self.data, len(self.data[0])) if self.data else read_probe_set(trainer, self.num_samples)
+            )
+            self._problem = detect_problem(
+                pl_module, probe, loss=self.loss, dtype=self.dtype, batch_size=self.batch_size
+            )
+            self._set_descent(trainer, pl_module, probe)
+            total = trainer.estimated_stepping_batches
+            self._total = int(total) if math.isfinite(total) else None
+            self._starts = set(probe_starts(self.window, self.every_n_steps, self._total))
+            self._loss_gap_steps = {round(10 ** (k / 10)) for k in range(80)}
+        self._describe(probe)
+        self._probe(trainer, pl_module)
+
+    def _set_descent(self, trainer: Trainer, module: LightningModule, probe: ProbeSet) -> None:
+        loader = trainer.train_dataloader
+        loader_batch = getattr(loader, "batch_size", None)
+        batch = loader_batch * trainer.accumulate_grad_batches * trainer.world_size if loader_batch else None
+        descent = detect_descent(trainer, module, batch)
+        noise, reasons = detect_noise(self._problem, descent.weight_decay)
+        self._noise = self.noise if self.noise is not None else noise
+        self._noise.check(self._problem)
+        self._sgd = descent.sgd
+        if probe.is_subset:
+            reasons += (
+                f"the probe set has {len(probe.inputs)} of {probe.train_size} training samples: the distance is a lower "
+                "bound; for the drift pass num_samples",
+            )
+        self.not_covered = (*descent.not_covered, *reasons)
+
+    def _describe(self, probe: ProbeSet) -> None:
+        p, s = self._problem, self._sgd
+        settings = "" if s is None else f", lr {s.lr:g}, momentum {s.momentum:g}, batch {s.batch(p.num_samples)}"
+        rank_zero_info(
+            f"torch_singlim: {p.num_weights} weights, {p.num_samples} samples, {p.num_residuals} residuals, "
+            f"{type(p.sample_loss).__name__}, noise {self._noise}{settings}"
+        )
+        for reason in self.not_covered:
+            rank_zero_warn(f"torch_singlim: drift not predicted: {reason}. Geometry is still measured.")
+
+    # --- the clock and the schedule --------------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Advance the clock by the learning rate that this step uses."""
+        if self._sgd is None:
+            return
+        lr = float(optimizer.param_groups[0]["lr"])
+        self._step_lengths += lr
+        order = self._noise.order
+        if order is not None and lr > 0:
+            effective = lr * self._sgd.effective_lr / self._sgd.lr
+            self._slow_time += effective**order * self._noise.variance(self._problem)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Close a window, open the next, log; between probes nothing but a comparison of two integers."""
+        step = trainer.global_step
+        ends = self._open is not None and step == self._open[0].step + self.window
+        if (step in self._starts or ends) and not self._seen(step):
+            self._probe(trainer, pl_module)
+        elif step in self._loss_gap_steps and step != self._last_logged:
+            with self._aside():
+                self._log(trainer, {"singlim/loss_gap": self._problem.loss(self._problem.weights()).item()})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probe the last weights and write the verdict."""
+        if not self._seen(trainer.global_step):
+            self._probe(trainer, pl_module)
+        with self._aside():
+            self.verdict = verdict(self.observations, self.windows, not_covered=self.not_covered)
+            rank_zero_info("torch_singlim verdict\n\n" + self.verdict + "\n")
+            for logger in trainer.loggers:
+                add_text = getattr(logger.experiment, "add_text", None)
+                if add_text is not None:
+                    add_text("singlim/verdict", self.verdict, trainer.global_step)
+
+    def _seen(self, step: int) -> bool:
+        return bool(self.observations) and self.observations[-1].step == step
+
+    # --- one probe -------------------------------------------------------------------------------------------------
+
+    def _probe(self, trainer: Trainer, module: LightningModule) -> None:
+        """Observe the weights; where a window ends here, compare it; where one begins, open it."""
+        try:
+            with self._aside():
+                self._observe(trainer)
+        except Exception as error:  # a probe may not end the training: it says what happened, once, and goes on
+            self._open = None
+            if not self._warned:
+                rank_zero_warn(
+                    f"torch_singlim: the probe at step {trainer.global_step} failed and was left out, training goes on: "
+                    f"{type(error).__name__}: {error}"
+                )
+            self._warned = True
+
+    def _observe(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        problem = self._problem
+        rank_zero_info(f"torch_singlim step {step}: probing ...")
+        problem.function.refresh_constants()
+        w = problem.weights()
+        covered = not self.not_covered
+        observation = observe(
+            problem,
+            w,
+            step=step,
+            slow_time=self._slow_time,
+            noise=self._noise if covered else None,
+            sgd=self._current_sgd(trainer),
+            num_draws=self.num_draws,
+            separation=self.separation,
+            generator=self._generator,
+        )
+        scalars = observation_scalars(observation)
+        line = f"step {step}: loss gap {observation.loss_gap:.2e}, distance {observation.foot.distance:.3g}"
+        if self._open is not None and step - self._open[0].step == self.window and self._sgd is not None:
+            start, velocity, length = self._open
+            mean_lr = (self._step_lengths - length) / self.window
+            window = observe_window(
+                problem,
+                start,
+                w,
+                stop=step,
+                noise=self._noise,
+                sgd=_with_lr(self._sgd, mean_lr),
+                replicas=self.replicas,
+                velocity=velocity,
+                generator=self._generator,
+            )
+            self.windows.append(window)
+            scalars |= window_scalars(window)
+            line += (
+                f", drift over {self.window} steps: cosine {window.drift.cosine:.3f}"
+                + (f" (ceiling {window.ceiling:.3f})" if math.isfinite(window.ceiling) else "")
+                + f", speed ratio {window.drift.speed_ratio:.3f}, null {window.null.cosine:.3f}"
+            )
+        self._open = None
+        if covered and step in self._starts:
+            self._open = (observation, self._velocity(trainer), self._step_lengths)
+        self.observations.append(observation)
+        elapsed = time.perf_counter() - self._began
+        scalars["singlim/cost/overhead"] = (self._probing + time.perf_counter() - self._entered) / elapsed
+        self._log(trainer, scalars)
+        rank_zero_info("torch_singlim " + line)
+
+    def _current_sgd(self, trainer: Trainer) -> SGDSettings | None:
+        """The settings at the present learning rate: where the schedule has it, what the last step has used."""
+        if self._sgd is None:
+            return None
+        lr = float(trainer.optimizers[0].param_groups[0]["lr"])
+        return _with_lr(self._sgd, lr) if lr > 0 else None
+
+    def _velocity(self, trainer: Trainer) -> Tensor | None:
+        """The optimizer's momentum buffers ``[P]``, where they exist."""
+        state = trainer.optimizers[0].state
+        parameters = dict(self._problem.function.module.named_parameters())
+        buffers = [state[parameters[name]].get("momentum_buffer") for name in self._problem.function.names]
+        if any(b is None for b in buffers):
+            return None
+        return self._problem.function.flatten(buffers)
+
+    def _log(self, trainer: Trainer, scalars: dict[str, float]) -> None:
+        self._last_logged = trainer.global_step
+        if "singlim/loss_gap" in scalars:
+            self.loss_gaps[trainer.global_step] = scalars["singlim/loss_gap"]
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in scalars.items()})
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Work beside the training: the global random state is put back, the time is booked, autocast is off."""
+        self._entered = time.perf_counter()
+        with isolate_rng(), torch.enable_grad(), torch.autocast(self._device_type, enabled=False):
+            error: Exception | None = None
+            try:
+                yield
+            except Exception as caught:  # isolate_rng restores nothing when an exception passes through it
+                error = caught
+        self._probing += time.perf_counter() - self._entered
+        if error is not None:
+            raise error
+
+    @property
+    def _device_type(self) -> str:
+        return self._problem.device.type if hasattr(self, "_problem") else "cpu"
+
+
+def _with_lr(sgd: SGDSettings, lr: float) -> SGDSettings:
+    return SGDSettings(
+        lr=lr, momentum=sgd.momentum, dampening=sgd.dampening, nesterov=sgd.nesterov, batch_size=sgd.batch_size
+    )

@@ -1,0 +1,336 @@
+"""From weights at two probes to what was measured, what was predicted, and how well they agree."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torch_singlim.geometry import FootPoint, TangentSpace, nearest_point, separation_level
+from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory import (
+    LimitPrediction,
+    Minibatch,
+    NoiseSystem,
+    SGDSettings,
+    WindowPrediction,
+    effective_flow,
+    simulate,
+    singular_limit,
+)
+
+__all__ = [
+    "Agreement",
+    "Observation",
+    "WindowObservation",
+    "compare",
+    "noise_ceiling",
+    "observation_scalars",
+    "observe",
+    "observe_window",
+    "verdict",
+    "window_scalars",
+]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a predicted displacement q agrees with a measured one m; nan where one of them is zero.
+
+    Args:
+        cosine: <m, q> / (|m| |q|).
+        speed_ratio: <m, q> / <q, q>; 1: as fast as predicted.
+        residual_ratio: |m - q| / |m|, the share of the motion that is not explained.
+        measured: |m|, in units of the weights' norm.
+        predicted: |q|.
+    """
+
+    cosine: float
+    speed_ratio: float
+    residual_ratio: float
+    measured: float
+    predicted: float
+
+
+def compare(measured: Tensor, predicted: Tensor) -> Agreement:
+    """Cosine, speed ratio and unexplained share of two displacements ``[P]``.
+
+    >>> compare(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0]))
+    Agreement(cosine=1.0, speed_ratio=2.0, residual_ratio=0.5, measured=2.0, predicted=1.0)
+    """
+    if measured.shape != predicted.shape:
+        raise ValueError(f"displacements of different weights: {tuple(measured.shape)} and {tuple(predicted.shape)}")
+    m, q = torch.linalg.vector_norm(measured).item(), torch.linalg.vector_norm(predicted).item()
+    inner = torch.dot(measured, predicted).item()
+    gap = torch.linalg.vector_norm(measured - predicted).item()
+    return Agreement(
+        cosine=inner / (m * q) if m * q > 0 else math.nan,
+        speed_ratio=inner / q**2 if q > 0 else math.nan,
+        residual_ratio=gap / m if m > 0 else math.nan,
+        measured=m,
+        predicted=q,
+    )
+
+
+def noise_ceiling(runs: Sequence[Tensor]) -> float:
+    """The best cosine that any deterministic prediction can have with one run: sqrt(mean cosine between runs).
+
+    A run is mean + fluctuation; the mean itself has that cosine with it. Runs ``[P]`` are independent, from the same
+    weights over the same window; nan for fewer than two.
+
+    >>> noise_ceiling([torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0])])
+    0.0
+    """
+    cosines = [compare(a, b).cosine for a, b in itertools.combinations(runs, 2)]
+    return math.sqrt(max(sum(cosines) / len(cosines), 0.0)) if cosines else math.nan
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The weights at one probe, seen from Gamma.
+
+    Args:
+        step: optimizer steps so far.
+        slow_time: sum of alpha^order sigma^2 over them.
+        weights: ``[P]``.
+        loss_gap: L(w).
+        foot: the nearest point of Gamma.
+        tangent: the tangent space there.
+        separated: measured distance along the separated modes alone (None without a covered step size).
+        expected: the same by the theory, root mean square (None without a prediction).
+        num_separated: how many modes that is.
+        limit: the singular limit's prediction at the foot point (None where the theory does not cover the training).
+    """
+
+    step: int
+    slow_time: float
+    weights: Tensor = field(repr=False)
+    loss_gap: float
+    foot: FootPoint = field(repr=False)
+    tangent: TangentSpace = field(repr=False)
+    separated: float | None
+    expected: float | None
+    num_separated: int | None
+    limit: LimitPrediction | None = field(repr=False)
+
+
+def observe(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    *,
+    step: int,
+    slow_time: float = 0.0,
+    noise: NoiseSystem | None = None,
+    sgd: SGDSettings | None = None,
+    num_draws: int = 32,
+    separation: float = 1.0,
+    rtol: float = 2e-2,
+    max_steps: int = 12,
+    max_dense: int = 4096,
+    generator: torch.Generator | None = None,
+) -> Observation:
+    """Distance, tangent space and the limit's prediction at weights w ``[P]``.
+
+    Args:
+        problem: loss and probe set.
+        w: weights.
+        step: optimizer steps so far: what had the time to settle.
+        slow_time: the clock, passed through.
+        noise: the system; None where the theory does not cover the training (geometry only).
+        sgd: the descent's settings; None likewise.
+        num_draws: for the trace in V, see `singular_limit`.
+        separation: a mode counts as separated at alpha lambda step >= this.
+        rtol: of the nearest point; the distance, stationary there, is then right to about rtol^2.
+        max_steps: most linearisations for the nearest point; early in training it is far and may not be found.
+        max_dense: up to this many residuals the geometry is exact; above, the linearised distance and Lanczos.
+        generator: of random directions.
+    """
+    exact = problem.num_residuals <= max_dense
+    foot = nearest_point(
+        problem, w, rtol=rtol, max_steps=max_steps if exact else 1, max_dense=max_dense, krylov_steps=100
+    )
+    hessian = problem.gauss_newton(foot.point, max_dense=max_dense, rtol=1e-3, max_steps=100)
+    tangent = TangentSpace(hessian)
+    separated = expected = count = limit = None
+    if sgd is not None:
+        alpha = sgd.effective_lr
+        level = separation_level(alpha, step, separation)
+        part = tangent.separated(w - foot.point, lr=alpha, steps=step, threshold=separation)
+        separated = torch.linalg.vector_norm(part).item()
+        count = tangent.num_separated(lr=alpha, steps=step, threshold=separation)
+        if noise is not None:
+            limit = singular_limit(
+                problem, foot.point, noise, sgd, num_draws=num_draws, hessian=hessian, generator=generator
+            )
+            expected = limit.distance_on(hessian, sgd, num_samples=problem.num_samples, smallest=level).rms
+    return Observation(
+        step, slow_time, w, problem.loss(w).item(), foot, tangent, separated, expected, count, limit
+    )
+
+
+@dataclass(frozen=True)
+class WindowObservation:
+    """The motion of the weights over one window, measured and predicted.
+
+    Args:
+        start: optimizer steps at its beginning.
+        stop: at its end.
+        displacement: measured, w(stop) - w(start) ``[P]``.
+        flow: K steps of descent on the effective loss, the reference.
+        drift: measured against it.
+        null: measured against descent on L alone, the control that must be lower.
+        limit: the tangential part of the measured motion against the singular limit's (None where nothing moves).
+        ceiling: the best cosine that any deterministic prediction can have (nan without replicas).
+    """
+
+    start: int
+    stop: int
+    displacement: Tensor = field(repr=False)
+    flow: WindowPrediction = field(repr=False)
+    drift: Agreement
+    null: Agreement
+    limit: Agreement | None
+    ceiling: float
+    products: int
+
+
+def observe_window(
+    problem: ZeroLossProblem,
+    start: Observation,
+    w: Tensor,
+    *,
+    stop: int,
+    noise: NoiseSystem,
+    sgd: SGDSettings,
+    replicas: int = 0,
+    velocity: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> WindowObservation:
+    """Compare where the weights went from `start` with where the effective flow, L alone and the limit would go.
+
+    Args:
+        problem: loss and probe set, all the samples that training uses.
+        start: the probe at the beginning of the window.
+        w: weights at its end ``[P]``.
+        stop: optimizer steps there.
+        noise: the system.
+        sgd: settings over the window (lr: its mean, under a schedule).
+        replicas: independent runs of the window for the ceiling; 0: none.
+        velocity: the optimizer's momentum at the start ``[P]``.
+        generator: of noise and batches.
+    """
+    steps = stop - start.step
+    measured = w - start.weights
+    flow = effective_flow(problem, start.weights, noise, sgd, steps=steps, velocity=velocity, generator=generator)
+    null = effective_flow(problem, start.weights, Minibatch(), sgd, steps=steps, velocity=velocity)
+    runs = [measured]
+    if replicas:
+        ensemble = simulate(
+            problem, start.weights, noise, sgd, steps=steps, replicas=replicas, velocity=velocity, generator=generator
+        )
+        runs.extend(ensemble.displacements)
+    limit = None
+    if start.limit is not None and start.limit.order is not None:
+        limit = compare(start.tangent.project(measured), steps * start.limit.drift)
+    return WindowObservation(
+        start=start.step,
+        stop=stop,
+        displacement=measured,
+        flow=flow,
+        drift=compare(measured, flow.displacement),
+        null=compare(measured, null.displacement),
+        limit=limit,
+        ceiling=noise_ceiling(runs),
+        products=flow.products + null.products,
+    )
+
+
+def observation_scalars(o: Observation) -> dict[str, float]:
+    """What is logged of a probe: tag -> value; units in the README's table."""
+    scalars = {
+        "singlim/loss_gap": o.loss_gap,
+        "singlim/distance/measured": o.foot.distance,
+        "singlim/distance/linearised": o.foot.linearised_distance,
+        "singlim/quality/residual": o.foot.residual,
+        "singlim/quality/converged": float(o.foot.converged),
+    }
+    if o.separated is not None and o.num_separated is not None:
+        scalars["singlim/distance/separated"] = o.separated
+        scalars["singlim/separation"] = o.num_separated / max(o.tangent.rank, 1)
+    if o.expected is not None and math.isfinite(o.expected) and o.num_separated:
+        scalars["singlim/distance/predicted"] = o.expected
+    if o.limit is not None and o.limit.order is not None:
+        scalars |= {
+            "singlim/potential": o.limit.potential.mean,
+            "singlim/potential_stderr": o.limit.potential.stderr,
+            "singlim/clock/slow_time": o.slow_time,
+            "singlim/clock/time_scale": o.limit.time_scale,
+        }
+    return scalars
+
+
+def window_scalars(window: WindowObservation) -> dict[str, float]:
+    """What is logged of a window: tag -> value; units in the README's table."""
+    scalars = {
+        "singlim/drift/measured": window.drift.measured,
+        "singlim/drift/null_cosine": window.null.cosine,
+        "singlim/cost/products": float(window.products),
+    }
+    if window.flow.status == "ok":
+        scalars |= {
+            "singlim/drift/cosine": window.drift.cosine,
+            "singlim/drift/speed_ratio": window.drift.speed_ratio,
+            "singlim/drift/residual_ratio": window.drift.residual_ratio,
+            "singlim/drift/predicted": window.drift.predicted,
+            "singlim/quality/stderr": window.flow.stderr,
+        }
+    if not math.isnan(window.ceiling):
+        scalars["singlim/drift/ceiling"] = window.ceiling
+    if window.limit is not None:
+        scalars |= {
+            "singlim/limit/cosine": window.limit.cosine,
+            "singlim/limit/speed_ratio": window.limit.speed_ratio,
+            "singlim/limit/measured": window.limit.measured,
+            "singlim/limit/predicted": window.limit.predicted,
+        }
+    return {tag: value for tag, value in scalars.items() if math.isfinite(value)}
+
+
+def _cell(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+
+
+def verdict(
+    observations: Sequence[Observation], windows: Sequence[WindowObservation], *, not_covered: Sequence[str] = ()
+) -> str:
+    """A short markdown table: each probe's distance, each window's drift against theory, and what is not covered."""
+    lines = [
+        "| step | loss gap | distance | settled part | expected | separated modes |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {o.step} | {o.loss_gap:.2e} | {_cell(o.foot.distance)}{'' if o.foot.converged else ' *'} | "
+        f"{_cell(o.separated if o.num_separated else None)} | {_cell(o.expected if o.num_separated else None)} | "
+        f"{'-' if o.num_separated is None else f'{o.num_separated} of {o.tangent.rank}'} |"
+        for o in observations
+    ]
+    if any(not o.foot.converged for o in observations):
+        lines.append("\n\\* the nearest point was not found to tolerance: an upper bound")
+    if windows:
+        lines += [
+            "",
+            "| window | cosine | ceiling | speed ratio | null cosine | limit cosine | limit speed |",
+            "|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {v.start}-{v.stop} | {_cell(v.drift.cosine)} | {_cell(v.ceiling)} | {_cell(v.drift.speed_ratio)} | "
+            f"{_cell(v.null.cosine)} | {_cell(v.limit.cosine if v.limit else None)} | "
+            f"{_cell(v.limit.speed_ratio if v.limit else None)} |"
+            for v in windows
+        ]
+    lines += [f"\nDrift not predicted: {reason}." for reason in not_covered]
+    return "\n".join(lines)

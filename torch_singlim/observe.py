@@ -127,7 +127,7 @@ def observe(
     noise: NoiseSystem | None = None,
     sgd: SGDSettings | None = None,
     num_draws: int = 32,
-    separation: float = 1.0,
+    separation: float = 3.0,
     rtol: float = 2e-2,
     max_steps: int = 12,
     max_dense: int = 4096,

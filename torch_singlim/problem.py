@@ -17,6 +17,11 @@ from torch_singlim.loss import SampleLoss, resolve_loss
 
 __all__ = ["Linearization", "ZeroLossProblem"]
 
+with warnings.catch_warnings():
+    # torch loads its forward-mode rules on first use, and some versions warn there about torch itself
+    warnings.simplefilter("ignore")
+    jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
+
 # Jacobian rows held at once while a Gram matrix is formed
 _ROW_BYTES = 2**30
 

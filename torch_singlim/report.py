@@ -80,10 +80,10 @@ def _agreement(axes: Axes, windows: Sequence[WindowObservation]) -> None:
             label = "noise ceiling" if i == 0 else None
             axes.hlines(window.ceiling, i - 0.3, i + 0.3, color=_CEILING, lw=1, label=label)
     axes.set_xticks(places, [f"{w.start}-{w.stop}" for w in windows])
-    axes.set(ylim=(None, 1.05), xlabel="window, optimizer steps", ylabel="cosine with the measured drift")
+    axes.set(ylim=(-0.05, 1.05), xlabel="window, optimizer steps", ylabel="cosine with the measured drift")
     axes.set_title("Which prediction points where training went")
     if windows:
-        axes.legend(frameon=False, loc="lower left")
+        axes.legend(frameon=False, loc="lower left", fontsize="small", ncols=2)
 
 
 def _parity(axes: Axes, windows: Sequence[WindowObservation]) -> None:

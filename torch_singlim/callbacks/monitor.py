@@ -84,7 +84,8 @@ class SingularLimitMonitor(Callback):
         replicas: independent copies of each window to run for the noise ceiling; 0: none. Costs as many windows of
             training again.
         num_draws: random directions for the limit's potential; at least the noise components of one sample: exact.
-        separation: a normal mode counts as settled once lr * eigenvalue * steps reaches this.
+        separation: a normal mode counts as settled once lr * eigenvalue * steps reaches this: its first deviation has
+            then decayed to exp(-separation).
         dtype: of the probe; float64 resolves small eigenvalues.
         batch_size: samples the probe evaluates at once; default: all.
         seed: of the probe's own generator.
@@ -108,7 +109,7 @@ class SingularLimitMonitor(Callback):
         window: int = 500,
         replicas: int = 0,
         num_draws: int = 32,
-        separation: float = 1.0,
+        separation: float = 3.0,
         dtype: torch.dtype = torch.float64,
         batch_size: int | None = None,
         seed: int = 0,

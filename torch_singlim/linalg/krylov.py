@@ -103,7 +103,7 @@ def krylov_solve(
     >>> K = torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))
     >>> s = krylov_solve(lambda v: K @ v, torch.tensor([4.0, 1.0, 0.0]).double(), rtol=1e-10, max_steps=9, cutoff=1e-12)
     >>> s.x, s.status
-    (tensor([1.0000, 1.0000, 0.0000], dtype=torch.float64), 'converged')
+    (tensor([1., 1., 0.], dtype=torch.float64), 'converged')
     """
     norm = torch.linalg.vector_norm(rhs).item()
     if norm == 0.0:

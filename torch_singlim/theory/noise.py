@@ -172,6 +172,11 @@ class Sum(NoiseSystem):
 
     systems: tuple[NoiseSystem, ...]
 
+    def __post_init__(self) -> None:
+        kinds = [type(system).__name__ for system in self.systems]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"a sum takes systems of different kinds, one each, got {' + '.join(kinds)}")
+
     @property
     def order(self) -> int | None:
         return min((s.order for s in self.systems if s.order is not None), default=None)

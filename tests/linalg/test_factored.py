@@ -1,0 +1,86 @@
+"""H = B^T B through its Gram matrix, dense and Krylov, against dense linear algebra on H."""
+
+import pytest
+import torch
+
+from torch_singlim.linalg import DenseFactored, KrylovFactored, LinearOperator, gram_cutoff, minimum_norm
+
+DTYPE = torch.float64
+
+
+def matrix(kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    B = torch.randn(8, 20, generator=generator, dtype=DTYPE)
+    if kind == "rank_deficient":
+        B[7] = B[0] - 2 * B[1]
+        B[6] = 0
+    if kind == "zero":
+        B = torch.zeros_like(B)
+    return B
+
+
+def factored(B: torch.Tensor, way: str):
+    operator = LinearOperator.from_matrix(B)
+    if way == "dense":
+        return DenseFactored.from_gram(operator, B @ B.T)
+    return KrylovFactored(operator, like=B[0], rtol=1e-12, max_steps=50, cutoff=gram_cutoff(len(B), DTYPE))
+
+
+GRID = [(k, w) for k in ("full", "rank_deficient", "zero") for w in ("dense", "krylov")]
+
+
+@pytest.mark.parametrize(("kind", "way"), GRID)
+def test_projection_is_idempotent_symmetric_and_kills_the_rows(kind, way):
+    B = matrix(kind)
+    H = factored(B, way)
+    P = torch.stack([H.project_kernel(e) for e in torch.eye(20, dtype=DTYPE)], 1)
+    torch.testing.assert_close(P @ P, P, atol=1e-11, rtol=0)
+    torch.testing.assert_close(P, P.T, atol=1e-11, rtol=0)
+    torch.testing.assert_close(P @ B.T, torch.zeros(20, 8, dtype=DTYPE), atol=1e-10, rtol=0)
+    assert H.rank == torch.linalg.matrix_rank(B)
+    assert P.trace().item() == pytest.approx(20 - H.rank, abs=1e-9)
+    assert not H.project_kernel(torch.zeros(20, dtype=DTYPE)).any()
+    assert H.exact
+
+
+@pytest.mark.parametrize(("kind", "way"), GRID)
+def test_spectrum_and_functions(kind, way):
+    B = matrix(kind)
+    H = factored(B, way)
+    values, vectors = torch.linalg.eigh(B.T @ B)
+    kept = values > 1e-10
+    torch.testing.assert_close(H.spectrum(), values[kept].flip(0), rtol=1e-9, atol=0)
+    v = torch.randn(20, generator=torch.Generator().manual_seed(6), dtype=DTYPE)
+    truth = vectors[:, kept] @ (values[kept].sqrt() * (vectors[:, kept].T @ v))
+    torch.testing.assert_close(H.normal_function(torch.sqrt, v), truth, rtol=0, atol=1e-9)
+    u = B @ v
+    torch.testing.assert_close(H.pseudo_inverse(u), torch.linalg.pinv(B) @ u, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["full", "rank_deficient"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_minimum_norm_is_the_pseudo_inverse(kind, dense):
+    B = matrix(kind)
+    operator = LinearOperator.from_matrix(B)
+    gram = B @ B.T if dense else None
+    u = B @ torch.randn(20, generator=torch.Generator().manual_seed(7), dtype=DTYPE)
+    solution = minimum_norm(operator, gram, u, rtol=1e-9, max_steps=100)
+    assert solution.status == "converged"
+    torch.testing.assert_close(solution.x, torch.linalg.pinv(B) @ u, rtol=0, atol=1e-8)
+    nothing = minimum_norm(operator, gram, torch.zeros(8, dtype=DTYPE), rtol=1e-9, max_steps=100)
+    assert not nothing.x.any()
+
+
+def test_inconsistent_right_hand_side_is_said():
+    B = matrix("rank_deficient")
+    operator = LinearOperator.from_matrix(B)
+    u = torch.ones(8, dtype=DTYPE)
+    for gram in (B @ B.T, None):
+        solution = minimum_norm(operator, gram, u, rtol=1e-9, max_steps=100)
+        assert solution.status == "inconsistent"
+        torch.testing.assert_close(solution.x, torch.linalg.pinv(B) @ u, rtol=0, atol=1e-8)
+
+
+def test_rows_of_an_operator_are_its_matrix():
+    B = matrix("full")
+    torch.testing.assert_close(LinearOperator.from_matrix(B).rows(B), B)

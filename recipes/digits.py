@@ -49,10 +49,10 @@ class DigitsMLP(L.LightningModule):
 
 def digits(samples: int) -> TensorDataset:
     """The first digits of scikit-learn's set of 1,797, standardised over all pixels."""
-    data = load_digits()
-    images = torch.tensor(data.data[:samples], dtype=torch.float32)
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels[:samples], dtype=torch.float32)
     images = (images - images.mean()) / images.std()
-    return TensorDataset(images, torch.tensor(data.target[:samples]))
+    return TensorDataset(images, torch.tensor(labels[:samples]))
 
 
 def main(

@@ -76,7 +76,9 @@ class Dense:
         """[N, C, P] by torch.autograd, one output after another."""
         w = w.clone().requires_grad_()
         f = self.outputs(w)
-        rows = [torch.autograd.grad(f[i, c], w, retain_graph=True)[0] for i, c in itertools.product(*map(range, f.shape))]
+        rows = [
+            torch.autograd.grad(f[i, c], w, retain_graph=True)[0] for i, c in itertools.product(*map(range, f.shape))
+        ]
         return torch.stack(rows).view(*f.shape, -1)
 
     def curvature(self, w: Tensor) -> Tensor:

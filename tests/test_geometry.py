@@ -71,7 +71,9 @@ def test_nearest_point_against_penalty_descent():
     w = displaced(point, 0.05)
     v = w.clone().requires_grad_()
     for mu in (1e2, 1e4, 1e6, 1e8):
-        optimiser = torch.optim.LBFGS([v], lr=1, max_iter=3000, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe")
+        optimiser = torch.optim.LBFGS(
+            [v], lr=1, max_iter=3000, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
+        )
 
         def closure(optimiser=optimiser, mu=mu):
             optimiser.zero_grad()

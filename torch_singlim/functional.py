@@ -116,7 +116,9 @@ class FunctionalModule:
             # results kept as attributes may hang on a graph, which deepcopy refuses
             shared |= {id(v): v for v in vars(part).values() if isinstance(v, Tensor) and v.grad_fn is not None}
         # Lightning's modules drop their trainer when copied
-        holder = nn.ModuleDict({"root": copy.deepcopy(self.module, shared)})  # a parent for a module that is itself a dropout
+        holder = nn.ModuleDict(
+            {"root": copy.deepcopy(self.module, shared)}
+        )  # a parent for a module that is itself a dropout
         for parent_name, parent in list(holder.named_modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, _NOT_MULTIPLICATIVE):
@@ -155,7 +157,7 @@ class FunctionalModule:
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     def __call__(self, w: Tensor, x: Tensor, eta: Tensor | None = None) -> Tensor:
-        """Outputs ``[n, C]`` (trailing dimensions flattened) at weights w ``[P]``, inputs x and noise eta ``[n, D]``."""
+        """Outputs ``[n, C]`` at weights w ``[P]``, inputs x, noise eta ``[n, D]``; trailing dimensions flattened."""
         if eta is not None:
             self._tape.noise = list(eta.split([s.dimension for s in self._noise_sites], dim=1))
         try:
@@ -194,6 +196,14 @@ class FunctionalModule:
             self._copy.eval()
             self.refresh_constants()
         return not torch.equal(first.nan_to_num(), second.nan_to_num())
+
+    def check_deterministic(self, x: Tensor) -> None:
+        """Raise ValueError if two evaluation-mode passes on x differ."""
+        if self.is_random(x):
+            raise ValueError(
+                "the module is random in evaluation mode: two forward passes on the same inputs differ; make forward "
+                "deterministic under module.eval() (nn.Dropout rather than F.dropout without training=self.training)"
+            )
 
     @property
     def normalises_over_batch(self) -> bool:

@@ -148,8 +148,10 @@ def nearest_point(
         v, residual = trial, trial_residual
         distance = torch.linalg.vector_norm(v - w).item()
         scale = torch.linalg.vector_norm(v).item()
-        converged = share == 1.0 and moved <= max(rtol * distance, rounding * scale) and residual <= max(
-            rtol * initial, rounding * scale
+        converged = (
+            share == 1.0
+            and moved <= max(rtol * distance, rounding * scale)
+            and residual <= max(rtol * initial, rounding * scale)
         )
         if not converged and steps < max_steps:
             at = problem.linearize(v)

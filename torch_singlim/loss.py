@@ -77,14 +77,15 @@ class MeanSquaredError:
     def whiten(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
         return (2 / f.shape[1]) ** 0.5 * v
 
-    unwhiten = whiten  # R is symmetric
+    def unwhiten(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        return self.whiten(f, y, u)  # R is symmetric
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         return self.whiten(f, y, f - y)
 
 
 def _reflect(s: Tensor, x: Tensor) -> Tensor:
-    """Householder reflection along s + sign(s_C) e_C, which sends the unit vector s to a multiple of e_C.  ``[n, C]``."""
+    """Householder reflection along s + sign(s_C) e_C: sends the unit vector s to a multiple of e_C  ``[n, C]``."""
     h = s.clone()
     h[:, -1] += torch.where(s[:, -1] < 0, -1.0, 1.0)  # the sign that does not cancel (Golub & Van Loan, 5.1.3)
     return x - h * (2 * (h * x).sum(1, keepdim=True) / h.square().sum(1, keepdim=True))
@@ -116,7 +117,7 @@ class SoftCrossEntropy:
         else:
             if targets.ndim != 1:
                 raise ValueError(f"class labels must have shape [n], got {tuple(targets.shape)}")
-            if targets.numel() and not (0 <= int(targets.min()) and int(targets.max()) < classes):
+            if targets.numel() and not (int(targets.min()) >= 0 and int(targets.max()) < classes):
                 raise ValueError(
                     f"class labels must lie in 0..{classes - 1} (the network has {classes} outputs), "
                     f"got {int(targets.min())}..{int(targets.max())}"
@@ -162,7 +163,20 @@ class CustomLoss:
     function: Callable[[Tensor, Tensor], Tensor]
 
     def prepare(self, targets: Tensor, outputs: Tensor) -> Tensor:
-        return targets.to(outputs) if targets.is_floating_point() else targets.to(outputs.device)
+        y = targets.to(outputs) if targets.is_floating_point() else targets.to(outputs.device)
+        try:
+            values = self.value(outputs, y[: len(outputs)])
+        except RuntimeError as error:
+            raise ValueError(
+                "the loss function must take one sample's outputs [C] and target and run under torch.func.vmap "
+                "(no .item(), no indexing by the target: compare with torch.arange, or pass one-hot targets)"
+            ) from error
+        if values.shape != outputs.shape[:1] or bool((values < 0).any()):
+            raise ValueError(
+                "the loss function must return one non-negative number per sample, its infimum 0, "
+                f"got shape {tuple(values.shape[1:])} per sample, smallest value {values.min().item():.3g}"
+            )
+        return y
 
     def num_rows(self, num_outputs: int) -> int:
         return num_outputs
@@ -183,7 +197,8 @@ class CustomLoss:
         root, vectors = self._root(f, y)
         return torch.einsum("nij,nj,nkj,nk->ni", vectors, root, vectors, v)
 
-    unwhiten = whiten  # R is symmetric
+    def unwhiten(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        return self.whiten(f, y, u)  # R is symmetric
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         gradient = torch.func.vmap(torch.func.grad(self.function))(f, y)
@@ -207,14 +222,16 @@ def resolve_loss(loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor],
     if loss == "cross_entropy":
         return SoftCrossEntropy()
     if isinstance(loss, nn.MSELoss | nn.CrossEntropyLoss) and loss.reduction != "mean":
-        raise ValueError(f"the loss must be a mean over samples, got reduction={loss.reduction!r}; use reduction='mean'")
+        raise ValueError(
+            f"the loss must be a mean over samples, got reduction={loss.reduction!r}; use reduction='mean'"
+        )
     if isinstance(loss, nn.MSELoss):
         return MeanSquaredError()
     if isinstance(loss, nn.CrossEntropyLoss):
         if loss.weight is not None or loss.ignore_index != -100:
             raise ValueError("class weights and ignore_index are not supported: pass nn.CrossEntropyLoss without them")
         return SoftCrossEntropy(label_smoothing=loss.label_smoothing)
-    if isinstance(loss, str) or isinstance(loss, nn.Module) or not callable(loss):
+    if isinstance(loss, str | nn.Module) or not callable(loss):
         raise ValueError(
             f"unknown loss {loss!r}: expected 'mse', 'cross_entropy', nn.MSELoss(), "
             "nn.CrossEntropyLoss(label_smoothing=...) or a function of one sample's (outputs, target)"

@@ -167,9 +167,7 @@ def observe(
                 problem, foot.point, noise, sgd, num_draws=num_draws, hessian=hessian, generator=generator
             )
             expected = limit.distance_on(hessian, sgd, num_samples=problem.num_samples, smallest=level).rms
-    return Observation(
-        step, slow_time, w, problem.loss(w).item(), foot, tangent, separated, expected, count, limit
-    )
+    return Observation(step, slow_time, w, problem.loss(w).item(), foot, tangent, separated, expected, count, limit)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch_singlim.functional import ActivationSite, FunctionalModule
 from torch_singlim.linalg import DenseFactored, FactoredOperator, KrylovFactored, LinearOperator, gram_cutoff
 from torch_singlim.loss import SampleLoss, resolve_loss
 
-__all__ = ["Linearization", "ZeroLossProblem"]
+__all__ = ["Linearization", "ZeroLossProblem", "check_samples"]
 
 with warnings.catch_warnings():
     # torch loads its forward-mode rules on first use, and some versions warn there about torch itself
@@ -24,6 +24,20 @@ with warnings.catch_warnings():
 
 # Jacobian rows held at once while a Gram matrix is formed
 _ROW_BYTES = 2**30
+
+
+def check_samples(inputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless these are as many finite inputs as targets, and at least one."""
+    if inputs.shape[0] == 0:
+        raise ValueError("the probe set is empty: pass at least one sample")
+    if targets.ndim == 0 or targets.shape[0] != inputs.shape[0]:
+        raise ValueError(
+            f"inputs and targets must have the same number of samples, got {inputs.shape[0]} inputs and targets "
+            f"of shape {tuple(targets.shape)}"
+        )
+    for name, data in (("inputs", inputs), ("targets", targets)):
+        if not torch.isfinite(data).all():
+            raise ValueError(f"{name} contain nan or infinity")
 
 
 @dataclass(frozen=True)
@@ -91,16 +105,7 @@ class ZeroLossProblem:
         device: torch.device | str | None = None,
         batch_size: int | None = None,
     ) -> None:
-        if inputs.shape[0] == 0:
-            raise ValueError("the probe set is empty: pass at least one sample")
-        if targets.ndim == 0 or targets.shape[0] != inputs.shape[0]:
-            raise ValueError(
-                f"inputs and targets must have the same number of samples, got {inputs.shape[0]} inputs and targets "
-                f"of shape {tuple(targets.shape)}"
-            )
-        for name, data in (("inputs", inputs), ("targets", targets)):
-            if not torch.isfinite(data).all():
-                raise ValueError(f"{name} contain nan or infinity")
+        check_samples(inputs, targets)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.sample_loss = resolve_loss(loss)
@@ -114,17 +119,13 @@ class ZeroLossProblem:
         self.batch_size = min(batch_size or self.num_samples, self.num_samples)
 
         example = self.inputs[:2]
+        self.function.check_deterministic(example)
         self.sites: list[ActivationSite] = self.function.sites(example)
         with torch.no_grad():
             outputs = self.function(self.weights(), example)
         self.num_outputs = outputs.shape[1]
         self.targets = self.sample_loss.prepare(targets.detach().to(self.device), outputs)
         self.num_residuals = self.num_samples * self.sample_loss.num_rows(self.num_outputs)
-        if self.function.is_random(example):
-            raise ValueError(
-                "the module is random in evaluation mode: two forward passes on the same inputs differ; make forward "
-                "deterministic under module.eval() (nn.Dropout rather than F.dropout without training=self.training)"
-            )
         if self.num_weights < self.num_residuals:
             warnings.warn(
                 f"{self.num_weights} weights for {self.num_residuals} residuals ({self.num_samples} samples): the "

@@ -46,7 +46,9 @@ def _loss(axes: Axes, loss_gaps: Mapping[int, float], windows: Sequence[WindowOb
     axes.plot(*zip(*points, strict=True), color=_MEASURED, marker=".", label="loss gap L(w)") if points else None
     for i, window in enumerate(windows):
         axes.axvspan(max(window.start, 1), window.stop, color=_CONTROL, alpha=0.12 + 0.1 * (i % 2), lw=0)
-    axes.set(xscale="log", yscale="log", xlabel="optimizer steps", ylabel="loss", title="Fast, then slow (windows shaded)")
+    axes.set(
+        xscale="log", yscale="log", xlabel="optimizer steps", ylabel="loss", title="Fast, then slow (windows shaded)"
+    )
     axes.legend(frameon=False)
 
 
@@ -77,7 +79,7 @@ def _agreement(axes: Axes, windows: Sequence[WindowObservation]) -> None:
             axes.plot(places, values, color=color, marker=marker, label=label)
     for i, window in enumerate(windows):
         if math.isfinite(window.ceiling):
-            label = "noise ceiling" if i == 0 else None
+            label = "noise ceiling" if i == 0 else ""
             axes.hlines(window.ceiling, i - 0.3, i + 0.3, color=_CEILING, lw=1, label=label)
     axes.set_xticks(places, [f"{w.start}-{w.stop}" for w in windows])
     axes.set(ylim=(-0.05, 1.05), xlabel="window, optimizer steps", ylabel="cosine with the measured drift")

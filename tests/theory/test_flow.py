@@ -43,7 +43,13 @@ def test_averaged_flow_is_descent_on_the_exact_mean_over_all_masks():
 
     truth = descend(torch.func.grad(mean_loss), w, 0.02, 100)
     flow = effective_flow(
-        dense.problem, w, Dropout(), SGDSettings(lr=0.02), steps=100, replicas=40, generator=torch.Generator().manual_seed(0)
+        dense.problem,
+        w,
+        Dropout(),
+        SGDSettings(lr=0.02),
+        steps=100,
+        replicas=40,
+        generator=torch.Generator().manual_seed(0),
     )
     error = torch.linalg.vector_norm(flow.displacement - truth).item()
     assert error < 3 * flow.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from torch_singlim.loss import CustomLoss, MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
-from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.functional import FunctionalModule
+from torch_singlim.loss import MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
+from torch_singlim.problem import ZeroLossProblem, check_samples
 from torch_singlim.theory import Dropout, Minibatch, NoiseSystem, SGDSettings, WeightDecay
 
 __all__ = ["Descent", "ProbeSet", "detect_descent", "detect_noise", "detect_problem", "read_probe_set"]
@@ -112,32 +113,38 @@ def _training_losses(module: LightningModule, probes: list[tuple[Tensor, Tensor]
     return losses
 
 
-def _candidates(f: Tensor, targets: Tensor, value: float) -> list[tuple[SampleLoss, Tensor]]:
-    """Losses that could have given `value` on outputs f ``[n, C]``, with targets in the form that they take."""
+def _as_targets(loss: SampleLoss, targets: Tensor, outputs: Tensor) -> Tensor:
+    """Targets as the loss takes them: class labels become one-hot where it is mse."""
+    if isinstance(loss, MeanSquaredError) and not targets.is_floating_point() and targets.ndim == 1:
+        return F.one_hot(targets.long(), outputs.shape[1]).to(outputs.dtype)
+    return targets
+
+
+def _candidates(f: Tensor, targets: Tensor, value: float) -> list[SampleLoss]:
+    """Losses that could have given `value` on outputs f ``[n, C]``."""
     if targets.is_floating_point():
-        same_shape = targets.reshape(len(targets), -1).shape == f.shape
-        return [(MeanSquaredError(), targets), (SoftCrossEntropy(), targets)] if same_shape else []
-    if targets.ndim != 1 or f.ndim != 2 or int(targets.max()) >= f.shape[1] or int(targets.min()) < 0:
+        if targets.reshape(len(targets), -1).shape != f.shape:
+            return []
+        soft = (
+            targets.shape == f.shape
+            and bool((targets > 0).all())
+            and torch.allclose(targets.sum(1), f.new_ones(()).to(targets))
+        )
+        return [MeanSquaredError(), *([SoftCrossEntropy()] if soft else [])]
+    if targets.ndim != 1 or int(targets.max()) >= f.shape[1] or int(targets.min()) < 0:
         return []
-    onehot = F.one_hot(targets.long(), f.shape[1]).to(f)
     hard, uniform = F.cross_entropy(f, targets.long()).item(), -F.log_softmax(f, 1).mean().item()
     # the cross-entropy is linear in its label smoothing: one value tells it
-    smoothing = round((value - hard) / (uniform - hard), 6) if uniform != hard else 0.0
-    found: list[tuple[SampleLoss, Tensor]] = [(MeanSquaredError(), onehot)]
-    if 0 < smoothing < 1:
-        found.append((SoftCrossEntropy(smoothing), targets))
-    found.append((SoftCrossEntropy(), targets))
-    return found
+    smoothing = round((value - hard) / (uniform - hard), 4) if uniform != hard else 0.0
+    smoothed = [SoftCrossEntropy(smoothing)] if 0 < smoothing < 1 else []
+    return [MeanSquaredError(), *smoothed, SoftCrossEntropy()]
 
 
 def _mean_loss(loss: SampleLoss, f: Tensor, targets: Tensor) -> float:
-    """The loss as training has it: with what `value` subtracts added back. Hard labels are let through here."""
+    """The loss as training has it: with the infimum that `value` subtracts, and hard labels let through."""
     if loss == SoftCrossEntropy() and not targets.is_floating_point():
         return F.cross_entropy(f, targets.long()).item()
-    try:
-        y = loss.prepare(targets, f)
-    except ValueError:
-        return float("nan")
+    y = loss.prepare(_as_targets(loss, targets, f), f)
     return (loss.value(f, y) + loss.infimum(y)).mean().item()
 
 
@@ -157,15 +164,17 @@ def detect_problem(
     Raises:
         ValueError: the loss is not recognised, or is not the one that was passed, or its zero-loss set is empty.
     """
+    check_samples(probe.inputs, probe.targets)
+    function = FunctionalModule(module, dtype=torch.float32)
+    function.check_deterministic(probe.inputs[:2].to(function.device))
     half = min(max(len(probe.inputs) // 2, 1), 64)
     rest = slice(half, 2 * half) if len(probe.inputs) >= 2 * half else slice(0, half)
-    device = next(module.parameters()).device
-    batches = [(probe.inputs[s].to(device), probe.targets[s].to(device)) for s in (slice(0, half), rest)]
+    batches = [
+        (probe.inputs[s].to(function.device), probe.targets[s].to(function.device)) for s in (slice(0, half), rest)
+    ]
     losses = _training_losses(module, batches)
-    twin = _evaluation_twin(module)
     with torch.no_grad():
-        outputs = [twin(x) for x, _ in batches]
-    outputs = [f.reshape(len(f), -1).double() for f in outputs]
+        outputs = [function(function.weights(), x).double() for x, _ in batches]
 
     def agrees(candidate: SampleLoss, value: float, f: Tensor, y: Tensor) -> bool:
         return abs(_mean_loss(candidate, f, y) - value) <= _LOSS_RTOL * abs(value) + 1e-12
@@ -173,37 +182,30 @@ def detect_problem(
     if loss is None:
         if losses is None:
             raise ValueError(
-                "training_step could not be evaluated outside of training, so the loss could not be recognised; pass it: "
-                "SingularLimitMonitor(loss=...) with nn.MSELoss(), nn.CrossEntropyLoss(label_smoothing=...) or a function"
+                "training_step could not be evaluated outside of training, so the loss could not be "
+                "recognised; pass it: SingularLimitMonitor(loss=...) with nn.MSELoss(), nn.CrossEntropyLoss(label_smoothing=...) or "
+                "a function of one sample's (outputs, target)"
             )
-        for candidate, y in _candidates(outputs[0], batches[0][1], losses[0]):
-            onehot = isinstance(candidate, MeanSquaredError) and not batches[0][1].is_floating_point()
-            y_rest = F.one_hot(batches[1][1].long(), outputs[1].shape[1]).to(outputs[1]) if onehot else batches[1][1]
-            if agrees(candidate, losses[0], outputs[0], y) and agrees(candidate, losses[1], outputs[1], y_rest):
-                if onehot:
-                    classes = outputs[0].shape[1]
-                    probe = replace(probe, targets=F.one_hot(probe.targets.long(), classes).to(outputs[0].dtype))
-                return ZeroLossProblem(
-                    module, candidate, probe.inputs, probe.targets, dtype=dtype, batch_size=batch_size
-                )
-        raise ValueError(f"the loss of training_step, {losses[0]:.6g} on {half} samples, was not recognised; {_ADVICE}")
-
-    chosen = resolve_loss(loss)
-    if isinstance(chosen, MeanSquaredError) and not probe.targets.is_floating_point() and probe.targets.ndim == 1:
-        classes = outputs[0].shape[1]
-        probe = replace(probe, targets=F.one_hot(probe.targets.long(), classes).to(outputs[0].dtype))
-    problem = ZeroLossProblem(module, chosen, probe.inputs, probe.targets, dtype=dtype, batch_size=batch_size)
-    if losses is not None:
-        f, y = outputs[1], problem.targets[rest].to(outputs[1])
-        value = chosen.value(f, y).mean().item()
-        infimum = chosen.infimum(y).mean().item()
-        shift = 0.0 if isinstance(chosen, CustomLoss) else infimum
-        if not abs(value + shift - losses[1]) <= _LOSS_RTOL * abs(losses[1]) + 1e-12:
+        fitting = [
+            candidate
+            for candidate in _candidates(outputs[0], batches[0][1], losses[0])
+            if all(agrees(candidate, *each) for each in zip(losses, outputs, (y for _, y in batches), strict=True))
+        ]
+        if not fitting:
             raise ValueError(
-                f"the loss that was passed gives {value + shift:.6g} where training_step gives {losses[1]:.6g} on the "
-                f"same {len(f)} samples; {_ADVICE}"
+                f"the loss of training_step, {losses[0]:.6g} on {half} samples, was not recognised; {_ADVICE}"
             )
-    return problem
+        chosen = fitting[0]
+    else:
+        chosen = resolve_loss(loss)
+        if losses is not None and not agrees(chosen, losses[1], outputs[1], batches[1][1]):
+            got = _mean_loss(chosen, outputs[1], batches[1][1])
+            raise ValueError(
+                f"the loss that was passed gives {got:.6g} where training_step gives {losses[1]:.6g} on the same "
+                f"{len(outputs[1])} samples; {_ADVICE}"
+            )
+    targets = _as_targets(chosen, probe.targets, outputs[0])
+    return ZeroLossProblem(module, chosen, probe.inputs, targets, dtype=dtype, batch_size=batch_size)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -31,7 +31,6 @@ from torch_singlim.observe import (
     verdict,
     window_scalars,
 )
-from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory import NoiseSystem, SGDSettings
 
 __all__ = ["SingularLimitMonitor", "probe_starts"]
@@ -43,7 +42,7 @@ def probe_starts(window: int, every_n_steps: int | None, total: int | None) -> I
     Without `every_n_steps` the last window of a run of known length ends with it.
 
     >>> list(probe_starts(100, None, 1000))
-    [0, 100, 200, 400, 900]
+    [0, 100, 200, 400, 800, 900]
     >>> list(probe_starts(100, 300, 1000))
     [0, 300, 600, 900]
     """
@@ -139,13 +138,12 @@ class SingularLimitMonitor(Callback):
         self._began = time.perf_counter()
         self._probing = 0.0
         self._warned = False
+        self._last_logged = -1
         self._slow_time = self._step_lengths = 0.0
         self._open: tuple[Observation, Tensor | None, float] | None = None  # start, momentum, sum of lr so far
         with self._aside():
             self._generator = torch.Generator().manual_seed(self.seed)
-            probe = (
-                ProbeSet(*self.data, len(self.data[0])) if self.data else read_probe_set(trainer, self.num_samples)
-            )
+            probe = ProbeSet(*self.data, len(self.data[0])) if self.data else read_probe_set(trainer, self.num_samples)
             self._problem = detect_problem(
                 pl_module, probe, loss=self.loss, dtype=self.dtype, batch_size=self.batch_size
             )
@@ -168,8 +166,8 @@ class SingularLimitMonitor(Callback):
         self._sgd = descent.sgd
         if probe.is_subset:
             reasons += (
-                f"the probe set has {len(probe.inputs)} of {probe.train_size} training samples: the distance is a lower "
-                "bound; for the drift pass num_samples",
+                f"the probe set has {len(probe.inputs)} of {probe.train_size} training samples: the distance is a "
+                "lower bound; for the drift pass num_samples",
             )
         self.not_covered = (*descent.not_covered, *reasons)
 
@@ -216,7 +214,7 @@ class SingularLimitMonitor(Callback):
             self.verdict = verdict(self.observations, self.windows, not_covered=self.not_covered)
             rank_zero_info("torch_singlim verdict\n\n" + self.verdict + "\n")
             for logger in trainer.loggers:
-                add_text = getattr(logger.experiment, "add_text", None)
+                add_text = getattr(getattr(logger, "experiment", None), "add_text", None)  # TensorBoard has it
                 if add_text is not None:
                     add_text("singlim/verdict", self.verdict, trainer.global_step)
 
@@ -234,8 +232,8 @@ class SingularLimitMonitor(Callback):
             self._open = None
             if not self._warned:
                 rank_zero_warn(
-                    f"torch_singlim: the probe at step {trainer.global_step} failed and was left out, training goes on: "
-                    f"{type(error).__name__}: {error}"
+                    f"torch_singlim: the probe at step {trainer.global_step} failed and was left out, "
+                    f"training goes on: {type(error).__name__}: {error}"
                 )
             self._warned = True
 

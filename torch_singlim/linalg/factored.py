@@ -132,11 +132,10 @@ class KrylovFactored(FactoredOperator):
     def _ritz(self) -> tuple[Tensor, bool]:
         generator = torch.Generator().manual_seed(self.seed)
         start = rademacher((self.operator.shape[0],), generator=generator, like=self.like)
-        space = None
-        for space in lanczos(self.operator.gram_product, start, max_steps=self.max_steps, stride=self.max_steps):
-            pass
-        if space is None:
+        spaces = list(lanczos(self.operator.gram_product, start, max_steps=self.max_steps, stride=self.max_steps))
+        if not spaces:
             return self.like.new_zeros(0), True
+        space = spaces[-1]
         values, _, bounds = space.ritz()
         largest = values[-1].clamp_min(0)
         resolved = (values > self.cutoff * largest) & (bounds <= self.rtol * largest)
@@ -158,9 +157,7 @@ class KrylovFactored(FactoredOperator):
             kept = values > self.cutoff * values.max()
             return torch.where(kept, psi(values.where(kept, 1)), 0)
 
-        return krylov_function(
-            self.operator.gram_product, on_range, u, rtol=self.rtol, max_steps=self.max_steps
-        ).x
+        return krylov_function(self.operator.gram_product, on_range, u, rtol=self.rtol, max_steps=self.max_steps).x
 
 
 def minimum_norm(operator: LinearOperator, gram: Tensor | None, u: Tensor, *, rtol: float, max_steps: int) -> Solution:

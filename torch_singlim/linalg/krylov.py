@@ -30,7 +30,7 @@ class KrylovBasis:
     beta: float
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ritz values ``[k]`` ascending, their vectors in the basis ``[k, k]``, and error bounds |beta e_k^T s| ``[k]``.
+        """Ritz values ``[k]`` ascending, their vectors in the basis ``[k, k]``, error bounds |beta e_k^T s| ``[k]``.
 
         Every interval [theta - bound, theta + bound] holds an eigenvalue of K (Parlett 1998, section 13.2).
         """

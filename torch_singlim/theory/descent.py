@@ -73,5 +73,3 @@ def time_scale(sgd: SGDSettings, order: int | None, variance: float) -> float:
     if order is None or variance == 0.0:
         return math.inf
     return 1 / (sgd.effective_lr**order * variance)
-
-

@@ -153,7 +153,9 @@ class WeightDecay(NoiseSystem):
 
     def __post_init__(self) -> None:
         if not self.coefficient > 0:
-            raise ValueError(f"the weight decay coefficient must be positive, got {self.coefficient}; for none, leave it out")
+            raise ValueError(
+                f"the weight decay coefficient must be positive, got {self.coefficient}; for none, leave it out"
+            )
 
     @property
     def order(self) -> int:

@@ -46,9 +46,7 @@ def trace_directions(
     return (scale * sign for sign in signs), num_draws
 
 
-def second_order_gradient(
-    system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, s: Tensor
-) -> tuple[Tensor, Tensor]:
+def second_order_gradient(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """d^2/dt^2 of grad_w Lhat(w, t s) ``[P]`` and of Lhat(w, t s) (scalar) at t = 0, s ``[N, D]``.
 
     Forward over forward over reverse: two directional derivatives of the gradient, so the cost is a few gradients
@@ -149,4 +147,3 @@ def noise_gram(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tens
         RD = torch.stack([pull(R_c)[0] for R_c in R], 1) * scale  # [n, rows, D]
         blocks.append(RD @ RD.mT)
     return torch.cat(blocks)
-

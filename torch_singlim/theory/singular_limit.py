@@ -120,7 +120,13 @@ def singular_limit(
     gram = noise_gram(noise, problem, point)
     drift = V.gradient.map(lambda g: -(alpha**order) * hessian.project_kernel(g))
     expected = expected_distance(
-        hessian, V.gradient, gram, alpha=alpha, order=order, batch_size=sgd.batch(problem.num_samples), generator=generator
+        hessian,
+        V.gradient,
+        gram,
+        alpha=alpha,
+        order=order,
+        batch_size=sgd.batch(problem.num_samples),
+        generator=generator,
     )
     return LimitPrediction(
         order=order,

@@ -1,0 +1,63 @@
+"""Reference values of three small networks, computed elsewhere in float64 by dense brute force, and kept as data."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from torch_singlim import Dropout, Minibatch, SGDSettings, ZeroLossProblem, nearest_point, singular_limit, tangent_space
+
+CASES = ["tanh_scalar", "gelu_vector", "tanh_smoothed_ce"]
+DTYPE = torch.float64
+
+
+def load(name: str) -> tuple[dict, ZeroLossProblem, torch.Tensor]:
+    reference = json.loads((Path(__file__).parent / "reference" / f"{name}.json").read_text())
+    spec = reference["spec"]
+    activation = {"tanh": nn.Tanh, "gelu": nn.GELU}[spec["activation"]]
+    layers: list[nn.Module] = []
+    sizes = spec["sizes"]
+    for n_in, n_out, rate in zip(sizes[:-2], sizes[1:-1], spec["dropout"], strict=True):
+        layers += [nn.Linear(n_in, n_out, bias=spec["bias"]), activation(), nn.Dropout(rate)]
+    net = nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1], bias=spec["bias"])).double()
+    assert [n for n, _ in net.named_parameters()] == reference["parameter_names"]
+    w = torch.tensor(reference["weights"], dtype=DTYPE)
+    nn.utils.vector_to_parameters(w, net.parameters())
+    inputs, targets = (torch.tensor(reference[k], dtype=DTYPE) for k in ("inputs", "targets"))
+    return reference, ZeroLossProblem(net, spec["loss"], inputs, targets), w
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_geometry(name):
+    reference, problem, w = load(name)
+    torch.testing.assert_close(problem.weights(), w, rtol=0, atol=0)
+    assert problem.loss(w).item() == pytest.approx(reference["loss"], rel=1e-8)
+    foot = nearest_point(problem, w, rtol=1e-9)
+    assert foot.converged
+    assert foot.linearised_distance == pytest.approx(reference["linearised_distance"], rel=1e-8)
+    assert foot.distance == pytest.approx(reference["nearest_distance"], rel=1e-8)
+    point = torch.tensor(reference["nearest_point"], dtype=DTYPE)
+    torch.testing.assert_close(foot.point, point, rtol=0, atol=1e-6)
+    T = tangent_space(problem, foot.point)
+    spectrum = torch.tensor(reference["nonzero_eigenvalues_at_nearest"], dtype=DTYPE).flip(0)
+    assert (T.rank, problem.num_weights) == (reference["rank"], reference["num_parameters"])
+    torch.testing.assert_close(T.spectrum(), spectrum, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dropout(name):
+    reference, problem, _ = load(name)
+    spec, truth = reference["spec"], reference["noise"]["dropout"]
+    point = torch.tensor(reference["nearest_point"], dtype=DTYPE)
+    sgd = SGDSettings(lr=spec["lr"], batch_size=spec["batch"])
+    limit = singular_limit(problem, point, Dropout(), sgd, num_draws=1000)
+    drift = torch.tensor(truth["drift_per_step"], dtype=DTYPE)
+    assert limit.order == truth["order"]
+    assert limit.potential.mean == pytest.approx(truth["potential"], rel=1e-8)
+    assert torch.linalg.vector_norm(limit.drift - drift) <= 1e-8 * torch.linalg.vector_norm(drift)
+    assert limit.mean_offset_norm == pytest.approx(truth["mean_offset_norm"], rel=1e-8)
+    assert limit.normal_variance == pytest.approx(truth["normal_variance"], rel=1e-8)
+    assert limit.distance == pytest.approx(truth["rms_distance"], rel=1e-8)
+    assert singular_limit(problem, point, Minibatch(), sgd).order == reference["noise"]["minibatch"]["order"]

@@ -166,10 +166,12 @@ class CustomLoss:
         y = targets.to(outputs) if targets.is_floating_point() else targets.to(outputs.device)
         try:
             values = self.value(outputs, y[: len(outputs)])
+            self.residual(outputs, y[: len(outputs)])  # its first and second derivative
         except RuntimeError as error:
             raise ValueError(
-                "the loss function must take one sample's outputs [C] and target and run under torch.func.vmap "
-                "(no .item(), no indexing by the target: compare with torch.arange, or pass one-hot targets)"
+                "the loss function must take one sample's outputs [C] and target, and it and its derivatives must run "
+                "under torch.func.vmap: no .item(), no indexing by the target (compare with torch.arange, or pass "
+                "one-hot targets)"
             ) from error
         if values.shape != outputs.shape[:1] or bool((values < 0).any()):
             raise ValueError(

@@ -183,8 +183,8 @@ def detect_problem(
         if losses is None:
             raise ValueError(
                 "training_step could not be evaluated outside of training, so the loss could not be "
-                "recognised; pass it: SingularLimitMonitor(loss=...) with nn.MSELoss(), nn.CrossEntropyLoss(label_smoothing=...) or "
-                "a function of one sample's (outputs, target)"
+                "recognised; pass it: SingularLimitMonitor(loss=...) with nn.MSELoss(), "
+                "nn.CrossEntropyLoss(label_smoothing=...) or a function of one sample's (outputs, target)"
             )
         fitting = [
             candidate

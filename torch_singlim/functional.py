@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ActivationSite", "FunctionalModule"]
+__all__ = ["ActivationSite", "FunctionalModule", "structural_copy"]
 
 # dimensions after the channel that one mask value covers
 _DROPOUT_KINDS: dict[type[nn.Module], int] = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
@@ -81,6 +81,21 @@ def _no_global_randomness() -> Iterator[None]:
         yield
 
 
+def structural_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module that shares its parameters (never write them) and has modes and buffers of its own.
+
+    >>> net = nn.Linear(2, 1)
+    >>> twin = structural_copy(net)
+    >>> twin.weight is net.weight, twin is net
+    (True, False)
+    """
+    shared: dict[int, object] = {id(p): p for p in module.parameters()}
+    for part in module.modules():
+        # results kept as attributes may hang on a graph, which deepcopy refuses
+        shared |= {id(v): v for v in vars(part).values() if isinstance(v, Tensor) and v.grad_fn is not None}
+    return copy.deepcopy(module, shared)  # a LightningModule drops its trainer
+
+
 class FunctionalModule:
     """f(w; x, eta) for a module: evaluation mode, weights from a flat vector, activations times 1 + eta.
 
@@ -111,14 +126,9 @@ class FunctionalModule:
         self.refresh_constants()
 
     def _evaluation_copy(self) -> nn.Module:
-        shared = {id(p): p for p in self.module.parameters()}
-        for part in self.module.modules():
-            # results kept as attributes may hang on a graph, which deepcopy refuses
-            shared |= {id(v): v for v in vars(part).values() if isinstance(v, Tensor) and v.grad_fn is not None}
-        # Lightning's modules drop their trainer when copied
         holder = nn.ModuleDict(
-            {"root": copy.deepcopy(self.module, shared)}
-        )  # a parent for a module that is itself a dropout
+            {"root": structural_copy(self.module)}
+        )  # a parent, should the module be a dropout itself
         for parent_name, parent in list(holder.named_modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, _NOT_MULTIPLICATIVE):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from torch_singlim.functional import FunctionalModule
+from torch_singlim.functional import FunctionalModule, structural_copy
 from torch_singlim.loss import MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
 from torch_singlim.problem import ZeroLossProblem, check_samples
 from torch_singlim.theory import Dropout, Minibatch, NoiseSystem, SGDSettings, WeightDecay
@@ -86,20 +86,10 @@ def read_probe_set(trainer: Trainer, num_samples: int) -> ProbeSet:
     return ProbeSet(inputs, targets, size)
 
 
-def _evaluation_twin(module: LightningModule) -> LightningModule:
-    """A copy in evaluation mode whose logging goes nowhere; the module itself is not touched."""
-    shared: dict[int, object] = {id(p): p for p in module.parameters()}
-    for part in module.modules():
-        shared |= {id(v): v for v in vars(part).values() if isinstance(v, Tensor) and v.grad_fn is not None}
-    twin = copy.deepcopy(module, shared).eval()  # its reference to the trainer is dropped by Lightning
-    for name in ("log", "log_dict"):
-        setattr(twin, name, lambda *args, **kwargs: None)
-    return twin
-
-
 def _training_losses(module: LightningModule, probes: list[tuple[Tensor, Tensor]]) -> list[float] | None:
-    """What training_step returns on each probe batch in evaluation mode; None where it needs a running trainer."""
-    twin = _evaluation_twin(module)
+    """What training_step of an evaluation-mode copy returns on each batch; None where it needs a running trainer."""
+    twin: Any = structural_copy(module).eval()
+    twin.log = twin.log_dict = lambda *args, **kwargs: None  # a copy has no logger
     losses = []
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -107,7 +97,7 @@ def _training_losses(module: LightningModule, probes: list[tuple[Tensor, Tensor]
             for batch in probes:
                 out = twin.training_step(batch, 0)
                 value = out["loss"] if isinstance(out, dict) else out
-                losses.append(float(value))  # type: ignore[arg-type]  # a scalar tensor by Lightning's contract
+                losses.append(float(value))
     except Exception:
         return None
     return losses

@@ -298,7 +298,7 @@ class SingularLimitMonitor(Callback):
         """The optimizer's momentum buffers ``[P]``, where they exist."""
         state = trainer.optimizers[0].state
         parameters = dict(self._problem.function.module.named_parameters())
-        buffers = [state[parameters[name]].get("momentum_buffer") for name in self._problem.function.names]
+        buffers = [state.get(parameters[name], {}).get("momentum_buffer") for name in self._problem.function.names]
         if any(b is None for b in buffers):
             return None
         return self._problem.function.flatten(buffers)

@@ -18,16 +18,20 @@ from torch_singlim.theory import (
     NoiseSystem,
     SGDSettings,
     WindowPrediction,
+    averaged_gradient,
     effective_flow,
+    potential,
     simulate,
     singular_limit,
 )
 
 __all__ = [
     "Agreement",
+    "FiniteNoise",
     "Observation",
     "WindowObservation",
     "compare",
+    "finite_noise",
     "noise_ceiling",
     "observation_scalars",
     "observe",
@@ -171,6 +175,36 @@ def observe(
 
 
 @dataclass(frozen=True)
+class FiniteNoise:
+    """The paper's second-order expansion of the noise against its average at finite size, at one weight vector.
+
+    Args:
+        cosine: between grad V and E_eta grad Lhat - grad L.
+        norm_ratio: |grad V| over the other's norm; far from 1: the expansion does not hold at this noise.
+    """
+
+    cosine: float
+    norm_ratio: float
+
+
+def finite_noise(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    noise: NoiseSystem,
+    *,
+    num_draws: int,
+    generator: torch.Generator | None = None,
+) -> FiniteNoise:
+    """Compare grad V with the averaged gradient at w ``[P]``, both from independent draws, sampling error taken out."""
+    averaged = averaged_gradient(noise, problem, w, num_draws=num_draws, generator=generator)
+    expanded = potential(noise, problem, w, num_draws=num_draws, generator=generator).gradient
+    a, b = averaged.norm, expanded.norm
+    if a * b == 0:
+        return FiniteNoise(math.nan, math.nan)
+    return FiniteNoise(torch.dot(averaged.mean, expanded.mean).item() / (a * b), b / a)
+
+
+@dataclass(frozen=True)
 class WindowObservation:
     """The motion of the weights over one window, measured and predicted.
 
@@ -183,6 +217,8 @@ class WindowObservation:
         null: measured against descent on L alone, the control that must be lower.
         limit: the tangential part of the measured motion against the singular limit's (None where nothing moves).
         ceiling: the best cosine that any deterministic prediction can have (nan without replicas).
+        finite_noise: how far the second-order expansion of the noise holds at the start (order 1 alone).
+        products: gradients of the whole probe set that the two flows took.
     """
 
     start: int
@@ -193,6 +229,7 @@ class WindowObservation:
     null: Agreement
     limit: Agreement | None
     ceiling: float
+    finite_noise: FiniteNoise | None
     products: int
 
 
@@ -205,6 +242,7 @@ def observe_window(
     noise: NoiseSystem,
     sgd: SGDSettings,
     replicas: int = 0,
+    num_draws: int = 32,
     velocity: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> WindowObservation:
@@ -218,6 +256,7 @@ def observe_window(
         noise: the system.
         sgd: settings over the window (lr: its mean, under a schedule).
         replicas: independent runs of the window for the ceiling; 0: none.
+        num_draws: of the noise, to hold its second-order expansion against its average.
         velocity: the optimizer's momentum at the start ``[P]``.
         generator: of noise and batches.
     """
@@ -234,6 +273,9 @@ def observe_window(
     limit = None
     if start.limit is not None and start.limit.order is not None:
         limit = compare(start.tangent.project(measured), steps * start.limit.drift)
+    expansion = None
+    if noise.order == 1:
+        expansion = finite_noise(problem, start.weights, noise, num_draws=num_draws, generator=generator)
     return WindowObservation(
         start=start.step,
         stop=stop,
@@ -243,6 +285,7 @@ def observe_window(
         null=compare(measured, null.displacement),
         limit=limit,
         ceiling=noise_ceiling(runs),
+        finite_noise=expansion,
         products=flow.products + null.products,
     )
 
@@ -286,6 +329,9 @@ def window_scalars(window: WindowObservation) -> dict[str, float]:
             "singlim/drift/predicted": window.drift.predicted,
             "singlim/quality/stderr": window.flow.stderr,
         }
+    if window.finite_noise is not None:
+        scalars["singlim/drift/finite_noise_cosine"] = window.finite_noise.cosine
+        scalars["singlim/drift/finite_noise_ratio"] = window.finite_noise.norm_ratio
     if not math.isnan(window.ceiling):
         scalars["singlim/drift/ceiling"] = window.ceiling
     if window.limit is not None:

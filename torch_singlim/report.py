@@ -71,8 +71,8 @@ def _agreement(axes: Axes, windows: Sequence[WindowObservation]) -> None:
     places = range(len(windows))
     series = {
         "effective flow": (_THEORY, "o", [w.drift.cosine for w in windows]),
-        "singular limit (tangential part)": (_LIMIT, "D", [w.limit.cosine if w.limit else math.nan for w in windows]),
-        "null: no noise term": (_CONTROL, "s", [w.null.cosine for w in windows]),
+        "singular limit": (_LIMIT, "D", [w.limit.cosine if w.limit else math.nan for w in windows]),
+        "loss alone (null)": (_CONTROL, "s", [w.null.cosine for w in windows]),
     }
     for label, (color, marker, values) in series.items():
         if any(math.isfinite(v) for v in values):

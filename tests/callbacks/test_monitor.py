@@ -131,6 +131,8 @@ def test_no_arguments_logs_every_tag_and_a_verdict(tmp_path):
             "drift/predicted",
             "drift/null_cosine",
             "drift/ceiling",
+            "drift/finite_noise_cosine",
+            "drift/finite_noise_ratio",
             "limit/cosine",
             "limit/speed_ratio",
             "limit/measured",

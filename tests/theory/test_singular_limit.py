@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.problems import NAMES, lyapunov_trace, make
-from torch_singlim import Dropout, Minibatch, SGDSettings, WeightDecay, singular_limit, tangent_space
-from torch_singlim.theory import potential
+from torch_singlim import Dropout, Minibatch, SGDSettings, WeightDecay, compare, singular_limit, tangent_space
+from torch_singlim.observe import finite_noise
+from torch_singlim.theory import averaged_gradient, potential
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,6 +57,30 @@ def test_sampled_draws_are_unbiased_and_their_error_is_honest():
     assert stated / spread == pytest.approx(1, abs=0.35)
     with pytest.raises(ValueError, match="at least 2"):
         potential(Dropout(), dense.problem, w, num_draws=1)
+
+
+def test_averaged_gradient_is_the_mean_over_all_masks():
+    dense, w = make("scalar")
+    D, p = dense.widths[0], dense.rates[0]
+    bits = (torch.arange(2**D)[:, None] >> torch.arange(D)) & 1
+    probability = torch.where(bits == 1, 1 - p, p).prod(1).to(w)
+    etas = bits.to(w) / (1 - p) - 1
+    shift = torch.func.grad(
+        lambda v: (
+            sum(q * dense.L(v, e.expand(len(dense.inputs), -1)) for q, e in zip(probability, etas, strict=True))
+            - dense.L(v)
+        )
+    )
+    truth = shift(w)
+    generator = torch.Generator().manual_seed(0)
+    estimate = averaged_gradient(Dropout(), dense.problem, w, num_draws=16_000, generator=generator)
+    assert torch.linalg.vector_norm(estimate.mean - truth) < 4 * estimate.stderr
+    assert estimate.stderr < 0.05 * torch.linalg.vector_norm(truth)
+    # on Gamma, small noise: grad V to leading order
+    small = finite_noise(dense.problem, w, Dropout(), num_draws=16_000, generator=generator)
+    exact = compare(truth, dense.dropout_potential_gradient(w))
+    assert small.cosine == pytest.approx(exact.cosine, abs=0.01)
+    assert small.norm_ratio == pytest.approx(exact.predicted / exact.measured, rel=0.05)
 
 
 def test_krylov_path_gives_the_same_prediction():

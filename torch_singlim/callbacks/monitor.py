@@ -268,6 +268,7 @@ class SingularLimitMonitor(Callback):
                 noise=self._noise,
                 sgd=_with_lr(self._sgd, mean_lr),
                 replicas=self.replicas,
+                num_draws=self.num_draws,
                 velocity=velocity,
                 generator=self._generator,
             )

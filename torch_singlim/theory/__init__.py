@@ -4,7 +4,7 @@ from torch_singlim.theory.descent import SGDSettings, time_scale
 from torch_singlim.theory.distance import ExpectedDistance, expected_distance
 from torch_singlim.theory.flow import Ensemble, WindowPrediction, effective_flow, simulate
 from torch_singlim.theory.noise import Dropout, Minibatch, NoiseSystem, Sum, WeightDecay
-from torch_singlim.theory.potential import Potential, noise_gram, potential
+from torch_singlim.theory.potential import Potential, averaged_gradient, noise_gram, potential
 from torch_singlim.theory.singular_limit import LimitPrediction, singular_limit
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     # the effective potential
     "potential",
     "Potential",
+    "averaged_gradient",
     "noise_gram",
     # the limit
     "singular_limit",

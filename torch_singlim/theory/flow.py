@@ -14,7 +14,7 @@ from torch_singlim.linalg import VectorEstimate
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.descent import SGDSettings
 from torch_singlim.theory.noise import NoiseSystem, noisy_loss
-from torch_singlim.theory.potential import second_order_gradient, trace_directions
+from torch_singlim.theory.potential import noisy_gradient, second_order_gradient, trace_directions
 
 __all__ = ["Ensemble", "WindowPrediction", "effective_flow", "simulate"]
 
@@ -117,18 +117,11 @@ def effective_flow(
     noise.check(problem)
     dimension = noise.scale(problem).numel()
 
-    def full_gradient(v: Tensor, eta: Tensor) -> Tensor:
-        def over(part: slice) -> Tensor:
-            x, y = problem.inputs[part], problem.targets[part]
-            return grad(lambda u: noisy_loss(noise, problem, u, x, y, eta[part]))(v)
-
-        return problem.mean(over)
-
     def averaged(v: Tensor) -> Tensor:
-        return full_gradient(v, noise.draw(problem, problem.num_samples, generator=generator))
+        return noisy_gradient(noise, problem, v, noise.draw(problem, problem.num_samples, generator=generator))
 
     def second_order(v: Tensor) -> Tensor:
-        quiet = full_gradient(v, w.new_zeros(problem.num_samples, dimension))
+        quiet = noisy_gradient(noise, problem, v, w.new_zeros(problem.num_samples, dimension))
         if dimension == 0:
             return quiet
         directions, _ = trace_directions(noise, problem, num_draws=1, generator=generator)

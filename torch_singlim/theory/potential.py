@@ -8,13 +8,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, jvp
+from torch.func import grad, grad_and_value, jvp
 
 from torch_singlim.linalg import Estimate, VectorEstimate, rademacher
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.noise import NoiseSystem, NoisyBatch, noisy_loss
 
-__all__ = ["Potential", "noise_gram", "potential", "second_order_gradient", "trace_directions"]
+__all__ = [
+    "Potential",
+    "averaged_gradient",
+    "noise_gram",
+    "noisy_gradient",
+    "potential",
+    "second_order_gradient",
+    "trace_directions",
+]
 
 
 _GROUPS = 4  # independent averages from which the standard error of a sampled gradient is told
@@ -44,6 +52,16 @@ def trace_directions(
         return (s.expand(shape) for s in torch.diag(scale)), dimension
     signs = (rademacher(shape, generator=generator, like=scale) for _ in range(num_draws))
     return (scale * sign for sign in signs), num_draws
+
+
+def noisy_gradient(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, eta: Tensor) -> Tensor:
+    """grad_w Lhat(w, eta) over the whole probe set  ``[P]``, eta ``[N, D]``."""
+
+    def over(part: slice) -> Tensor:
+        x, y = problem.inputs[part], problem.targets[part]
+        return grad(lambda v: noisy_loss(system, problem, v, x, y, eta[part]))(w)
+
+    return problem.mean(over)
 
 
 def second_order_gradient(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,6 +137,35 @@ def _penalty(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> tuple[
     x, y = problem.inputs[:1], problem.targets[:1]
     zero = system.scale(problem).new_zeros(1, system.scale(problem).numel())
     return grad_and_value(lambda v: noisy_loss(system, problem, v, x, y, zero) - problem.batch_loss(v, x, y))(w)
+
+
+def averaged_gradient(
+    system: NoiseSystem,
+    problem: ZeroLossProblem,
+    w: Tensor,
+    *,
+    num_draws: int,
+    generator: torch.Generator | None = None,
+) -> VectorEstimate:
+    """E_eta grad Lhat(w, eta) - grad L(w)  ``[P]``: the noise's pull at its finite size, which grad V expands.
+
+    Args:
+        system: the noise.
+        problem: loss and probe set.
+        w: weights ``[P]``.
+        num_draws: draws of the noise, at least 2, rounded up to a multiple of four (one where nothing is random).
+        generator: of the draws.
+    """
+    system.check(problem)
+    if num_draws < 2:
+        raise ValueError(f"num_draws must be at least 2 to tell a standard error, got {num_draws}")
+    groups = min(_GROUPS, num_draws) if system.scale(problem).numel() else 1
+    each = math.ceil(num_draws / groups) if groups > 1 else 1
+    quiet, means = problem.gradient(w), []
+    for _ in range(groups):
+        draws = (system.draw(problem, problem.num_samples, generator=generator) for _ in range(each))
+        means.append(sum((noisy_gradient(system, problem, w, eta) for eta in draws), start=torch.zeros_like(w)) / each)
+    return VectorEstimate(torch.stack(means) - quiet)
 
 
 def noise_gram(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tensor:

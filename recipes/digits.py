@@ -104,11 +104,13 @@ def main(
     figure = Path(trainer.log_dir or out) / "drift.png"
     figure.parent.mkdir(parents=True, exist_ok=True)
     title = f"{samples} digits, 64-{hidden}-10 MLP, dropout {dropout:g}, SGD {lr:g}, batch {batch_size}"
-    drift_figure(monitor.observations, monitor.windows, monitor.loss_gaps, title=title).savefig(figure)
+    drift_figure(monitor.history, monitor.last_window, title=title).savefig(figure)
     print(f"figure: {figure}\nlook:   tensorboard --logdir {out}")
 
     if check:
-        last = monitor.windows[-1]
+        last = monitor.last_window
+        if last is None:
+            raise SystemExit(f"no window was completed in {steps} steps: choose --window {steps // 2} or shorter")
         bars = {
             "cosine with the effective flow >= 0.95": last.drift.cosine >= 0.95,
             "cosine >= 0.97 of the noise ceiling": last.drift.cosine >= 0.97 * last.ceiling,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from torch_singlim.theory import (
 __all__ = [
     "Agreement",
     "FiniteNoise",
+    "History",
     "Observation",
     "WindowObservation",
     "compare",
@@ -290,91 +291,98 @@ def observe_window(
     )
 
 
+# step -> tag -> value: all that was logged in a run
+History = Mapping[int, Mapping[str, float]]
+
+
+def _finite(scalars: dict[str, float]) -> dict[str, float]:
+    return {f"singlim/{tag}": value for tag, value in scalars.items() if math.isfinite(value)}
+
+
 def observation_scalars(o: Observation) -> dict[str, float]:
     """What is logged of a probe: tag -> value; units in the README's table."""
     scalars = {
-        "singlim/loss_gap": o.loss_gap,
-        "singlim/distance/measured": o.foot.distance,
-        "singlim/distance/linearised": o.foot.linearised_distance,
-        "singlim/quality/residual": o.foot.residual,
-        "singlim/quality/converged": float(o.foot.converged),
+        "loss_gap": o.loss_gap,
+        "distance/measured": o.foot.distance,
+        "distance/linearised": o.foot.linearised_distance,
+        "quality/residual": o.foot.residual,
+        "quality/converged": float(o.foot.converged),
     }
     if o.separated is not None and o.num_separated is not None:
-        scalars["singlim/distance/separated"] = o.separated
-        scalars["singlim/separation"] = o.num_separated / max(o.tangent.rank, 1)
-    if o.expected is not None and math.isfinite(o.expected) and o.num_separated:
-        scalars["singlim/distance/predicted"] = o.expected
+        scalars["separation"] = o.num_separated / max(o.tangent.rank, 1)
+        if o.num_separated:
+            scalars["distance/separated"] = o.separated
+            scalars["distance/predicted"] = math.nan if o.expected is None else o.expected
     if o.limit is not None and o.limit.order is not None:
         scalars |= {
-            "singlim/potential": o.limit.potential.mean,
-            "singlim/potential_stderr": o.limit.potential.stderr,
-            "singlim/clock/slow_time": o.slow_time,
-            "singlim/clock/time_scale": o.limit.time_scale,
+            "potential": o.limit.potential.mean,
+            "potential_stderr": o.limit.potential.stderr,
+            "clock/slow_time": o.slow_time,
+            "clock/time_scale": o.limit.time_scale,
         }
-    return scalars
+    return _finite(scalars)
 
 
 def window_scalars(window: WindowObservation) -> dict[str, float]:
-    """What is logged of a window: tag -> value; units in the README's table."""
+    """What is logged of a window, at its end: tag -> value; units in the README's table."""
     scalars = {
-        "singlim/drift/measured": window.drift.measured,
-        "singlim/drift/null_cosine": window.null.cosine,
-        "singlim/cost/products": float(window.products),
+        "drift/window": float(window.stop - window.start),
+        "drift/measured": window.drift.measured,
+        "drift/null_cosine": window.null.cosine,
+        "drift/ceiling": window.ceiling,
+        "cost/products": float(window.products),
     }
     if window.flow.status == "ok":
         scalars |= {
-            "singlim/drift/cosine": window.drift.cosine,
-            "singlim/drift/speed_ratio": window.drift.speed_ratio,
-            "singlim/drift/residual_ratio": window.drift.residual_ratio,
-            "singlim/drift/predicted": window.drift.predicted,
-            "singlim/quality/stderr": window.flow.stderr,
+            "drift/cosine": window.drift.cosine,
+            "drift/speed_ratio": window.drift.speed_ratio,
+            "drift/residual_ratio": window.drift.residual_ratio,
+            "drift/predicted": window.drift.predicted,
+            "quality/stderr": window.flow.stderr,
         }
     if window.finite_noise is not None:
-        scalars["singlim/drift/finite_noise_cosine"] = window.finite_noise.cosine
-        scalars["singlim/drift/finite_noise_ratio"] = window.finite_noise.norm_ratio
-    if not math.isnan(window.ceiling):
-        scalars["singlim/drift/ceiling"] = window.ceiling
+        scalars["drift/finite_noise_cosine"] = window.finite_noise.cosine
+        scalars["drift/finite_noise_ratio"] = window.finite_noise.norm_ratio
     if window.limit is not None:
         scalars |= {
-            "singlim/limit/cosine": window.limit.cosine,
-            "singlim/limit/speed_ratio": window.limit.speed_ratio,
-            "singlim/limit/measured": window.limit.measured,
-            "singlim/limit/predicted": window.limit.predicted,
+            "limit/cosine": window.limit.cosine,
+            "limit/speed_ratio": window.limit.speed_ratio,
+            "limit/measured": window.limit.measured,
+            "limit/predicted": window.limit.predicted,
         }
-    return {tag: value for tag, value in scalars.items() if math.isfinite(value)}
+    return _finite(scalars)
 
 
-def _cell(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+def verdict(history: History, *, not_covered: Sequence[str] = ()) -> str:
+    """A short markdown table from what was logged: each probe's distance, each window's drift against theory."""
 
+    def row(point: Mapping[str, float], tags: Sequence[str]) -> str:
+        values = (point.get(f"singlim/{tag}") for tag in tags)
+        return " | ".join("-" if v is None else f"{v:.3g}" for v in values)
 
-def verdict(
-    observations: Sequence[Observation], windows: Sequence[WindowObservation], *, not_covered: Sequence[str] = ()
-) -> str:
-    """A short markdown table: each probe's distance, each window's drift against theory, and what is not covered."""
+    probes = {step: p for step, p in history.items() if "singlim/distance/measured" in p}
+    windows = {step: p for step, p in history.items() if "singlim/drift/window" in p}
     lines = [
-        "| step | loss gap | distance | settled part | expected | separated modes |",
+        "| step | loss gap | distance | settled part | expected | share of settled modes |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
-    lines += [
-        f"| {o.step} | {o.loss_gap:.2e} | {_cell(o.foot.distance)}{'' if o.foot.converged else ' *'} | "
-        f"{_cell(o.separated if o.num_separated else None)} | {_cell(o.expected if o.num_separated else None)} | "
-        f"{'-' if o.num_separated is None else f'{o.num_separated} of {o.tangent.rank}'} |"
-        for o in observations
-    ]
-    if any(not o.foot.converged for o in observations):
+    for step, point in probes.items():
+        star = "" if point["singlim/quality/converged"] else " *"
+        distance = row(point, ["loss_gap", "distance/measured"])
+        lines.append(
+            f"| {step} | {distance}{star} | {row(point, ['distance/separated', 'distance/predicted', 'separation'])} |"
+        )
+    if not all(p["singlim/quality/converged"] for p in probes.values()):
         lines.append("\n\\* the nearest point was not found to tolerance: an upper bound")
     if windows:
         lines += [
             "",
-            "| window | cosine | ceiling | speed ratio | null cosine | limit cosine | limit speed |",
+            "| window | cosine | ceiling | speed ratio | null cosine | limit cosine | limit speed ratio |",
             "|---:|---:|---:|---:|---:|---:|---:|",
         ]
-        lines += [
-            f"| {v.start}-{v.stop} | {_cell(v.drift.cosine)} | {_cell(v.ceiling)} | {_cell(v.drift.speed_ratio)} | "
-            f"{_cell(v.null.cosine)} | {_cell(v.limit.cosine if v.limit else None)} | "
-            f"{_cell(v.limit.speed_ratio if v.limit else None)} |"
-            for v in windows
-        ]
+    tags = ["drift/cosine", "drift/ceiling", "drift/speed_ratio", "drift/null_cosine", "limit/cosine"]
+    for step, point in windows.items():
+        start = step - int(point["singlim/drift/window"])
+        lines.append(f"| {start}-{step} | {row(point, [*tags, 'limit/speed_ratio'])} |")
     lines += [f"\nDrift not predicted: {reason}." for reason in not_covered]
     return "\n".join(lines)

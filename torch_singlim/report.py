@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from torch_singlim.observe import Observation, WindowObservation
+from torch_singlim.observe import History, WindowObservation
 
 __all__ = ["drift_figure"]
 
@@ -16,83 +15,76 @@ __all__ = ["drift_figure"]
 _MEASURED, _THEORY, _CONTROL, _LIMIT, _CEILING = "#0072B2", "#D55E00", "#999999", "#009E73", "#000000"
 
 
-def drift_figure(
-    observations: Sequence[Observation],
-    windows: Sequence[WindowObservation],
-    loss_gaps: Mapping[int, float],
-    *,
-    title: str,
-) -> Figure:
+def drift_figure(history: History, last_window: WindowObservation | None, *, title: str) -> Figure:
     """Four panels, measured against theory: loss gap, distance to Gamma, agreement by window, drift weight by weight.
 
     Args:
-        observations: a monitor's `observations`.
-        windows: its `windows`.
-        loss_gaps: its `loss_gaps`, step -> L.
+        history: what was logged, step -> tag -> value: a monitor's `history`.
+        last_window: its `last_window`, which has the displacement of every weight.
         title: above all of it.
     """
     figure = Figure(figsize=(10, 7.5), layout="constrained", dpi=150)
     figure.suptitle(title)
     panels = figure.subplots(2, 2)
-    _loss(panels[0, 0], loss_gaps, windows)
-    _distance(panels[0, 1], observations)
-    _agreement(panels[1, 0], windows)
-    _parity(panels[1, 1], windows)
+    _loss(panels[0, 0], history)
+    _distance(panels[0, 1], history)
+    _agreement(panels[1, 0], history)
+    _parity(panels[1, 1], last_window)
     return figure
 
 
-def _loss(axes: Axes, loss_gaps: Mapping[int, float], windows: Sequence[WindowObservation]) -> None:
-    points = [(step, gap) for step, gap in sorted(loss_gaps.items()) if step > 0 and gap > 0]
-    axes.plot(*zip(*points, strict=True), color=_MEASURED, marker=".", label="loss gap L(w)") if points else None
-    for i, window in enumerate(windows):
-        axes.axvspan(max(window.start, 1), window.stop, color=_CONTROL, alpha=0.12 + 0.1 * (i % 2), lw=0)
+def _line(axes: Axes, history: History, tag: str, **style: Any) -> None:
+    """One logged series over the steps; nothing where it was not logged."""
+    points = [(step, p[f"singlim/{tag}"]) for step, p in sorted(history.items()) if step and f"singlim/{tag}" in p]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
+
+
+def _windows(history: History) -> list[tuple[int, int]]:
+    """Start and end of every window, in steps."""
+    ends = [(step, p["singlim/drift/window"]) for step, p in sorted(history.items()) if "singlim/drift/window" in p]
+    return [(step - int(length), step) for step, length in ends]
+
+
+def _loss(axes: Axes, history: History) -> None:
+    _line(axes, history, "loss_gap", color=_MEASURED, marker=".", label="loss gap L(w)")
+    for i, (start, stop) in enumerate(_windows(history)):
+        axes.axvspan(max(start, 1), stop, color=_CONTROL, alpha=0.12 + 0.1 * (i % 2), lw=0)
     axes.set(
         xscale="log", yscale="log", xlabel="optimizer steps", ylabel="loss", title="Fast, then slow (windows shaded)"
     )
     axes.legend(frameon=False)
 
 
-def _distance(axes: Axes, observations: Sequence[Observation]) -> None:
-    def line(value, style: dict) -> None:
-        points = [(o.step, value(o)) for o in observations if o.step > 0 and value(o) is not None]
-        points = [(step, y) for step, y in points if y > 0 and math.isfinite(y)]
-        if points:
-            axes.plot(*zip(*points, strict=True), **style)
-
-    line(lambda o: o.foot.distance, {"color": _CONTROL, "marker": "s", "label": "whole distance (no prediction)"})
-    line(lambda o: o.separated, {"color": _MEASURED, "marker": "o", "label": "settled modes, measured"})
-    line(lambda o: o.expected, {"color": _THEORY, "marker": "^", "ls": "--", "label": "settled modes, expected"})
+def _distance(axes: Axes, history: History) -> None:
+    _line(axes, history, "distance/measured", color=_CONTROL, marker="s", label="whole distance (no prediction)")
+    _line(axes, history, "distance/separated", color=_MEASURED, marker="o", label="settled modes, measured")
+    _line(axes, history, "distance/predicted", color=_THEORY, marker="^", ls="--", label="settled modes, expected")
     axes.set(xlabel="optimizer steps", ylabel="weight norm", title="Distance to the zero-loss set")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
 
 
-def _agreement(axes: Axes, windows: Sequence[WindowObservation]) -> None:
-    places = range(len(windows))
-    series = {
-        "effective flow": (_THEORY, "o", [w.drift.cosine for w in windows]),
-        "singular limit": (_LIMIT, "D", [w.limit.cosine if w.limit else math.nan for w in windows]),
-        "loss alone (null)": (_CONTROL, "s", [w.null.cosine for w in windows]),
-    }
-    for label, (color, marker, values) in series.items():
-        if any(math.isfinite(v) for v in values):
-            axes.plot(places, values, color=color, marker=marker, label=label)
-    for i, window in enumerate(windows):
-        if math.isfinite(window.ceiling):
-            label = "noise ceiling" if i == 0 else ""
-            axes.hlines(window.ceiling, i - 0.3, i + 0.3, color=_CEILING, lw=1, label=label)
-    axes.set_xticks(places, [f"{w.start}-{w.stop}" for w in windows])
-    axes.set(ylim=(-0.05, 1.05), xlabel="window, optimizer steps", ylabel="cosine with the measured drift")
+def _agreement(axes: Axes, history: History) -> None:
+    axes.axhline(0, color=_CONTROL, lw=0.5)
+    for i, (start, stop) in enumerate(_windows(history)):
+        ceiling = history[stop].get("singlim/drift/ceiling")
+        if ceiling is not None:
+            axes.hlines(ceiling, start, stop, color=_CEILING, lw=1, label="noise ceiling" if i == 0 else "")
+    _line(axes, history, "drift/cosine", color=_THEORY, marker="o", label="effective flow")
+    _line(axes, history, "limit/cosine", color=_LIMIT, marker="D", label="singular limit")
+    _line(axes, history, "drift/null_cosine", color=_CONTROL, marker="s", label="loss alone (null)")
+    axes.set(ylim=(-0.3, 1.05), xlabel="end of the window, optimizer steps", ylabel="cosine with the measured drift")
     axes.set_title("Which prediction points where training went")
-    if windows:
-        axes.legend(frameon=False, loc="lower left", fontsize="small", ncols=2)
+    if _windows(history):
+        axes.legend(frameon=False, loc="lower left", ncols=2)
 
 
-def _parity(axes: Axes, windows: Sequence[WindowObservation]) -> None:
+def _parity(axes: Axes, last: WindowObservation | None) -> None:
     axes.set(xlabel="predicted displacement", ylabel="measured displacement", title="Drift, weight by weight")
-    if not windows:
+    if last is None:
         return
-    last = windows[-1]
     q, m = last.flow.displacement.cpu().numpy(), last.displacement.cpu().numpy()
     reach = float(max(abs(q).max(), abs(m).max())) or 1.0
     extent = (-reach, reach, -reach, reach)

@@ -67,9 +67,9 @@ class SingularLimitMonitor(Callback):
 
     A probe opens a window of optimizer steps; at its end the displacement of the weights is compared with descent on
     the effective loss (the reference), with descent on the loss alone (the null control) and with the singular limit.
-    Scalars go to every logger of the trainer under ``singlim/``; records stay on `observations` and `windows`; a
-    verdict is written at the end, to the log, as `verdict`, and to TensorBoard as text. The loss gap alone, which is
-    cheap, is logged ten times per decade of steps (`loss_gaps`).
+    Scalars go to every logger of the trainer under ``singlim/``, and stay on `history` (step -> tag -> value); the last
+    records, with their vectors, on `last_observation` and `last_window`. A verdict is written at the end, to the log,
+    as `verdict`, and to TensorBoard as text. The loss gap, which is cheap, is logged ten times per decade of steps.
 
     Args:
         loss: what ``training_step`` computes, if it is not recognised: see `ZeroLossProblem`.
@@ -124,9 +124,9 @@ class SingularLimitMonitor(Callback):
         self.every_n_steps, self.window, self.replicas = every_n_steps, window, replicas
         self.num_draws, self.separation, self.dtype, self.batch_size = num_draws, separation, dtype, batch_size
         self.seed = seed
-        self.observations: list[Observation] = []
-        self.windows: list[WindowObservation] = []
-        self.loss_gaps: dict[int, float] = {}
+        self.history: dict[int, dict[str, float]] = {}
+        self.last_observation: Observation | None = None
+        self.last_window: WindowObservation | None = None
         self.not_covered: tuple[str, ...] = ()
         self.verdict = ""
 
@@ -134,11 +134,10 @@ class SingularLimitMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the problem, the descent and the noise; probe the first weights."""
-        self.observations, self.windows, self.loss_gaps, self.verdict = [], [], {}, ""
+        self.history, self.last_observation, self.last_window, self.verdict = {}, None, None, ""
         self._began = time.perf_counter()
         self._probing = 0.0
         self._warned = False
-        self._last_logged = -1
         self._slow_time = self._step_lengths = 0.0
         self._open: tuple[Observation, Tensor | None, float] | None = None  # start, momentum, sum of lr so far
         with self._aside():
@@ -202,7 +201,7 @@ class SingularLimitMonitor(Callback):
         ends = self._open is not None and step == self._open[0].step + self.window
         if (step in self._starts or ends) and not self._seen(step):
             self._probe(trainer, pl_module)
-        elif step in self._loss_gap_steps and step != self._last_logged:
+        elif step in self._loss_gap_steps and step not in self.history:
             with self._aside():
                 self._log(trainer, {"singlim/loss_gap": self._problem.loss(self._problem.weights()).item()})
 
@@ -211,7 +210,7 @@ class SingularLimitMonitor(Callback):
         if not self._seen(trainer.global_step):
             self._probe(trainer, pl_module)
         with self._aside():
-            self.verdict = verdict(self.observations, self.windows, not_covered=self.not_covered)
+            self.verdict = verdict(self.history, not_covered=self.not_covered)
             rank_zero_info("torch_singlim verdict\n\n" + self.verdict + "\n")
             for logger in trainer.loggers:
                 add_text = getattr(getattr(logger, "experiment", None), "add_text", None)  # TensorBoard has it
@@ -219,7 +218,7 @@ class SingularLimitMonitor(Callback):
                     add_text("singlim/verdict", self.verdict, trainer.global_step)
 
     def _seen(self, step: int) -> bool:
-        return bool(self.observations) and self.observations[-1].step == step
+        return self.last_observation is not None and self.last_observation.step == step
 
     # --- one probe -------------------------------------------------------------------------------------------------
 
@@ -272,7 +271,7 @@ class SingularLimitMonitor(Callback):
                 velocity=velocity,
                 generator=self._generator,
             )
-            self.windows.append(window)
+            self.last_window = window
             scalars |= window_scalars(window)
             line += (
                 f", drift over {self.window} steps: cosine {window.drift.cosine:.3f}"
@@ -282,7 +281,7 @@ class SingularLimitMonitor(Callback):
         self._open = None
         if covered and step in self._starts:
             self._open = (observation, self._velocity(trainer), self._step_lengths)
-        self.observations.append(observation)
+        self.last_observation = observation
         elapsed = time.perf_counter() - self._began
         scalars["singlim/cost/overhead"] = (self._probing + time.perf_counter() - self._entered) / elapsed
         self._log(trainer, scalars)
@@ -305,9 +304,7 @@ class SingularLimitMonitor(Callback):
         return self._problem.function.flatten(buffers)
 
     def _log(self, trainer: Trainer, scalars: dict[str, float]) -> None:
-        self._last_logged = trainer.global_step
-        if "singlim/loss_gap" in scalars:
-            self.loss_gaps[trainer.global_step] = scalars["singlim/loss_gap"]
+        self.history[trainer.global_step] = scalars
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in scalars.items()})

@@ -207,6 +207,12 @@ class ZeroLossProblem:
         """N^{-1/2} [R_i v_i]  ``[M]`` for output directions v ``[N, C]`` at outputs f ``[N, C]``."""
         return self.sample_loss.whiten(f, self.targets, v).reshape(-1) / math.sqrt(self.num_samples)
 
+    def output_factor(self, f: Tensor, part: slice) -> Tensor:
+        """R_i with A_i = R_i^T R_i, for some of the samples, at outputs f ``[N, C]`` of all  ``[n, rows, C]``."""
+        f, y = f[part], self.targets[part]
+        basis = torch.eye(self.num_residuals // self.num_samples, dtype=f.dtype, device=f.device)
+        return torch.stack([self.sample_loss.unwhiten(f, y, e.expand(len(f), -1)) for e in basis], 1)
+
     def linearize(self, w: Tensor) -> Linearization:
         """b(w) and B = N^{-1/2} [R_i J_i] at w.
 
@@ -251,16 +257,13 @@ class ZeroLossProblem:
 
     def _rows(self, w: Tensor, f: Tensor, part: slice) -> Tensor:
         """Rows of B that belong to some samples ``[n rows, P]``: one vector-Jacobian product per residual."""
-        f, y, x = f[part], self.targets[part], self.inputs[part]
-        rows = self.num_residuals // self.num_samples
-        basis = torch.eye(rows, dtype=f.dtype, device=f.device)
-        R = torch.stack([self.sample_loss.unwhiten(f, y, e.expand(len(f), -1)) for e in basis], 1)  # [n, rows, C]
 
         def sample_rows(x_i: Tensor, R_i: Tensor) -> Tensor:
             pull = vjp(lambda v: self.function(v, x_i[None])[0], w)[1]
             return vmap(lambda r: pull(r)[0])(R_i)  # R_i J_i  [rows, P]
 
-        return vmap(sample_rows)(x, R).reshape(-1, self.num_weights) / math.sqrt(self.num_samples)
+        R = self.output_factor(f, part)
+        return vmap(sample_rows)(self.inputs[part], R).reshape(-1, self.num_weights) / math.sqrt(self.num_samples)
 
     def _gram(self, w: Tensor, f: Tensor) -> Tensor:
         """K = B B^T  ``[M, M]`` from per-sample Jacobians, a bounded number of rows at a time."""

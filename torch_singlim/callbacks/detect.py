@@ -98,7 +98,7 @@ def _training_losses(module: LightningModule, probes: list[tuple[Tensor, Tensor]
                 out = twin.training_step(batch, 0)
                 value = out["loss"] if isinstance(out, dict) else out
                 losses.append(float(value))
-    except Exception:
+    except Exception:  # a user's training step may need anything of a trainer; the caller says what to pass instead
         return None
     return losses
 

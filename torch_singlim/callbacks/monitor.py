@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -148,11 +149,11 @@ class SingularLimitMonitor(Callback):
             )
             self._set_descent(trainer, pl_module, probe)
             total = trainer.estimated_stepping_batches
-            self._total = int(total) if math.isfinite(total) else None
-            self._starts = set(probe_starts(self.window, self.every_n_steps, self._total))
+            total_steps = int(total) if math.isfinite(total) else None
+            self._starts = set(probe_starts(self.window, self.every_n_steps, total_steps))
             self._loss_gap_steps = {round(10 ** (k / 10)) for k in range(80)}
         self._describe(probe)
-        self._probe(trainer, pl_module)
+        self._probe(trainer)
 
     def _set_descent(self, trainer: Trainer, module: LightningModule, probe: ProbeSet) -> None:
         loader = trainer.train_dataloader
@@ -162,6 +163,7 @@ class SingularLimitMonitor(Callback):
         noise, reasons = detect_noise(self._problem, descent.weight_decay)
         self._noise = self.noise if self.noise is not None else noise
         self._noise.check(self._problem)
+        self._variance = self._noise.variance(self._problem)
         self._sgd = descent.sgd
         if probe.is_subset:
             reasons += (
@@ -190,8 +192,7 @@ class SingularLimitMonitor(Callback):
         self._step_lengths += lr
         order = self._noise.order
         if order is not None and lr > 0:
-            effective = lr * self._sgd.effective_lr / self._sgd.lr
-            self._slow_time += effective**order * self._noise.variance(self._problem)
+            self._slow_time += replace(self._sgd, lr=lr).effective_lr ** order * self._variance
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -200,7 +201,7 @@ class SingularLimitMonitor(Callback):
         step = trainer.global_step
         ends = self._open is not None and step == self._open[0].step + self.window
         if (step in self._starts or ends) and not self._seen(step):
-            self._probe(trainer, pl_module)
+            self._probe(trainer)
         elif step in self._loss_gap_steps and step not in self.history:
             with self._aside():
                 self._log(trainer, {"singlim/loss_gap": self._problem.loss(self._problem.weights()).item()})
@@ -208,7 +209,7 @@ class SingularLimitMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the last weights and write the verdict."""
         if not self._seen(trainer.global_step):
-            self._probe(trainer, pl_module)
+            self._probe(trainer)
         with self._aside():
             self.verdict = verdict(self.history, not_covered=self.not_covered)
             rank_zero_info("torch_singlim verdict\n\n" + self.verdict + "\n")
@@ -222,7 +223,7 @@ class SingularLimitMonitor(Callback):
 
     # --- one probe -------------------------------------------------------------------------------------------------
 
-    def _probe(self, trainer: Trainer, module: LightningModule) -> None:
+    def _probe(self, trainer: Trainer) -> None:
         """Observe the weights; where a window ends here, compare it; where one begins, open it."""
         try:
             with self._aside():
@@ -265,7 +266,7 @@ class SingularLimitMonitor(Callback):
                 w,
                 stop=step,
                 noise=self._noise,
-                sgd=_with_lr(self._sgd, mean_lr),
+                sgd=replace(self._sgd, lr=mean_lr),
                 replicas=self.replicas,
                 num_draws=self.num_draws,
                 velocity=velocity,
@@ -292,7 +293,7 @@ class SingularLimitMonitor(Callback):
         if self._sgd is None:
             return None
         lr = float(trainer.optimizers[0].param_groups[0]["lr"])
-        return _with_lr(self._sgd, lr) if lr > 0 else None
+        return replace(self._sgd, lr=lr) if lr > 0 else None
 
     def _velocity(self, trainer: Trainer) -> Tensor | None:
         """The optimizer's momentum buffers ``[P]``, where they exist."""
@@ -326,9 +327,3 @@ class SingularLimitMonitor(Callback):
     @property
     def _device_type(self) -> str:
         return self._problem.device.type if hasattr(self, "_problem") else "cpu"
-
-
-def _with_lr(sgd: SGDSettings, lr: float) -> SGDSettings:
-    return SGDSettings(
-        lr=lr, momentum=sgd.momentum, dampening=sgd.dampening, nesterov=sgd.nesterov, batch_size=sgd.batch_size
-    )

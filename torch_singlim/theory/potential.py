@@ -176,12 +176,12 @@ def noise_gram(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tens
     """
     scale = system.scale(problem)
     f = problem.outputs(w)
-    rows = problem.num_residuals // problem.num_samples
     if scale.numel() == 0:
+        rows = problem.num_residuals // problem.num_samples
         return f.new_zeros(problem.num_samples, rows, rows)
     blocks = []
     for part in problem.chunks():
-        x, y, f_part = problem.inputs[part], problem.targets[part], f[part]
+        x, y = problem.inputs[part], problem.targets[part]
 
         def noisy_outputs(eta: Tensor, x: Tensor = x, y: Tensor = y) -> Tensor:
             batch = system.perturb(problem, NoisyBatch(w, x, y), eta)
@@ -189,8 +189,7 @@ def noise_gram(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tens
 
         zero = scale.new_zeros(len(x), scale.numel())
         pull = torch.func.vjp(noisy_outputs, zero)[1]
-        basis = torch.eye(rows, dtype=f.dtype, device=f.device)
-        R = torch.stack([problem.sample_loss.unwhiten(f_part, y, e.expand(len(x), -1)) for e in basis])  # [rows, n, C]
-        RD = torch.stack([pull(R_c)[0] for R_c in R], 1) * scale  # [n, rows, D]
+        R = problem.output_factor(f, part)  # [n, rows, C]
+        RD = torch.stack([pull(row)[0] for row in R.unbind(1)], 1) * scale  # [n, rows, D]
         blocks.append(RD @ RD.mT)
     return torch.cat(blocks)

@@ -15,7 +15,7 @@ ROOMS = {
     "functional": set(),
     "problem": {"linalg", "loss", "functional"},
     "geometry": {"linalg", "problem"},
-    "theory": {"linalg", "problem"},
+    "theory": {"linalg", "loss", "functional", "problem"},
     "observe": {"linalg", "problem", "geometry", "theory"},
     "report": {"observe"},
     "callbacks": {"linalg", "loss", "functional", "problem", "geometry", "theory", "observe"},

@@ -11,13 +11,24 @@ from torch_singlim.linalg import Estimate
 from torch_singlim.observe import Agreement, compare
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory import (
+    AntiCorrelated,
+    CustomNoise,
+    Degeneracy,
+    DropConnect,
     Dropout,
+    Ensemble,
+    InputNoise,
+    LabelFlips,
+    LabelNoise,
+    Langevin,
     LimitPrediction,
     Minibatch,
     SGDSettings,
     WeightDecay,
     WindowPrediction,
+    degeneracy,
     effective_flow,
+    limit_flow,
     simulate,
     singular_limit,
 )
@@ -35,15 +46,27 @@ __all__ = [
     "TangentSpace",
     # how it is trained
     "SGDSettings",
+    # with which noise
     "Dropout",
+    "DropConnect",
+    "AntiCorrelated",
+    "InputNoise",
     "WeightDecay",
+    "LabelNoise",
+    "LabelFlips",
+    "Langevin",
     "Minibatch",
+    "CustomNoise",
     # what the theory predicts
     "singular_limit",
     "LimitPrediction",
+    "degeneracy",
+    "Degeneracy",
+    "limit_flow",
     "effective_flow",
     "WindowPrediction",
     "simulate",
+    "Ensemble",
     "Estimate",
     # measured against predicted
     "compare",

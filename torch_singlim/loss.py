@@ -32,8 +32,16 @@ class SampleLoss(Protocol):
         """l(f, y) with its infimum subtracted ``[n]``, differentiable in f."""
         ...
 
+    def shifted(self, f: Tensor, y: Tensor, shift: Tensor) -> Tensor:
+        """l(f, y + shift) up to what does not depend on f ``[n]``, shift ``[n, C]`` of any sign."""
+        ...
+
     def infimum(self, y: Tensor) -> Tensor:
         """What was subtracted ``[n]``."""
+        ...
+
+    def curvature(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """v^T A v ``[n]`` for v ``[n, C]``, differentiable in f and v."""
         ...
 
     def whiten(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
@@ -71,8 +79,14 @@ class MeanSquaredError:
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         return (f - y).square().mean(1)
 
+    def shifted(self, f: Tensor, y: Tensor, shift: Tensor) -> Tensor:
+        return self.value(f, y + shift)
+
     def infimum(self, y: Tensor) -> Tensor:
         return y.new_zeros(y.shape[0])
+
+    def curvature(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return 2 * v.square().mean(1)
 
     def whiten(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
         return (2 / f.shape[1]) ** 0.5 * v
@@ -138,8 +152,15 @@ class SoftCrossEntropy:
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         return (y * (y.log() - F.log_softmax(f, 1))).sum(1)
 
+    def shifted(self, f: Tensor, y: Tensor, shift: Tensor) -> Tensor:
+        return self.value(f, y) - (shift * F.log_softmax(f, 1)).sum(1)
+
     def infimum(self, y: Tensor) -> Tensor:
         return -(y * y.log()).sum(1)
+
+    def curvature(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        p = F.softmax(f, 1)
+        return (p * v.square()).sum(1) - (p * v).sum(1).square()
 
     def whiten(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
         s = F.softmax(f, 1).sqrt()
@@ -186,8 +207,15 @@ class CustomLoss:
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         return torch.func.vmap(self.function)(f, y)
 
+    def shifted(self, f: Tensor, y: Tensor, shift: Tensor) -> Tensor:
+        return self.value(f, y + shift.reshape(y.shape))
+
     def infimum(self, y: Tensor) -> Tensor:
         return torch.zeros(y.shape[0], device=y.device)
+
+    def curvature(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        A = torch.func.vmap(torch.func.hessian(self.function))(f, y)  # [n, C, C]
+        return torch.einsum("ni,nij,nj->n", v, A, v)
 
     def _root(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         A = torch.func.vmap(torch.func.hessian(self.function))(f, y)  # [n, C, C]

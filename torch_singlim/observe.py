@@ -171,7 +171,7 @@ def observe(
             limit = singular_limit(
                 problem, foot.point, noise, sgd, num_draws=num_draws, hessian=hessian, generator=generator
             )
-            expected = limit.distance_on(hessian, sgd, num_samples=problem.num_samples, smallest=level).rms
+            expected = limit.distance_on(hessian, sgd, smallest=level).rms
     return Observation(step, slow_time, w, problem.loss(w).item(), foot, tangent, separated, expected, count, limit)
 
 

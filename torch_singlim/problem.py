@@ -141,6 +141,11 @@ class ZeroLossProblem:
             f"C={self.num_outputs}, P={self.num_weights}, {self.dtype})"
         )
 
+    @property
+    def input_shape(self) -> torch.Size:
+        """Shape of one sample's input."""
+        return self.inputs.shape[1:]
+
     # --- weights and samples ---------------------------------------------------------------------------------------
 
     def weights(self) -> Tensor:
@@ -161,9 +166,17 @@ class ZeroLossProblem:
         assert total is not None  # the probe set is not empty
         return total
 
-    def batch_loss(self, w: Tensor, x: Tensor, y: Tensor, eta: Tensor | None = None) -> Tensor:
-        """Mean of l over a batch at weights w ``[P]`` and activation noise eta ``[n, D]``; differentiable in each."""
-        return self.sample_loss.value(self.function(w, x, eta), y).mean()
+    def batch_loss(
+        self, w: Tensor, x: Tensor, y: Tensor, *, activations: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """Mean of l over a batch at weights w ``[P]``, a scalar; differentiable in each argument.
+
+        With noise on its activations ``[n, D]``, and targets shifted by ``[n, C]``.
+        """
+        f = self.function(w, x, activations)
+        if shift is None:
+            return self.sample_loss.value(f, y).mean()
+        return self.sample_loss.shifted(f, y, shift).mean()
 
     # --- the loss and its derivatives ------------------------------------------------------------------------------
 
@@ -255,6 +268,10 @@ class ZeroLossProblem:
         residual = self.sample_loss.residual(f, self.targets).reshape(-1) * scale
         return Linearization(operator, residual, lambda: self._gram(w, f))
 
+    def samples_at_once(self, rows: int) -> int:
+        """Samples whose Jacobian rows, so many each, are held in memory at once: bounded by 1 GiB."""
+        return max(1, _ROW_BYTES // (rows * self.num_weights * self.dtype.itemsize))
+
     def _rows(self, w: Tensor, f: Tensor, part: slice) -> Tensor:
         """Rows of B that belong to some samples ``[n rows, P]``: one vector-Jacobian product per residual."""
 
@@ -268,7 +285,7 @@ class ZeroLossProblem:
     def _gram(self, w: Tensor, f: Tensor) -> Tensor:
         """K = B B^T  ``[M, M]`` from per-sample Jacobians, a bounded number of rows at a time."""
         rows = self.num_residuals // self.num_samples
-        size = max(1, _ROW_BYTES // (rows * self.num_weights * f.element_size()))
+        size = self.samples_at_once(rows)
         parts = [slice(i, min(i + size, self.num_samples)) for i in range(0, self.num_samples, size)]
         K = f.new_empty(self.num_residuals, self.num_residuals)
         for i, left in enumerate(parts):

@@ -30,7 +30,7 @@ def test_dropout_against_brute_force(name):
     assert limit.potential.mean == pytest.approx(dense.dropout_potential(w).item(), rel=1e-9)
     assert torch.linalg.vector_norm(limit.drift - drift) <= 1e-6 * torch.linalg.vector_norm(drift)
     assert limit.mean_offset_norm == pytest.approx(torch.linalg.vector_norm(offset).item(), rel=1e-5)
-    assert limit.normal_variance == pytest.approx(variance, rel=1e-8)
+    assert limit.normal_variance.mean == pytest.approx(variance, rel=1e-8)
     assert limit.distance == pytest.approx(math.sqrt(offset.square().sum().item() + variance), rel=1e-5)
     assert limit.time_scale == pytest.approx(1 / (alpha * max(dense.sigma_squared()).item()))
 
@@ -91,7 +91,8 @@ def test_krylov_path_gives_the_same_prediction():
     other = singular_limit(dense.problem, w, Dropout(), sgd, num_draws=1000, hessian=hessian)
     torch.testing.assert_close(other.drift, exact.drift, rtol=0, atol=1e-9)
     assert other.mean_offset_norm == pytest.approx(exact.mean_offset_norm, rel=1e-5)
-    assert other.normal_variance == pytest.approx(exact.normal_variance, rel=0.3)  # Hutchinson, 16 draws
+    sampled = other.normal_variance
+    assert abs(sampled.mean - exact.normal_variance.mean) < 4 * sampled.stderr < exact.normal_variance.mean
 
 
 def test_distance_on_the_separated_modes():
@@ -100,15 +101,15 @@ def test_distance_on_the_separated_modes():
     T = tangent_space(dense.problem, w)
     limit = singular_limit(dense.problem, w, Dropout(), sgd, num_draws=1000, hessian=T.hessian)
     level = T.spectrum()[3].item() * 0.999  # the four stiffest
-    part = limit.distance_on(T.hessian, sgd, num_samples=dense.problem.num_samples, smallest=level)
+    part = limit.distance_on(T.hessian, sgd, smallest=level)
     values, vectors = torch.linalg.eigh(dense.gauss_newton(w))
     stiff, l = vectors[:, -4:], values[-4:]  # noqa: E741
     offset = -stiff @ ((stiff.T @ dense.dropout_potential_gradient(w)) / l)
     S = dense.dropout_noise_covariance(w, 2)
     variance = (0.05 * torch.diagonal(stiff.T @ S @ stiff) / (2 * l - 0.05 * l**2)).sum().item()
     torch.testing.assert_close(part.offset.mean, offset, rtol=0, atol=1e-6)
-    assert part.variance == pytest.approx(variance, rel=1e-8)
-    unstable = limit.distance_on(T.hessian, SGDSettings(lr=1e3), num_samples=5, smallest=0.0)
+    assert part.variance.mean == pytest.approx(variance, rel=1e-8)
+    unstable = limit.distance_on(T.hessian, SGDSettings(lr=1e3), smallest=0.0)
     assert unstable.rms == math.inf
 
 

@@ -31,6 +31,14 @@ class Estimate:
         stderr = (values.std() / math.sqrt(count)).item() if count > 1 else math.nan
         return cls(values.mean().item(), stderr)
 
+    def __add__(self, other: Estimate) -> Estimate:
+        """Sum of independent estimates."""
+        return Estimate(self.mean + other.mean, math.hypot(self.stderr, other.stderr))
+
+    def scaled(self, factor: float) -> Estimate:
+        """The estimate of `factor` times the number."""
+        return Estimate(factor * self.mean, abs(factor) * self.stderr)
+
 
 @dataclass(frozen=True)
 class VectorEstimate:
@@ -64,6 +72,10 @@ class VectorEstimate:
     def norm(self) -> float:
         """Norm of the truth, sqrt(|mean|^2 - stderr^2): sampling error alone does not make it grow."""
         return math.sqrt(max(self.mean.square().sum().item() - self.stderr**2, 0.0))
+
+    def __add__(self, other: VectorEstimate) -> VectorEstimate:
+        """Sum of independent estimates with equally many groups, or one of them exact."""
+        return VectorEstimate(self.groups + other.groups)
 
     def map(self, linear: Callable[[Tensor], Tensor]) -> VectorEstimate:
         """The estimate of a linear image."""

@@ -1,34 +1,80 @@
 """The paper and its extensions, one function per formula."""
 
+from torch_singlim.theory.degeneracy import Degeneracy, degeneracy, with_measured_order
 from torch_singlim.theory.descent import SGDSettings, time_scale
 from torch_singlim.theory.distance import ExpectedDistance, expected_distance
-from torch_singlim.theory.flow import Ensemble, WindowPrediction, effective_flow, simulate
-from torch_singlim.theory.noise import Dropout, Minibatch, NoiseSystem, Sum, WeightDecay
-from torch_singlim.theory.potential import Potential, averaged_gradient, noise_gram, potential
+from torch_singlim.theory.flow import (
+    Ensemble,
+    WindowPrediction,
+    effective_flow,
+    has_effective_flow,
+    limit_flow,
+    simulate,
+)
+from torch_singlim.theory.gradient_noise import GradientNoise, gradient_noise
+from torch_singlim.theory.noise import BatchLoss, Covariance, NoiseSpace, NoiseSystem, Sum, draw_noise, noisy_loss, parts
+from torch_singlim.theory.potential import Potential, averaged_gradient, potential
+from torch_singlim.theory.second_order import covariance_potential, ito_drift
 from torch_singlim.theory.singular_limit import LimitPrediction, singular_limit
+from torch_singlim.theory.systems import (
+    AntiCorrelated,
+    CustomNoise,
+    DropConnect,
+    Dropout,
+    InputNoise,
+    LabelFlips,
+    LabelNoise,
+    Langevin,
+    Minibatch,
+    WeightDecay,
+)
 
 __all__ = [
     # how the weights descend, and the slow clock
     "SGDSettings",
     "time_scale",
-    # what is injected
+    # what a noise is
     "NoiseSystem",
-    "Dropout",
-    "WeightDecay",
-    "Minibatch",
+    "NoiseSpace",
+    "BatchLoss",
     "Sum",
-    # the effective potential
+    "parts",
+    "noisy_loss",
+    "draw_noise",
+    # the systems
+    "Dropout",
+    "DropConnect",
+    "AntiCorrelated",
+    "InputNoise",
+    "WeightDecay",
+    "LabelNoise",
+    "LabelFlips",
+    "Langevin",
+    "Minibatch",
+    "CustomNoise",
+    # order 1: the effective potential
     "potential",
     "Potential",
     "averaged_gradient",
-    "noise_gram",
+    # order 2: the gradient noise on Gamma and the Ito term
+    "gradient_noise",
+    "GradientNoise",
+    "Covariance",
+    "covariance_potential",
+    "ito_drift",
+    # which order a noise has
+    "degeneracy",
+    "Degeneracy",
+    "with_measured_order",
     # the limit
     "singular_limit",
     "LimitPrediction",
     "expected_distance",
     "ExpectedDistance",
+    "limit_flow",
     # beyond the limit
     "effective_flow",
+    "has_effective_flow",
     "WindowPrediction",
     "simulate",
     "Ensemble",

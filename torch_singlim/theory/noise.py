@@ -1,40 +1,78 @@
-"""Noise systems: what is injected, and at which order it moves the weights along Gamma.
+"""The protocol of a noise system: a noisy loss Lhat(w, eta), from which all the rest follows.
 
-A system perturbs a batch with mean-zero noise eta of independent components, which makes a noisy loss Lhat(w, eta).
-Everything else follows from that: the regulariser, its gradient, the gradient noise on Gamma.
+A system says how its noise eta enters the loss of a batch, one line in the letters of arXiv 2404.12293:
 
-    V(w) = Lhat(w, 0) - L(w) + (1/2) sum_j sigma_j^2 d^2 Lhat(w, 0) / d eta_j^2
+    DropConnect:  loss(w * (1 + eta), x, y)         input noise:  loss(w, x + eta, y)       Langevin:  L + eta . w
 
-V is the effective potential, the noise's variance inside (sigma^2 Reg of arXiv 2404.12293, and a penalty where the
-system has one); per step the weights move by -alpha^order P_T grad V.
+The components of eta are uncorrelated, with mean zero. eta has either one row for each sample of the batch ``[n, D]``
+(`per_sample`), or is one vector ``[D]`` for the whole step.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from torch_singlim.functional import ActivationSite
 from torch_singlim.problem import ZeroLossProblem
 
-__all__ = ["Dropout", "Minibatch", "NoiseSystem", "NoisyBatch", "Sum", "WeightDecay", "noisy_loss"]
+__all__ = ["BatchLoss", "Covariance", "NoiseSpace", "NoiseSystem", "Sum", "draw_noise", "noisy_loss", "parts"]
+
+
+class BatchLoss(Protocol):
+    """Mean loss of a batch: weights ``[P]``, inputs ``[n, ...]``, targets ``[n, ...]`` -> scalar."""
+
+    def __call__(
+        self, w: Tensor, x: Tensor, y: Tensor, *, activations: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """`activations`: noise on the dropout sites ``[n, D]``; `shift`: what is added to the targets ``[n, C]``."""
+        ...
+
+
+class NoiseSpace(Protocol):
+    """What there is to perturb: all that a system needs to know to draw its noise. A `ZeroLossProblem` is one."""
+
+    num_weights: int
+    num_outputs: int
+    sites: list[ActivationSite]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def input_shape(self) -> torch.Size:
+        """Shape of one sample's input."""
+        ...
 
 
 @dataclass(frozen=True)
-class NoisyBatch:
-    """What a noise system may perturb: weights ``[P]``, a batch, the noise on its activations, an additive penalty."""
+class Covariance:
+    """Sigma = hessian * H + identity * I: covariance on Gamma of one step's gradient noise, where it has this form."""
 
-    weights: Tensor
-    inputs: Tensor
-    targets: Tensor
-    activations: Tensor | None = None
-    penalty: Tensor | float = 0.0
+    hessian: float = 0.0
+    identity: float = 0.0
+
+    def __add__(self, other: Covariance) -> Covariance:
+        return Covariance(self.hessian + other.hessian, self.identity + other.identity)
 
 
 class NoiseSystem(ABC):
-    """A noise (or a penalty): how eta ``[n, D]``, independent over samples and components, perturbs a batch of n."""
+    """A noise (or a penalty): how its eta enters the loss. Subclasses are frozen; ``a + b`` is their sum.
+
+    Attributes:
+        per_sample: eta is ``[n, D]``, a row for each sample; otherwise ``[D]``, one for the whole step.
+        additive: adds a term of the weights themselves to the loss; in a sum it sees them unperturbed.
+        moves_outputs: acts through the outputs f of each sample (and on nothing else).
+    """
+
+    per_sample: ClassVar[bool] = True
+    additive: ClassVar[bool] = False
+    moves_outputs: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -42,135 +80,45 @@ class NoiseSystem(ABC):
         """Power of the step size in the drift along Gamma: 1, 2, or None where nothing moves on either clock."""
 
     @abstractmethod
-    def variance(self, problem: ZeroLossProblem) -> float:
+    def variance(self, space: NoiseSpace) -> float:
         """sigma^2 of the slow clock; with several layers or systems the largest, which sets the pace."""
 
     def check(self, problem: ZeroLossProblem) -> None:  # noqa: B027  # most systems fit every problem
         """Raise ValueError, with what to do, if the system does not fit the problem."""
 
-    def scale(self, problem: ZeroLossProblem) -> Tensor:
-        """sigma_j, the standard deviation of each of the D noise components of a sample ``[D]``."""
-        return torch.zeros(0, dtype=problem.dtype, device=problem.device)
+    def scale(self, space: NoiseSpace) -> Tensor:
+        """sigma_j, the standard deviation of each of the D components of eta ``[D]``."""
+        return torch.zeros(0, dtype=space.dtype, device=space.device)
 
-    def draw(self, problem: ZeroLossProblem, count: int, *, generator: torch.Generator | None) -> Tensor:
-        """Independent noise for `count` samples ``[count, D]``, from the distribution that training uses."""
-        return torch.zeros(count, 0, dtype=problem.dtype, device=problem.device)
+    def draw(self, space: NoiseSpace, count: int, *, generator: torch.Generator | None) -> Tensor:
+        """Independent draws of eta ``[count, D]``; Gaussian unless the system says otherwise.
 
-    def perturb(self, problem: ZeroLossProblem, batch: NoisyBatch, eta: Tensor) -> NoisyBatch:
-        """The batch under noise eta ``[n, D]``; differentiable in the weights and in eta."""
-        return batch
+        Drawn on the generator's device (default: the CPU) and moved, so that a seed means the same everywhere.
+        """
+        scale = self.scale(space)
+        device = "cpu" if generator is None else generator.device
+        return scale * torch.randn(count, scale.numel(), generator=generator, dtype=space.dtype, device=device).to(scale)
+
+    def noisy_loss(self, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, eta: Tensor) -> Tensor:
+        """Lhat(w, eta) of a batch, a scalar, in terms of the loss without this noise; differentiable in w and eta."""
+        return loss(w, x, y)
+
+    def covariance(self, problem: ZeroLossProblem, batch_size: int) -> Covariance | None:
+        """Sigma on Gamma in closed form, for systems of order 2; None where it has none."""
+        return None
+
+    def carried(self, eta: Tensor) -> Tensor | None:
+        """What the weights of the training carry on top of the weights of the recursion, for eta ``[..., D]``."""
+        return None
 
     def __add__(self, other: NoiseSystem) -> NoiseSystem:
         """Both, independently: their potentials add."""
-        return Sum((*_parts(self), *_parts(other)))
-
-
-def _parts(system: NoiseSystem) -> tuple[NoiseSystem, ...]:
-    return system.systems if isinstance(system, Sum) else (system,)
-
-
-def noisy_loss(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, x: Tensor, y: Tensor, eta: Tensor) -> Tensor:
-    """Lhat(w, eta): mean loss of a batch under the noise, plus its penalty; a scalar, differentiable in w and eta."""
-    batch = system.perturb(problem, NoisyBatch(w, x, y), eta)
-    return problem.batch_loss(batch.weights, batch.inputs, batch.targets, batch.activations) + batch.penalty
-
-
-@dataclass(frozen=True)
-class Dropout(NoiseSystem):
-    """Dropout with the rates of the module's own ``nn.Dropout`` layers: activations times 1 + eta.
-
-        1 + eta = Bernoulli(1 - p) / (1 - p),      sigma_j^2 = p_j / (1 - p_j)
-
-    Order 1. Every call of a dropout layer has its own noise, per sample and unit (per channel for ``Dropout2d``).
-
-    >>> from torch import nn
-    >>> net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.2), nn.Linear(3, 1))
-    >>> problem = ZeroLossProblem(net, "mse", torch.ones(1, 2), torch.ones(1, 1))
-    >>> Dropout().scale(problem)
-    tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64)
-    """
-
-    @property
-    def order(self) -> int:
-        return 1
-
-    def check(self, problem: ZeroLossProblem) -> None:
-        if not problem.sites:
-            raise ValueError(
-                "Dropout() needs nn.Dropout layers with a positive rate that the forward pass calls, found none: add "
-                "them to the module (functional dropout cannot be seen), or use another noise"
-            )
-
-    def variance(self, problem: ZeroLossProblem) -> float:
-        self.check(problem)
-        return max(site.variance for site in problem.sites)
-
-    def scale(self, problem: ZeroLossProblem) -> Tensor:
-        self.check(problem)
-        parts = [torch.full((site.dimension,), site.variance**0.5, dtype=problem.dtype) for site in problem.sites]
-        return torch.cat(parts).to(problem.device)
-
-    def draw(self, problem: ZeroLossProblem, count: int, *, generator: torch.Generator | None) -> Tensor:
-        self.check(problem)
-        keep = torch.cat([torch.full((site.dimension,), 1 - site.rate, dtype=problem.dtype) for site in problem.sites])
-        kept = torch.rand(count, keep.numel(), generator=generator) < keep
-        return (kept.to(problem.dtype) / keep - 1).to(problem.device)
-
-    def perturb(self, problem: ZeroLossProblem, batch: NoisyBatch, eta: Tensor) -> NoisyBatch:
-        return replace(batch, activations=eta)
-
-
-@dataclass(frozen=True)
-class Minibatch(NoiseSystem):
-    """Minibatch sampling and nothing else: the loss of the batch as it is.
-
-    Trivial: on Gamma every sample's gradient is zero, so the noise dies as the weights arrive. No order, no drift.
-
-    >>> Minibatch().order is None
-    True
-    """
-
-    @property
-    def order(self) -> None:
-        return None
-
-    def variance(self, problem: ZeroLossProblem) -> float:
-        return 0.0
-
-
-@dataclass(frozen=True)
-class WeightDecay(NoiseSystem):
-    """L + (lambda/2) |w|^2, the optimizer's weight decay: no noise, but the clock of order 1 with lambda for sigma^2.
-
-    Raises:
-        ValueError: a coefficient that is not positive.
-
-    >>> (Dropout() + WeightDecay(5e-4)).order
-    1
-    """
-
-    coefficient: float
-
-    def __post_init__(self) -> None:
-        if not self.coefficient > 0:
-            raise ValueError(
-                f"the weight decay coefficient must be positive, got {self.coefficient}; for none, leave it out"
-            )
-
-    @property
-    def order(self) -> int:
-        return 1
-
-    def variance(self, problem: ZeroLossProblem) -> float:
-        return self.coefficient
-
-    def perturb(self, problem: ZeroLossProblem, batch: NoisyBatch, eta: Tensor) -> NoisyBatch:
-        return replace(batch, penalty=batch.penalty + 0.5 * self.coefficient * batch.weights.square().sum())
+        return Sum((*parts(self), *parts(other)))
 
 
 @dataclass(frozen=True)
 class Sum(NoiseSystem):
-    """Several independent systems at once; written ``a + b``. Their noises stand side by side in the columns of eta."""
+    """Several independent systems at once; written ``a + b``. The generic functions work on its `parts`."""
 
     systems: tuple[NoiseSystem, ...]
 
@@ -178,6 +126,9 @@ class Sum(NoiseSystem):
         kinds = [type(system).__name__ for system in self.systems]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"a sum takes systems of different kinds, one each, got {' + '.join(kinds)}")
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.systems))
 
     @property
     def order(self) -> int | None:
@@ -187,17 +138,49 @@ class Sum(NoiseSystem):
         for system in self.systems:
             system.check(problem)
 
-    def variance(self, problem: ZeroLossProblem) -> float:
-        return max(s.variance(problem) for s in self.systems if s.order == self.order)
+    def variance(self, space: NoiseSpace) -> float:
+        return max((s.variance(space) for s in self.systems if s.order == self.order), default=0.0)
 
-    def scale(self, problem: ZeroLossProblem) -> Tensor:
-        return torch.cat([s.scale(problem) for s in self.systems])
 
-    def draw(self, problem: ZeroLossProblem, count: int, *, generator: torch.Generator | None) -> Tensor:
-        return torch.cat([s.draw(problem, count, generator=generator) for s in self.systems], 1)
+def parts(system: NoiseSystem) -> tuple[NoiseSystem, ...]:
+    """The systems that a sum consists of; a single one is its own only part."""
+    return system.systems if isinstance(system, Sum) else (system,)
 
-    def perturb(self, problem: ZeroLossProblem, batch: NoisyBatch, eta: Tensor) -> NoisyBatch:
-        sizes = [s.scale(problem).numel() for s in self.systems]
-        for system, part in zip(self.systems, eta.split(sizes, dim=1), strict=True):
-            batch = system.perturb(problem, batch, part)
-        return batch
+
+def noisy_loss(
+    system: NoiseSystem, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, etas: Sequence[Tensor]
+) -> Tensor:
+    """Lhat(w, eta): mean loss of a batch under all parts of a system, one eta for each; a scalar.
+
+    Parts that add a term of the weights come outermost, so that none of the others perturbs it.
+    """
+
+    def wrapped(inner: BatchLoss, part: NoiseSystem, eta: Tensor) -> BatchLoss:
+        def with_noise(w: Tensor, x: Tensor, y: Tensor, **perturbation: Tensor | None) -> Tensor:
+            return part.noisy_loss(functools.partial(inner, **perturbation), w, x, y, eta)
+
+        return with_noise
+
+    layers = sorted(zip(parts(system), etas, strict=True), key=lambda pair: pair[0].additive)
+    for part, eta in layers:
+        loss = wrapped(loss, part, eta)
+    return loss(w, x, y)
+
+
+def draw_noise(
+    system: NoiseSystem,
+    space: NoiseSpace,
+    count: int,
+    *,
+    generator: torch.Generator | None,
+    replicas: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Fresh noise for a batch of `count` samples: per part ``[count, D]`` or ``[D]``; with a leading [replicas]."""
+    lead = () if replicas is None else (replicas,)
+    copies = replicas or 1
+    etas = []
+    for part in parts(system):
+        eta = part.draw(space, copies * count if part.per_sample else copies, generator=generator)
+        shape = (*lead, count, eta.shape[1]) if part.per_sample else (*lead, eta.shape[1])
+        etas.append(eta.reshape(shape))
+    return tuple(etas)

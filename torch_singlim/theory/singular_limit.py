@@ -1,4 +1,4 @@
-"""The singular limit of arXiv 2404.12293: drift along Gamma as step size and noise go to zero."""
+"""The singular limit of arXiv 2404.12293: drift and diffusion along Gamma as step size and noise go to zero."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from torch import Tensor
 
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory.degeneracy import with_measured_order
 from torch_singlim.theory.descent import SGDSettings, time_scale
 from torch_singlim.theory.distance import ExpectedDistance, expected_distance
-from torch_singlim.theory.noise import NoiseSystem
-from torch_singlim.theory.potential import Potential, noise_gram, potential
+from torch_singlim.theory.gradient_noise import GradientNoise, gradient_noise, noise_factor
+from torch_singlim.theory.noise import Covariance, NoiseSystem, Sum, parts
+from torch_singlim.theory.potential import Potential, potential
+from torch_singlim.theory.second_order import covariance_potential, ito_drift
 
 __all__ = ["LimitPrediction", "singular_limit"]
 
@@ -25,14 +28,16 @@ class LimitPrediction:
     Args:
         order: 1: drift -alpha P_T grad V per step; 2: -alpha^2 P_T grad V and diffusion; None: no motion.
         time_scale: optimizer steps per unit of slow time, 1 / (alpha^order sigma^2).
-        potential: V, in units of the loss.
+        potential: V, in units of the loss; nan for a noise of order 2 without closed form.
         drift: mean displacement of the weights per optimizer step ``[P]``, tangent to Gamma.
         drift_stderr: norm of its error (0: exact).
-        diffusion: variance per optimizer step in each tangent direction, in squared weight norm.
+        diffusion: variance per optimizer step and tangent direction, in squared weight norm.
+        dimension: of Gamma: the number of tangent directions.
         normal_variance: trace of the covariance across Gamma.
-        mean_offset_norm: norm of the mean of w minus its nearest point.
+        mean_offset_norm: norm of the mean of w minus its nearest point; at order 2, where the variance leads, 0.
         distance: expected root mean square distance to Gamma, every mode settled: sqrt(offset^2 + normal variance).
-        passes: derivative passes over the probe set that it took.
+        passes: derivative passes over the probe set that V took.
+        noise: the system, the order of its parts settled.
     """
 
     order: int | None
@@ -41,31 +46,63 @@ class LimitPrediction:
     drift: Tensor = field(repr=False)
     drift_stderr: float
     diffusion: float
-    normal_variance: float
+    dimension: int
+    normal_variance: Estimate
     mean_offset_norm: float
     distance: float
     passes: int
+    noise: NoiseSystem = field(repr=False)
     gradient: VectorEstimate = field(repr=False)
-    noise_gram: Tensor = field(repr=False)
+    gradient_noise: GradientNoise = field(repr=False)
 
     @property
     def degenerate(self) -> bool:
         """Whether nothing moves on the first clock."""
         return self.order != 1
 
-    def distance_on(
-        self, hessian: FactoredOperator, sgd: SGDSettings, *, num_samples: int, smallest: float
-    ) -> ExpectedDistance:
+    def spread(self, steps: int) -> float:
+        """Root mean square distance along Gamma that diffusion alone takes an ensemble apart in so many steps."""
+        return math.sqrt(steps * self.diffusion * self.dimension)
+
+    def distance_on(self, hessian: FactoredOperator, sgd: SGDSettings, *, smallest: float) -> ExpectedDistance:
         """The expected distance over the modes with lambda >= smallest alone: those that had the time to settle."""
         return expected_distance(
             hessian,
             self.gradient,
-            self.noise_gram,
+            self.gradient_noise,
             alpha=sgd.effective_lr,
-            order=self.order or 1,
-            batch_size=sgd.batch(num_samples),
+            order=self.order,
             smallest=smallest,
         )
+
+
+def _leading(noise: NoiseSystem, order: int) -> tuple[NoiseSystem, ...]:
+    """The parts that move the weights on the clock of this order."""
+    return tuple(part for part in parts(noise) if part.order == order)
+
+
+def _order_two(
+    problem: ZeroLossProblem,
+    point: Tensor,
+    leading: tuple[NoiseSystem, ...],
+    batch_size: int,
+    hessian: FactoredOperator,
+    num_draws: int,
+    generator: torch.Generator | None,
+) -> Potential:
+    """V and grad V with -P_T grad V = (1/2) D^2 Phi[Sigma]; without closed form the gradient alone, V is nan."""
+    closed, dense = Covariance(), []
+    for part in leading:
+        known = part.covariance(problem, batch_size)
+        if known is not None:
+            closed = closed + known
+        else:
+            dense.append(noise_factor(part, problem, point, batch_size=batch_size))
+    V = covariance_potential(closed, problem, point, hessian, num_draws=num_draws, generator=generator)
+    if dense:
+        drift = ito_drift(problem, point, torch.cat(dense), hessian)
+        V = V + Potential(Estimate(math.nan, 0.0), VectorEstimate(-drift[None]), 0)
+    return V
 
 
 def singular_limit(
@@ -78,24 +115,28 @@ def singular_limit(
     hessian: FactoredOperator | None = None,
     generator: torch.Generator | None = None,
 ) -> LimitPrediction:
-    """The drift, clock and distance that the singular limit predicts at a point taken to lie on Gamma.
+    """The drift, diffusion, clock and distance that the singular limit predicts at a point taken to lie on Gamma.
 
-        order 1:  dW/dt = -P_T grad Reg,  t = alpha sigma^2 k    =>    drift per step = -alpha P_T grad V
+        order 1:  dW/dt = -P_T grad Reg,                                  t = alpha sigma^2 k
+        order 2:  dW = P_T Sigma^{1/2} dB + (1/2) D^2 Phi[Sigma] dt,      t = alpha^2 sigma^2 k
+        per step: drift = -alpha^order P_T grad V,  diffusion alpha^2 Sigma_T
+
+    In a sum the parts of the lowest order lead, the others do not move the weights on that clock.
 
     Args:
         problem: loss and probe set.
         point: weights ``[P]``, on Gamma (see `nearest_point`).
         noise: the system.
         sgd: step size, momentum, batch size.
-        num_draws: directions for the trace in V; at least D, the noise components of one sample: exact, below:
-            Rademacher draws with a standard error.
+        num_draws: directions for the trace in V; at least its dimension (noise components of one sample or of the
+            step; outputs for tr H; residuals for log pdet H): exact, below: random draws with a standard error.
         hessian: ``problem.gauss_newton(point)``, if it is there already.
         generator: of the draws.
 
     Raises:
         ValueError: the noise does not fit the problem.
 
-    Source: arXiv 2404.12293, theorem on non-degenerate noise.
+    Source: arXiv 2404.12293, theorems on non-degenerate and degenerate noise; second order: arXiv 2110.06914.
 
     >>> from torch import nn
     >>> from torch_singlim.theory import Dropout
@@ -108,37 +149,35 @@ def singular_limit(
     if point.shape != (problem.num_weights,):
         raise ValueError(f"expected {problem.num_weights} weights in one vector, got shape {tuple(point.shape)}")
     noise.check(problem)
-    order, alpha = noise.order, sgd.effective_lr
-    if order is None:
-        nothing = Potential(Estimate(0.0, 0.0), VectorEstimate(torch.zeros_like(point)[None]), 0)
-        gram = problem.outputs(point).new_zeros(problem.num_samples, 1, 1)
-        return LimitPrediction(
-            None, math.inf, nothing.value, nothing.gradient.mean, 0.0, 0.0, 0.0, 0.0, 0.0, 0, nothing.gradient, gram
-        )
     hessian = problem.gauss_newton(point) if hessian is None else hessian
-    V = potential(noise, problem, point, num_draws=num_draws, generator=generator)
-    gram = noise_gram(noise, problem, point)
-    drift = V.gradient.map(lambda g: -(alpha**order) * hessian.project_kernel(g))
-    expected = expected_distance(
-        hessian,
-        V.gradient,
-        gram,
-        alpha=alpha,
-        order=order,
-        batch_size=sgd.batch(problem.num_samples),
-        generator=generator,
+    noise = with_measured_order(
+        noise, problem, point, num_draws=num_draws, hessian=hessian, generator=generator
     )
+    order, alpha, batch_size = noise.order, sgd.effective_lr, sgd.batch(problem.num_samples)
+    V = Potential(Estimate(0.0, 0.0), VectorEstimate(torch.zeros_like(point)[None]), 0)
+    if order == 1:
+        leading = Sum(_leading(noise, 1))
+        V = potential(leading, problem, point, num_draws=num_draws, generator=generator)
+    elif order == 2:
+        V = _order_two(problem, point, _leading(noise, 2), batch_size, hessian, num_draws, generator)
+    drift = V.gradient.map(lambda g: -(alpha ** (order or 0)) * hessian.project_kernel(g))
+    Sigma = gradient_noise(noise, problem, point, batch_size=batch_size, num_draws=num_draws, generator=generator)
+    # noise of order 1 is normal to Gamma, up to rounding and sampling
+    along = Sigma.diffusion(hessian, num_weights=problem.num_weights) if order == 2 else Sigma.closed.identity
+    expected = expected_distance(hessian, V.gradient, Sigma, alpha=alpha, order=order, generator=generator)
     return LimitPrediction(
         order=order,
         time_scale=time_scale(sgd, order, noise.variance(problem)),
         potential=V.value,
         drift=drift.mean,
         drift_stderr=drift.stderr,
-        diffusion=0.0,  # order 1 moves deterministically
+        diffusion=alpha**2 * along,
+        dimension=problem.num_weights - hessian.rank,
         normal_variance=expected.variance,
         mean_offset_norm=expected.offset.norm,
         distance=expected.rms,
         passes=V.passes,
+        noise=noise,
         gradient=V.gradient,
-        noise_gram=gram,
+        gradient_noise=Sigma,
     )

@@ -1,0 +1,109 @@
+"""Whether a noise is degenerate, measured: does its regulariser vary along Gamma, and is it alive there at all?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from torch_singlim.linalg import Estimate, FactoredOperator
+from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory.gradient_noise import noise_product
+from torch_singlim.theory.noise import NoiseSystem, Sum, parts
+from torch_singlim.theory.potential import potential, random_direction
+from torch_singlim.theory.systems import CustomNoise
+
+__all__ = ["Degeneracy", "degeneracy", "with_measured_order"]
+
+_SIGMAS = 4.0  # a tangential gradient that is this many standard errors long is not zero
+_DRAWS = 4  # of the gradient noise, to see whether there is any
+
+
+@dataclass(frozen=True)
+class Degeneracy:
+    """What decides the order of a noise at a point of Gamma.
+
+    Args:
+        order: 1 where |P_T grad V| is more than 4 standard errors and more than rounding, else 2 where the gradient
+            noise is alive on Gamma, else None.
+        tangential: |P_T grad V|, in loss per weight norm, and its standard error (0: exact).
+        noise: root mean square norm of the gradient noise on Gamma.
+    """
+
+    order: int | None
+    tangential: Estimate
+    noise: float
+
+
+def degeneracy(
+    problem: ZeroLossProblem,
+    point: Tensor,
+    noise: NoiseSystem,
+    *,
+    num_draws: int = 64,
+    hessian: FactoredOperator | None = None,
+    generator: torch.Generator | None = None,
+) -> Degeneracy:
+    """Measure the order of a noise: degenerate means P_T grad V = 0 on Gamma.
+
+    Args:
+        problem: loss and probe set.
+        point: weights on Gamma ``[P]``.
+        noise: the system.
+        num_draws: directions for the trace in V.
+        hessian: ``problem.gauss_newton(point)``, if it is there already.
+        generator: of the directions.
+
+    Source: arXiv 2404.12293.
+
+    >>> from torch import nn
+    >>> from torch_singlim.theory import LabelNoise
+    >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.ones(1, 2), torch.ones(1, 1))
+    >>> degeneracy(problem, torch.tensor([0.75, 0.25]).double(), LabelNoise(std=0.1)).order
+    2
+    """
+    hessian = problem.gauss_newton(point) if hessian is None else hessian
+    V = potential(noise, problem, point, num_draws=num_draws, generator=generator)
+    tangential = V.gradient.map(hessian.project_kernel)
+    size = torch.linalg.vector_norm(point).item()
+    rounding = 1e-8 if hessian.exact else 1e-2
+    floor = rounding * (torch.linalg.vector_norm(V.gradient.mean).item() + abs(V.value.mean) / max(size, 1e-300))
+    etas = [random_direction(noise, problem, generator=generator) for _ in range(_DRAWS)]
+    draws = torch.stack([noise_product(noise, problem, point, list(eta)) for eta in etas])
+    rms = draws.square().sum(1).mean().sqrt().item()
+    stiffest = hessian.spectrum()[:1].sum().item()
+    pull = torch.linalg.vector_norm(tangential.mean).item()
+    if pull > max(_SIGMAS * tangential.stderr, floor):
+        order = 1
+    else:
+        order = 2 if rms > 1e-8 * stiffest * size * noise_size(noise, problem) else None
+    return Degeneracy(order, Estimate(tangential.norm, tangential.stderr), rms)
+
+
+def noise_size(noise: NoiseSystem, problem: ZeroLossProblem) -> float:
+    """The largest standard deviation among all components of eta; 0 without any."""
+    scales = [part.scale(problem) for part in parts(noise)]
+    return max((scale.max().item() for scale in scales if scale.numel()), default=0.0)
+
+
+def with_measured_order(
+    noise: NoiseSystem,
+    problem: ZeroLossProblem,
+    point: Tensor,
+    *,
+    num_draws: int = 64,
+    hessian: FactoredOperator | None = None,
+    generator: torch.Generator | None = None,
+) -> NoiseSystem:
+    """The same system, every `CustomNoise` whose order is left to measurement with the order that it has at `point`."""
+
+    def settled(part: NoiseSystem) -> NoiseSystem:
+        if not (isinstance(part, CustomNoise) and part.claimed_order == "measured"):
+            return part
+        found = degeneracy(problem, point, part, num_draws=num_draws, hessian=hessian, generator=generator)
+        return replace(part, claimed_order=found.order)
+
+    if isinstance(noise, Sum):
+        return Sum(tuple(settled(part) for part in noise.systems))
+    return settled(noise)

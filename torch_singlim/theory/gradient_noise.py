@@ -1,0 +1,210 @@
+"""The gradient noise on Gamma: covariance of one step's gradient under a noise system, and what it does normal to Gamma.
+
+On Gamma, to first order in eta, grad_w Lhat(w, eta) = M eta with M = d^2 Lhat/(dw d eta) at eta = 0, so that
+
+    Sigma = M diag(sigma^2) M^T                          one eta for the step
+    Sigma = (1/(B N)) sum_n M_n diag(sigma^2) M_n^T      one for each of the B samples of a batch, M_n of sample n alone
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vjp
+
+from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, rademacher
+from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory.noise import Covariance, NoiseSystem, parts
+from torch_singlim.theory.potential import noisy_gradient, random_direction
+
+__all__ = ["GradientNoise", "gradient_noise", "noise_factor", "noise_product", "output_noise"]
+
+
+def noise_product(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas: list[Tensor]) -> Tensor:
+    """M eta = d/dt grad_w Lhat(w, t eta) at t = 0  ``[P]``: the gradient noise to first order, full batch."""
+
+    def along(t: Tensor) -> Tensor:
+        return noisy_gradient(system, problem, w, [t * eta for eta in etas])
+
+    return jvp(along, (w.new_zeros(()),), (w.new_ones(()),))[1]  # type: ignore[return-value]
+
+
+def noise_factor(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor, *, batch_size: int) -> Tensor:
+    """F with Sigma = F^T F ``[k, P]``, dense: a row for every component of eta (of every sample). For small problems."""
+    scale = part.scale(problem)
+    if not part.per_sample:
+        rows = [noise_product(part, problem, w, [s]) for s in torch.diag(scale)]
+        return torch.stack(rows) if rows else w.new_zeros(0, w.numel())
+    N, rows = problem.num_samples, []
+    for n in range(N):
+        for s in torch.diag(scale):
+            eta = scale.new_zeros(N, scale.numel())
+            eta[n] = s
+            rows.append(noise_product(part, problem, w, [eta]))  # M_n s / N
+    return torch.stack(rows) * math.sqrt(N / batch_size) if rows else w.new_zeros(0, w.numel())
+
+
+def output_noise(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tensor:
+    """G_n = R_n D_n diag(sigma^2) D_n^T R_n^T ``[N, rows, rows]``, D_n = df_n/d eta: for noise that moves the outputs.
+
+    On Gamma M_n = J_n^T A_n D_n (there grad l has no part from the residual), so Sigma = B^T blockdiag(G_n) B / batch.
+    """
+    scale, f = part.scale(problem), problem.outputs(w)
+    blocks = []
+    for chunk in problem.chunks():
+        x, y = problem.inputs[chunk], problem.targets[chunk]
+
+        def noisy_outputs(eta: Tensor, x: Tensor = x, y: Tensor = y) -> Tensor:
+            seen: list[Tensor] = []
+
+            def outputs(w: Tensor, x: Tensor, y: Tensor, *, activations: Tensor | None = None, shift=None) -> Tensor:
+                seen.append(problem.function(w, x, activations))
+                return seen[0].sum()
+
+            part.noisy_loss(outputs, w, x, y, eta)
+            return seen[0]
+
+        pull = vjp(noisy_outputs, scale.new_zeros(len(x), scale.numel()))[1]
+        R = problem.output_factor(f, chunk)  # [n, rows, C]
+        RD = torch.stack([pull(row)[0] for row in R.unbind(1)], 1) * scale  # [n, rows, D]
+        blocks.append(RD @ RD.mT)
+    return torch.cat(blocks)
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """Sigma at a point of Gamma, as a sum of what is known in closed form and what is sampled.
+
+        Sigma = c_H H + c_I I + B^T blockdiag(G) B + mean_k g_k g_k^T
+
+    Args:
+        closed: c_H and c_I.
+        gram: G ``[N, rows, rows]``, the batch size divided out; None: zero.
+        draws: g ``[k, P]``; None: none.
+        exact: whether the draws are a basis and their mean is exact.
+        carried: variance in every direction that the training's weights have on top of the recursion's.
+    """
+
+    closed: Covariance
+    gram: Tensor | None = field(default=None, repr=False)
+    draws: Tensor | None = field(default=None, repr=False)
+    exact: bool = True
+    carried: float = 0.0
+
+    def diffusion(self, hessian: FactoredOperator, *, num_weights: int) -> float:
+        """Mean variance of the gradient noise in a tangent direction, tr(P_T Sigma)/dim T: c_I and the draws' part."""
+        if self.draws is None:
+            return self.closed.identity
+        tangential = torch.stack([hessian.project_kernel(g) for g in self.draws]).square().sum(1).mean().item()
+        return self.closed.identity + tangential / max(num_weights - hessian.rank, 1)
+
+    def normal_variance(
+        self,
+        hessian: FactoredOperator,
+        alpha: float,
+        *,
+        smallest: float = 0.0,
+        num_draws: int = 16,
+        generator: torch.Generator | None = None,
+    ) -> Estimate:
+        """Trace of the stationary covariance across Gamma, over the modes with lambda >= smallest.
+
+            H X + X H - alpha H X H = alpha Sigma     =>     tr X = sum_i chi(l_i) Sigma_ii,   chi = alpha/(2 l - alpha l^2)
+
+        Infinite where a noisy mode is unstable, alpha l >= 2.
+        """
+        stiffest = hessian.spectrum()[:1]
+        noisy = self.gram is not None or self.draws is not None or self.closed != Covariance()
+        if noisy and stiffest.numel() and alpha * stiffest.item() >= 2 and stiffest.item() >= smallest:
+            return Estimate(math.inf, 0.0)
+
+        def kept(values: Tensor) -> Tensor:
+            return (values >= smallest).to(values.dtype)
+
+        def chi(values: Tensor) -> Tensor:
+            return kept(values) * alpha / (2 * values - alpha * values.square())
+
+        def closed(values: Tensor) -> Tensor:  # c_H H + c_I I, and what is carried, mode by mode
+            return chi(values) * (self.closed.hessian * values + self.closed.identity) + self.carried * kept(values)
+
+        total = self._trace(hessian, closed, chi, num_draws=num_draws, generator=generator)
+        if self.draws is None:
+            return total
+        terms = torch.stack([torch.dot(g, hessian.normal_function(chi, g)) for g in self.draws])
+        return total + (Estimate(terms.mean().item(), 0.0) if self.exact else Estimate.from_draws(terms))
+
+    def _trace(self, hessian: FactoredOperator, closed, chi, *, num_draws, generator) -> Estimate:
+        """sum_i closed(l_i) + chi(l_i) l_i u_i^T blockdiag(G) u_i: exact from eigenvectors of K, else by Hutchinson."""
+        if isinstance(hessian, DenseFactored):
+            values = hessian.eigenvalues
+            total = closed(values).sum().item()
+            if self.gram is not None:
+                U = hessian.eigenvectors.reshape(*self.gram.shape[:2], -1)
+                total += torch.einsum("nar,nar,r->", U, self.gram @ U, chi(values) * values).item()
+            return Estimate(total, 0.0)
+        m = hessian.operator.shape[0]
+        root = None
+        if self.gram is not None:
+            eigenvalues, vectors = torch.linalg.eigh(self.gram)
+            root = vectors * eigenvalues.clamp_min(0).sqrt()[:, None, :]
+        terms = []
+        for _ in range(num_draws):
+            like = hessian.spectrum()
+            z = rademacher((m,), generator=generator, like=like)
+            term = torch.dot(z, hessian.gram_function(closed, z))
+            if root is not None:  # Cov(root z) = G
+                z = (root @ z.reshape(*root.shape[:2], 1)).reshape(-1)
+                term = term + torch.dot(z, hessian.gram_function(lambda values: chi(values) * values, z))
+            terms.append(term)
+        return Estimate.from_draws(torch.stack(terms))
+
+
+def gradient_noise(
+    system: NoiseSystem,
+    problem: ZeroLossProblem,
+    w: Tensor,
+    *,
+    batch_size: int,
+    num_draws: int = 16,
+    generator: torch.Generator | None = None,
+) -> GradientNoise:
+    """Sigma of a system at w ``[P]``, taken to lie on Gamma.
+
+    In closed form for the systems of order 2, through the outputs for noise on activations and inputs, from draws of
+    M eta (a basis, where `num_draws` allow it) for the rest.
+
+    Args:
+        system: the noise.
+        problem: loss and probe set.
+        w: weights ``[P]``.
+        batch_size: samples per step.
+        num_draws: directions for what has no closed form.
+        generator: of these.
+    """
+    closed, grams, draws, exact, carried = Covariance(), [], [], True, 0.0
+    for part in parts(system):
+        scale = part.scale(problem)
+        known = part.covariance(problem, batch_size)
+        if part.carried(scale) is not None:
+            carried += scale.square().mean().item()
+        if known is not None:
+            closed = closed + known
+        elif scale.numel() == 0:
+            continue
+        elif part.moves_outputs:
+            grams.append(output_noise(part, problem, w) / batch_size)
+        elif scale.numel() * (problem.num_samples if part.per_sample else 1) <= num_draws:
+            factor = noise_factor(part, problem, w, batch_size=batch_size)
+            draws.append(factor * math.sqrt(len(factor)))
+        else:
+            size = math.sqrt(problem.num_samples / batch_size) if part.per_sample else 1.0
+            signs = (random_direction(part, problem, generator=generator) for _ in range(num_draws))
+            draws.append(size * torch.stack([noise_product(part, problem, w, list(s)) for s in signs]))
+            exact = False
+    # several sampled parts: their draws stand side by side, each kind with its own weight in the common mean
+    count = sum(map(len, draws))
+    joined = torch.cat([d * math.sqrt(count / len(d)) for d in draws]) if draws else None
+    return GradientNoise(closed, sum(grams[1:], start=grams[0]) if grams else None, joined, exact, carried)

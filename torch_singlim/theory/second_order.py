@@ -1,0 +1,204 @@
+"""The second-order theorem: the Ito term (1/2) D^2 Phi[Sigma] for any Sigma, and its potentials in closed form.
+
+Phi(w) is where the gradient flow of L from w ends. In the eigenbasis of H on Gamma, T = D^3 L,
+
+    D^2 Phi[Sigma]_i = - sum_{jk: l_j + l_k > 0} T_ijk Sigma_jk / (l_j + l_k)     i tangent
+                       - (1/l_i) sum_{jk tangent} T_ijk Sigma_jk                  i normal (keeps W on Gamma)
+
+Source: Z. Li, T. Wang, S. Arora, arXiv 2110.06914; Katzenberger's theorem.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value, jvp, vjp, vmap
+
+from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, VectorEstimate, rademacher
+from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory.noise import Covariance
+from torch_singlim.theory.potential import Potential, num_groups
+
+__all__ = ["covariance_potential", "ito_drift", "log_pseudo_determinant", "trace"]
+
+# third derivatives taken at once
+_BATCH = 16
+
+
+def ito_drift(problem: ZeroLossProblem, point: Tensor, factor: Tensor, hessian: FactoredOperator) -> Tensor:
+    """(1/2) D^2 Phi[Sigma] for Sigma = F^T F ``[P]``: the second-order theorem's drift per alpha^2 and step, dense.
+
+    With the Lyapunov solution X of H X + X H = Sigma (its tangent-tangent block left out) the tangential part is
+    -(1/2) P_T T[X]. X has rank at most 2 r, so 2 r third derivatives along pairs of directions give it, and k more the
+    normal part, for r = rank H and k rows of F.
+
+    Args:
+        problem: loss and probe set.
+        point: weights on Gamma ``[P]``.
+        factor: F ``[k, P]``.
+        hessian: H at the point, decomposed.
+
+    Raises:
+        ValueError: H that was not decomposed.
+    """
+    if not isinstance(hessian, DenseFactored):
+        raise ValueError(
+            "the second-order term of a noise without closed form needs H decomposed, got a Krylov factorisation: "
+            "use fewer samples (problem.gauss_newton decomposes up to max_dense residuals)"
+        )
+    values = hessian.eigenvalues
+    V = torch.stack([hessian.operator.rmatvec(u) for u in hessian.eigenvectors.T]) / values.sqrt()[:, None]  # [r, P]
+    Y = V @ factor.T  # [r, k]
+    tangential = factor - Y.T @ V  # [k, P]
+
+    def third(a: Tensor, b: Tensor) -> Tensor:  # T[., a, b]
+        return jvp(lambda v: problem.hessian_product(v, b), (point,), (a,))[1]  # type: ignore[return-value]
+
+    def contract(A: Tensor, B: Tensor) -> Tensor:  # sum_q T[., a_q, b_q]
+        return vmap(third, chunk_size=_BATCH)(A, B).sum(0) if len(A) else torch.zeros_like(point)
+
+    X = (Y @ Y.T) / (values[:, None] + values)
+    sizes, directions = torch.linalg.eigh(X)  # X_NN = sum_q x_q d_q d_q^T
+    D = directions.T @ V
+    normal_normal = contract(D, sizes[:, None] * D)
+    normal_tangent = contract(V, 2 * (Y @ tangential) / values[:, None])
+    curvature = contract(tangential, tangential)
+    drift = hessian.project_kernel(normal_normal + normal_tangent)
+    return -0.5 * (drift + hessian.normal_function(torch.reciprocal, curvature))
+
+
+def trace(
+    problem: ZeroLossProblem, w: Tensor, *, num_draws: int, generator: torch.Generator | None = None
+) -> Potential:
+    """tr H = (1/N) sum_n |J_n^T R_n^T|^2 and its gradient, from gradients of single samples.
+
+    Exact with one pass for each row of R if num_draws allow it; else random combinations of the rows, which are
+    independent between samples.
+    """
+    rows = problem.num_residuals // problem.num_samples
+    groups = num_groups(rows, num_draws)
+    count = rows if groups == 1 else groups * math.ceil(num_draws / groups)
+    eye = torch.eye(rows, dtype=problem.dtype, device=problem.device)
+    gradients, values = w.new_zeros(groups, w.numel()), []
+    weight = 1.0 if groups == 1 else groups / count
+    for i in range(count):
+        if groups == 1:
+            z = eye[i].expand(problem.num_samples, -1)
+        else:
+            z = rademacher((problem.num_samples, rows), generator=generator, like=w)
+        gradient, value = row_gradient(problem, w, z)
+        gradients[i % groups] += weight * gradient
+        values.append(value)
+    squares = torch.stack(values)
+    value = Estimate(squares.sum().item(), 0.0) if groups == 1 else Estimate.from_draws(squares)
+    return Potential(value, VectorEstimate(gradients), count)
+
+
+def row_gradient(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient ``[P]`` and value of (1/N) sum_n |J_n^T R_n^T z_n|^2, z ``[N, rows]``.
+
+    With g = J^T R^T z:  grad |g|^2 = 2 grad <R J g, z> at fixed g, one forward and one reverse derivative.
+    """
+
+    def sample(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        def outputs(v: Tensor) -> Tensor:
+            return problem.function(v, x[None])
+
+        f, pull = vjp(outputs, w)
+        (g,) = pull(problem.sample_loss.unwhiten(f, y[None], z[None]))
+
+        def contraction(v: Tensor) -> Tensor:
+            at, Jg = jvp(outputs, (v,), (g,))
+            return (Jg * problem.sample_loss.unwhiten(at, y[None], z[None])).sum()
+
+        gradient, square = grad_and_value(contraction)(w)
+        return 2 * gradient, square
+
+    # one gradient [P] for each sample is held at once: bounded by the chunk that Jacobian rows have too
+    size = problem.samples_at_once(1)
+    totals, square = torch.zeros_like(w), w.new_zeros(())
+    for start in range(0, problem.num_samples, size):
+        part = slice(start, start + size)
+        each, squares = vmap(sample)(problem.inputs[part], problem.targets[part], z[part])
+        totals, square = totals + each.sum(0), square + squares.sum()
+    return totals / problem.num_samples, square / problem.num_samples
+
+
+def log_pseudo_determinant(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    hessian: FactoredOperator,
+    *,
+    num_draws: int,
+    generator: torch.Generator | None = None,
+) -> Potential:
+    """log pdet H = sum_i log l_i and its gradient, tr(H^+ dH) = E grad <t, H(w) t> over t = B^+ z with Cov t = H^+.
+
+    Exact with z over the M unit vectors if num_draws allow it; else random signs.
+    """
+    M = problem.num_residuals
+    groups = num_groups(M, num_draws)
+    count = M if groups == 1 else groups * math.ceil(num_draws / groups)
+    gradients, values = w.new_zeros(groups, w.numel()), []
+    weight = 1.0 if groups == 1 else groups / count
+    for i in range(count):
+        z = w.new_zeros(M) if groups == 1 else rademacher((M,), generator=generator, like=w)
+        if groups == 1:
+            z[i] = 1.0
+        gradients[i % groups] += weight * _quadratic_gradient(problem, w, hessian.pseudo_inverse(z))
+        values.append(torch.dot(z, hessian.gram_function(torch.log, z)))
+    logs = torch.stack(values)
+    value = Estimate(logs.sum().item(), 0.0) if groups == 1 else Estimate.from_draws(logs)
+    if hessian.exact:
+        value = Estimate(hessian.spectrum().log().sum().item(), 0.0)
+    return Potential(value, VectorEstimate(gradients), count)
+
+
+def _quadratic_gradient(problem: ZeroLossProblem, w: Tensor, t: Tensor) -> Tensor:
+    """grad_w <t, H(w) t> = grad_w (1/N) sum_n (J_n t)^T A_n (J_n t)  ``[P]`` at fixed t ``[P]``."""
+
+    def over(chunk: slice) -> Tensor:
+        x, y = problem.inputs[chunk], problem.targets[chunk]
+
+        def quadratic(v: Tensor) -> Tensor:
+            f, Jt = jvp(lambda u: problem.function(u, x), (v,), (t,))
+            return problem.sample_loss.curvature(f, y, Jt).mean()
+
+        return grad(quadratic)(w)
+
+    return problem.mean(over)
+
+
+def covariance_potential(
+    covariance: Covariance,
+    problem: ZeroLossProblem,
+    w: Tensor,
+    hessian: FactoredOperator,
+    *,
+    num_draws: int,
+    generator: torch.Generator | None = None,
+) -> Potential:
+    """V = (c_H/4) tr H + (c_I/4) log pdet H for Sigma = c_H H + c_I I: there (1/2) D^2 Phi[Sigma] = -P_T grad V.
+
+    Args:
+        covariance: c_H and c_I.
+        problem: loss and probe set.
+        w: weights ``[P]``, on Gamma. Only the tangential part of the gradient means anything for log pdet.
+        hessian: H there.
+        num_draws: directions for each trace; at least the rows of R (tr H), the residuals M (log pdet H): exact.
+        generator: of random directions.
+    """
+    terms = []
+    if covariance.hessian:
+        terms.append(_times(trace(problem, w, num_draws=num_draws, generator=generator), covariance.hessian / 4))
+    if covariance.identity:
+        logs = log_pseudo_determinant(problem, w, hessian, num_draws=num_draws, generator=generator)
+        terms.append(_times(logs, covariance.identity / 4))
+    nothing = Potential(Estimate(0.0, 0.0), VectorEstimate(torch.zeros_like(w)[None]), 0)
+    return sum(terms, start=nothing)
+
+
+def _times(p: Potential, factor: float) -> Potential:
+    return Potential(p.value.scaled(factor), p.gradient.map(lambda g: factor * g), p.passes)

@@ -17,6 +17,7 @@ from torch_singlim.theory.systems import CustomNoise
 __all__ = ["Degeneracy", "degeneracy", "with_measured_order"]
 
 _SIGMAS = 4.0  # a tangential gradient that is this many standard errors long is not zero
+_NEGLIGIBLE = 0.05  # a tangential part that is certainly smaller than this share of |grad V| counts as none
 _DRAWS = 4  # of the gradient noise, to see whether there is any
 
 
@@ -27,11 +28,14 @@ class Degeneracy:
     Args:
         order: 1 where |P_T grad V| is more than 4 standard errors and more than rounding, else 2 where the gradient
             noise is alive on Gamma, else None.
+        resolved: False where |P_T grad V| is neither clearly there nor, with 4 standard errors added, below 5 % of
+            |grad V|: more draws are needed, the order is a guess.
         tangential: |P_T grad V|, in loss per weight norm, and its standard error (0: exact).
         noise: root mean square norm of the gradient noise on Gamma.
     """
 
     order: int | None
+    resolved: bool
     tangential: Estimate
     noise: float
 
@@ -73,15 +77,16 @@ def degeneracy(
     draws = torch.stack([noise_product(noise, problem, point, list(eta)) for eta in etas])
     rms = draws.square().sum(1).mean().sqrt().item()
     stiffest = hessian.spectrum()[:1].sum().item()
-    pull = torch.linalg.vector_norm(tangential.mean).item()
-    if pull > max(_SIGMAS * tangential.stderr, floor):
-        order = 1
+    pull, error = torch.linalg.vector_norm(tangential.mean).item(), _SIGMAS * tangential.stderr
+    if pull > max(error, floor):
+        order, resolved = 1, True
     else:
-        order = 2 if rms > 1e-8 * stiffest * size * noise_size(noise, problem) else None
-    return Degeneracy(order, Estimate(tangential.norm, tangential.stderr), rms)
+        order = 2 if rms > 1e-8 * stiffest * size * _noise_size(noise, problem) else None
+        resolved = pull + error <= max(_NEGLIGIBLE * V.gradient.norm, floor)
+    return Degeneracy(order, resolved, Estimate(tangential.norm, tangential.stderr), rms)
 
 
-def noise_size(noise: NoiseSystem, problem: ZeroLossProblem) -> float:
+def _noise_size(noise: NoiseSystem, problem: ZeroLossProblem) -> float:
     """The largest standard deviation among all components of eta; 0 without any."""
     scales = [part.scale(problem) for part in parts(noise)]
     return max((scale.max().item() for scale in scales if scale.numel()), default=0.0)
@@ -96,12 +101,21 @@ def with_measured_order(
     hessian: FactoredOperator | None = None,
     generator: torch.Generator | None = None,
 ) -> NoiseSystem:
-    """The same system, every `CustomNoise` whose order is left to measurement with the order that it has at `point`."""
+    """The same system, every `CustomNoise` whose order is left to measurement with the order that it has at `point`.
+
+    Raises:
+        ValueError: the draws do not tell.
+    """
 
     def settled(part: NoiseSystem) -> NoiseSystem:
         if not (isinstance(part, CustomNoise) and part.claimed_order == "measured"):
             return part
         found = degeneracy(problem, point, part, num_draws=num_draws, hessian=hessian, generator=generator)
+        if not found.resolved:
+            raise ValueError(
+                f"{num_draws} draws do not tell the order of {part}: |P_T grad V| = {found.tangential.mean:.3g} +- "
+                f"{found.tangential.stderr:.3g}; raise num_draws, or state it: CustomNoise(..., claimed_order=1)"
+            )
         return replace(part, claimed_order=found.order)
 
     if isinstance(noise, Sum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -229,8 +230,9 @@ class ZeroLossProblem:
     def linearize(self, w: Tensor) -> Linearization:
         """b(w) and B = N^{-1/2} [R_i J_i] at w.
 
-        With one chunk the forward pass is linearised once and reused by every product (about one gradient each);
-        with several it is recomputed chunk by chunk, which bounds memory.
+        With one chunk the forward pass is linearised once and reused by every product (about one gradient each), from
+        the third product on: tracing it costs as much as many products of a small network. With several chunks it is
+        recomputed chunk by chunk, which bounds memory.
 
         Raises:
             ValueError: outputs that are not finite.
@@ -240,12 +242,13 @@ class ZeroLossProblem:
             raise ValueError("the network's outputs are not finite at these weights: training has probably diverged")
         scale = 1 / math.sqrt(self.num_samples)
         cached: dict[str, Callable[[Tensor], Tensor]] = {}
+        uses = itertools.count()
 
         def products(part: slice) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
             def at(v: Tensor) -> Tensor:
                 return self.function(v, self.inputs[part])
 
-            if self.batch_size < self.num_samples:
+            if self.batch_size < self.num_samples or next(uses) < 2:
                 return (lambda v: jvp(at, (w,), (v,))[1]), (lambda g: vjp(at, w)[1](g)[0])  # type: ignore[return-value]
             if not cached:
                 with warnings.catch_warnings():

@@ -34,7 +34,7 @@ from torch_singlim.theory import (
 )
 
 if TYPE_CHECKING:
-    from torch_singlim.callbacks import SingularLimitMonitor
+    from torch_singlim.callbacks import InjectNoise, SingularLimitMonitor
 
 __all__ = [
     # the problem: a module, its loss, a finite probe set
@@ -73,6 +73,7 @@ __all__ = [
     "Agreement",
     # in a Lightning Trainer
     "SingularLimitMonitor",
+    "InjectNoise",
 ]
 
 __version__ = "0.1.0"
@@ -80,8 +81,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     # the callbacks import lightning, which takes seconds: only on first use
-    if name == "SingularLimitMonitor":
-        from torch_singlim.callbacks import SingularLimitMonitor
+    if name in ("SingularLimitMonitor", "InjectNoise"):
+        from torch_singlim import callbacks
 
-        return SingularLimitMonitor
+        return getattr(callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

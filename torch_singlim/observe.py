@@ -20,6 +20,7 @@ from torch_singlim.theory import (
     WindowPrediction,
     averaged_gradient,
     effective_flow,
+    has_effective_flow,
     potential,
     simulate,
     singular_limit,
@@ -30,6 +31,7 @@ __all__ = [
     "FiniteNoise",
     "History",
     "Observation",
+    "Spread",
     "WindowObservation",
     "compare",
     "finite_noise",
@@ -102,6 +104,7 @@ class Observation:
         step: optimizer steps so far.
         slow_time: sum of alpha^order sigma^2 over them.
         weights: ``[P]``.
+        drifting: the weights without what a noise has them carry for a step (`AntiCorrelated`) ``[P]``: what drifts.
         loss_gap: L(w).
         foot: the nearest point of Gamma.
         tangent: the tangent space there.
@@ -114,6 +117,7 @@ class Observation:
     step: int
     slow_time: float
     weights: Tensor = field(repr=False)
+    drifting: Tensor = field(repr=False)
     loss_gap: float
     foot: FootPoint = field(repr=False)
     tangent: TangentSpace = field(repr=False)
@@ -131,6 +135,7 @@ def observe(
     slow_time: float = 0.0,
     noise: NoiseSystem | None = None,
     sgd: SGDSettings | None = None,
+    carried: Tensor | None = None,
     num_draws: int = 32,
     separation: float = 3.0,
     rtol: float = 2e-2,
@@ -147,6 +152,7 @@ def observe(
         slow_time: the clock, passed through.
         noise: the system; None where the theory does not cover the training (geometry only).
         sgd: the descent's settings; None likewise.
+        carried: what the weights carry for this step on top of what drifts ``[P]``.
         num_draws: for the trace in V, see `singular_limit`.
         separation: a mode counts as separated at alpha lambda step >= this.
         rtol: of the nearest point; the distance, stationary there, is then right to about rtol^2.
@@ -172,7 +178,19 @@ def observe(
                 problem, foot.point, noise, sgd, num_draws=num_draws, hessian=hessian, generator=generator
             )
             expected = limit.distance_on(hessian, sgd, smallest=level).rms
-    return Observation(step, slow_time, w, problem.loss(w).item(), foot, tangent, separated, expected, count, limit)
+    return Observation(
+        step=step,
+        slow_time=slow_time,
+        weights=w,
+        drifting=w if carried is None else w - carried,
+        loss_gap=problem.loss(w).item(),
+        foot=foot,
+        tangent=tangent,
+        separated=separated,
+        expected=expected,
+        num_separated=count,
+        limit=limit,
+    )
 
 
 @dataclass(frozen=True)
@@ -206,6 +224,17 @@ def finite_noise(
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Length of the motion along Gamma, measured and predicted, where the limit diffuses; in weight norm.
+
+    predicted^2 = |K drift|^2 + K diffusion dim Gamma
+    """
+
+    measured: float
+    predicted: float
+
+
+@dataclass(frozen=True)
 class WindowObservation:
     """The motion of the weights over one window, measured and predicted.
 
@@ -213,10 +242,11 @@ class WindowObservation:
         start: optimizer steps at its beginning.
         stop: at its end.
         displacement: measured, w(stop) - w(start) ``[P]``.
-        flow: K steps of descent on the effective loss, the reference.
+        flow: K steps of descent on the effective loss, the reference (None where the noise has none).
         drift: measured against it.
         null: measured against descent on L alone, the control that must be lower.
         limit: the tangential part of the measured motion against the singular limit's (None where nothing moves).
+        spread: how far along Gamma, where the limit diffuses (else None): no deterministic prediction has a direction.
         ceiling: the best cosine that any deterministic prediction can have (nan without replicas).
         finite_noise: how far the second-order expansion of the noise holds at the start (order 1 alone).
         products: gradients of the whole probe set that the two flows took.
@@ -225,10 +255,11 @@ class WindowObservation:
     start: int
     stop: int
     displacement: Tensor = field(repr=False)
-    flow: WindowPrediction = field(repr=False)
-    drift: Agreement
+    flow: WindowPrediction | None = field(repr=False)
+    drift: Agreement | None
     null: Agreement
     limit: Agreement | None
+    spread: Spread | None
     ceiling: float
     finite_noise: FiniteNoise | None
     products: int
@@ -252,7 +283,7 @@ def observe_window(
     Args:
         problem: loss and probe set, all the samples that training uses.
         start: the probe at the beginning of the window.
-        w: weights at its end ``[P]``.
+        w: what drifts, at its end ``[P]``: the weights without what they carry for a step.
         stop: optimizer steps there.
         noise: the system.
         sgd: settings over the window (lr: its mean, under a schedule).
@@ -261,33 +292,40 @@ def observe_window(
         velocity: the optimizer's momentum at the start ``[P]``.
         generator: of noise and batches.
     """
-    steps = stop - start.step
-    measured = w - start.weights
-    flow = effective_flow(problem, start.weights, noise, sgd, steps=steps, velocity=velocity, generator=generator)
-    null = effective_flow(problem, start.weights, Minibatch(), sgd, steps=steps, velocity=velocity)
+    steps, origin = stop - start.step, start.drifting
+    measured = w - origin
+    null = effective_flow(problem, origin, Minibatch(), sgd, steps=steps, velocity=velocity)
+    products, flow = null.products, None
+    if has_effective_flow(noise, problem):
+        flow = effective_flow(problem, origin, noise, sgd, steps=steps, velocity=velocity, generator=generator)
+        products += flow.products
     runs = [measured]
     if replicas:
         ensemble = simulate(
-            problem, start.weights, noise, sgd, steps=steps, replicas=replicas, velocity=velocity, generator=generator
+            problem, origin, noise, sgd, steps=steps, replicas=replicas, velocity=velocity, generator=generator
         )
         runs.extend(ensemble.displacements)
-    limit = None
+    limit = spread = None
     if start.limit is not None and start.limit.order is not None:
-        limit = compare(start.tangent.project(measured), steps * start.limit.drift)
+        tangential, drift = start.tangent.project(measured), steps * start.limit.drift
+        limit = compare(tangential, drift)
+        if start.limit.diffusion:
+            spread = Spread(limit.measured, math.hypot(limit.predicted, start.limit.spread(steps)))
     expansion = None
     if noise.order == 1:
-        expansion = finite_noise(problem, start.weights, noise, num_draws=num_draws, generator=generator)
+        expansion = finite_noise(problem, origin, noise, num_draws=num_draws, generator=generator)
     return WindowObservation(
         start=start.step,
         stop=stop,
         displacement=measured,
         flow=flow,
-        drift=compare(measured, flow.displacement),
+        drift=None if flow is None else compare(measured, flow.displacement),
         null=compare(measured, null.displacement),
         limit=limit,
+        spread=spread,
         ceiling=noise_ceiling(runs),
         finite_noise=expansion,
-        products=flow.products + null.products,
+        products=products,
     )
 
 
@@ -327,12 +365,12 @@ def window_scalars(window: WindowObservation) -> dict[str, float]:
     """What is logged of a window, at its end: tag -> value; units in the README's table."""
     scalars = {
         "drift/window": float(window.stop - window.start),
-        "drift/measured": window.drift.measured,
+        "drift/measured": torch.linalg.vector_norm(window.displacement).item(),
         "drift/null_cosine": window.null.cosine,
         "drift/ceiling": window.ceiling,
         "cost/products": float(window.products),
     }
-    if window.flow.status == "ok":
+    if window.drift is not None and window.flow is not None and window.flow.status == "ok":
         scalars |= {
             "drift/cosine": window.drift.cosine,
             "drift/speed_ratio": window.drift.speed_ratio,
@@ -349,6 +387,11 @@ def window_scalars(window: WindowObservation) -> dict[str, float]:
             "limit/speed_ratio": window.limit.speed_ratio,
             "limit/measured": window.limit.measured,
             "limit/predicted": window.limit.predicted,
+        }
+    if window.spread is not None:
+        scalars |= {
+            "limit/spread_measured": window.spread.measured,
+            "limit/spread_predicted": window.spread.predicted,
         }
     return _finite(scalars)
 

@@ -83,7 +83,7 @@ def _agreement(axes: Axes, history: History) -> None:
 
 def _parity(axes: Axes, last: WindowObservation | None) -> None:
     axes.set(xlabel="predicted displacement", ylabel="measured displacement", title="Drift, weight by weight")
-    if last is None:
+    if last is None or last.flow is None:
         return
     q, m = last.flow.displacement.cpu().numpy(), last.displacement.cpu().numpy()
     reach = float(max(abs(q).max(), abs(m).max())) or 1.0

@@ -177,8 +177,7 @@ def test_a_noise_free_full_batch_run_is_predicted_to_rounding():
     """Without dropout, with the whole set as the batch, the flow is the training itself, momentum and schedule aside."""
     monitor = SingularLimitMonitor(window=10, every_n_steps=10)
     fit(seeded(lambda: Net(dropout=0.0, momentum=0.9, weight_decay=0.01)), monitor, steps=30, batch_size=20)
-    assert isinstance(monitor._noise.systems[0], Minibatch)
-    assert monitor._noise.systems[1] == WeightDecay(0.01)
+    assert monitor._noise == WeightDecay(0.01)
     residuals = [p["singlim/drift/residual_ratio"] for p in monitor.history.values() if "singlim/drift/window" in p]
     assert len(residuals) == 3
     assert max(residuals) < 1e-4  # float32 training against float64 prediction

@@ -82,7 +82,9 @@ def test_closed_forms_are_the_general_term(name):
         closed = -hessian.project_kernel(V.gradient.mean)
         assert torch.linalg.vector_norm(closed - general) < 1e-8 * torch.linalg.vector_norm(general)
         truth = dense_ito(dense, w, factor.T @ factor)
-        assert torch.linalg.vector_norm(closed - hessian.project_kernel(truth)) < 1e-8 * torch.linalg.vector_norm(closed)
+        assert torch.linalg.vector_norm(closed - hessian.project_kernel(truth)) < 1e-8 * torch.linalg.vector_norm(
+            closed
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -89,10 +89,16 @@ def test_order_and_clock():
     assert time_scale(SGDSettings(lr=0.1), None, 0.0) == math.inf
 
 
-
 @pytest.mark.parametrize(
     "noise",
-    [DropConnect(0.3), DropConnect.from_rate(0.2), AntiCorrelated(0.2), InputNoise(0.1), LabelNoise(0.4), Langevin(0.5)],
+    [
+        DropConnect(0.3),
+        DropConnect.from_rate(0.2),
+        AntiCorrelated(0.2),
+        InputNoise(0.1),
+        LabelNoise(0.4),
+        Langevin(0.5),
+    ],
     ids=repr,
 )
 def test_draws_have_mean_zero_and_the_stated_variance(noise):
@@ -132,7 +138,9 @@ def test_covariances_in_closed_form_are_the_generic_ones(batch):
     for noise in (LabelNoise(0.3), Langevin(0.3)):
         F = noise_factor(noise, problem, w, batch_size=batch)
         known = noise.covariance(problem, batch)
-        torch.testing.assert_close(F.T @ F, known.hessian * H + known.identity * torch.eye(len(w)).to(w), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            F.T @ F, known.hessian * H + known.identity * torch.eye(len(w)).to(w), atol=1e-12, rtol=0
+        )
     flips, v = smoothed()
     F = noise_factor(LabelFlips(SMOOTHING), flips, v, batch_size=batch)
     B = flips.linearize(v).operator
@@ -274,7 +282,11 @@ def test_systems_that_do_not_fit_the_problem():
         (ce, LabelNoise(0.1), r"use LabelFlips\(rate=\.\.\.\), which redraws them"),
         (mse, LabelFlips(0.1), r"use LabelNoise\(std=\.\.\.\) with mse"),
         (ce, LabelFlips(0.1), "averages the targets to label smoothing 0.1"),
-        (mse, CustomNoise(lambda loss, w, x, y, eta: loss(w + eta + 0.1, x, y), std=0.1), "without noise the noisy loss"),
+        (
+            mse,
+            CustomNoise(lambda loss, w, x, y, eta: loss(w + eta + 0.1, x, y), std=0.1),
+            "without noise the noisy loss",
+        ),
         (mse, CustomNoise(lambda loss, w, x, y, eta: loss(w, x, y) + eta, std=0.1), "one number for the batch"),
     ]
     for problem, noise, message in cases:

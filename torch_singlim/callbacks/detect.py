@@ -16,9 +16,17 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch_singlim.functional import FunctionalModule, structural_copy
 from torch_singlim.loss import MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
 from torch_singlim.problem import ZeroLossProblem, check_samples
-from torch_singlim.theory import Dropout, Minibatch, NoiseSystem, SGDSettings, WeightDecay
+from torch_singlim.theory import Dropout, LabelFlips, Minibatch, NoiseSystem, SGDSettings, Sum, WeightDecay, parts
 
-__all__ = ["Descent", "ProbeSet", "detect_descent", "detect_noise", "detect_problem", "read_probe_set"]
+__all__ = [
+    "Descent",
+    "ProbeSet",
+    "detect_descent",
+    "detect_noise",
+    "detect_problem",
+    "read_probe_set",
+    "recognise_loss",
+]
 
 _LOSS_RTOL = 1e-3
 _ADVICE = (
@@ -138,63 +146,105 @@ def _mean_loss(loss: SampleLoss, f: Tensor, targets: Tensor) -> float:
     return (loss.value(f, y) + loss.infimum(y)).mean().item()
 
 
-def detect_problem(
-    module: LightningModule,
-    probe: ProbeSet,
-    *,
-    loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor], Tensor] | None,
-    dtype: torch.dtype,
-    batch_size: int | None,
-) -> ZeroLossProblem:
-    """The zero-loss problem that this module trains, its loss checked against ``training_step`` on a few samples.
+@dataclass(frozen=True)
+class _Trials:
+    """The loss of training_step on two small batches (None where it could not be run), and the outputs there."""
 
-    The loss is recognised by its value: mse (on targets as they are or one-hot), cross-entropy with soft targets, or
-    with any label smoothing, which two values determine.
+    batches: list[tuple[Tensor, Tensor]]
+    outputs: list[Tensor]
+    losses: list[float] | None
 
-    Raises:
-        ValueError: the loss is not recognised, or is not the one that was passed, or its zero-loss set is empty.
-    """
+    def fit(self, candidate: SampleLoss, which: int) -> tuple[float, float]:
+        """What a candidate gives on one of the batches, and what training_step gives."""
+        assert self.losses is not None
+        return _mean_loss(candidate, self.outputs[which], self.batches[which][1]), self.losses[which]
+
+    def recognised(self) -> SampleLoss | None:
+        """The loss that agrees with training_step on both batches, if there is one."""
+        if self.losses is None:
+            return None
+
+        def agrees(candidate: SampleLoss) -> bool:
+            return all(_close(*self.fit(candidate, which)) for which in range(len(self.batches)))
+
+        fitting = filter(agrees, _candidates(self.outputs[0], self.batches[0][1], self.losses[0]))
+        return next(fitting, None)
+
+
+def _close(value: float, target: float) -> bool:
+    return abs(value - target) <= _LOSS_RTOL * abs(target) + 1e-12
+
+
+def _try_training_step(module: LightningModule, probe: ProbeSet) -> _Trials:
     check_samples(probe.inputs, probe.targets)
-    function = FunctionalModule(module, dtype=torch.float32)
+    dtype = next((p.dtype for p in module.parameters() if p.requires_grad), torch.float32)
+    function = FunctionalModule(module, dtype=dtype)
     function.check_deterministic(probe.inputs[:2].to(function.device))
     half = min(max(len(probe.inputs) // 2, 1), 64)
     rest = slice(half, 2 * half) if len(probe.inputs) >= 2 * half else slice(0, half)
     batches = [
         (probe.inputs[s].to(function.device), probe.targets[s].to(function.device)) for s in (slice(0, half), rest)
     ]
-    losses = _training_losses(module, batches)
     with torch.no_grad():
         outputs = [function(function.weights(), x).double() for x, _ in batches]
+    return _Trials(batches, outputs, _training_losses(module, batches))
 
-    def agrees(candidate: SampleLoss, value: float, f: Tensor, y: Tensor) -> bool:
-        return abs(_mean_loss(candidate, f, y) - value) <= _LOSS_RTOL * abs(value) + 1e-12
 
+def recognise_loss(module: LightningModule, probe: ProbeSet) -> tuple[SampleLoss | None, int]:
+    """The loss of ``training_step``, recognised by its value (None: it was not), and the number of outputs C.
+
+    Hard labels with cross-entropy give ``SoftCrossEntropy()``.
+    """
+    trials = _try_training_step(module, probe)
+    return trials.recognised(), trials.outputs[0].shape[1]
+
+
+def detect_problem(
+    module: LightningModule,
+    probe: ProbeSet,
+    *,
+    loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor], Tensor] | None,
+    noise: NoiseSystem | None,
+    dtype: torch.dtype,
+    batch_size: int | None,
+) -> ZeroLossProblem:
+    """The zero-loss problem that this module trains, its loss checked against ``training_step`` on a few samples.
+
+    The loss is recognised by its value: mse (on targets as they are or one-hot), cross-entropy with soft targets, or
+    with any label smoothing, which two values determine. Cross-entropy on hard labels is no such problem, unless the
+    noise that is injected flips the labels: their mean is then label smoothing.
+
+    Raises:
+        ValueError: the loss is not recognised, or is not the one that was passed, or its zero-loss set is empty.
+    """
+    trials = _try_training_step(module, probe)
     if loss is None:
-        if losses is None:
+        if trials.losses is None:
             raise ValueError(
                 "training_step could not be evaluated outside of training, so the loss could not be "
                 "recognised; pass it: SingularLimitMonitor(loss=...) with nn.MSELoss(), "
                 "nn.CrossEntropyLoss(label_smoothing=...) or a function of one sample's (outputs, target)"
             )
-        fitting = [
-            candidate
-            for candidate in _candidates(outputs[0], batches[0][1], losses[0])
-            if all(agrees(candidate, *each) for each in zip(losses, outputs, (y for _, y in batches), strict=True))
-        ]
-        if not fitting:
+        recognised = trials.recognised()
+        if recognised is None:
             raise ValueError(
-                f"the loss of training_step, {losses[0]:.6g} on {half} samples, was not recognised; {_ADVICE}"
+                f"the loss of training_step, {trials.losses[0]:.6g} on {len(trials.outputs[0])} samples, was not "
+                f"recognised; {_ADVICE}"
             )
-        chosen = fitting[0]
+        chosen = recognised
     else:
         chosen = resolve_loss(loss)
-        if losses is not None and not agrees(chosen, losses[1], outputs[1], batches[1][1]):
-            got = _mean_loss(chosen, outputs[1], batches[1][1])
-            raise ValueError(
-                f"the loss that was passed gives {got:.6g} where training_step gives {losses[1]:.6g} on the same "
-                f"{len(outputs[1])} samples; {_ADVICE}"
-            )
-    targets = _as_targets(chosen, probe.targets, outputs[0])
+        if trials.losses is not None:
+            value, target = trials.fit(chosen, 1)
+            if not _close(value, target):
+                raise ValueError(
+                    f"the loss that was passed gives {value:.6g} where training_step gives {target:.6g} on the same "
+                    f"{len(trials.outputs[1])} samples; {_ADVICE}"
+                )
+    flips = next((part for part in parts(noise) if isinstance(part, LabelFlips)), None) if noise else None
+    if flips is not None and chosen == SoftCrossEntropy():
+        chosen = SoftCrossEntropy(flips.rate)
+    targets = _as_targets(chosen, probe.targets, trials.outputs[0])
     return ZeroLossProblem(module, chosen, probe.inputs, targets, dtype=dtype, batch_size=batch_size)
 
 
@@ -249,14 +299,18 @@ def detect_descent(trainer: Trainer, module: LightningModule, batch_size: int | 
     return Descent(sgd, float(first["weight_decay"]), tuple(reasons))
 
 
-def detect_noise(problem: ZeroLossProblem, weight_decay: float) -> tuple[NoiseSystem, tuple[str, ...]]:
-    """The noise of plain training: the module's dropout layers, or minibatches alone; weight decay beside it.
+def detect_noise(
+    problem: ZeroLossProblem, weight_decay: float, injected: NoiseSystem | None
+) -> tuple[NoiseSystem, tuple[str, ...]]:
+    """All noise of the training: dropout layers, the optimizer's weight decay, what is injected; or minibatches alone.
 
     Also what else training mode does that the theory does not cover.
     """
-    noise: NoiseSystem = Dropout() if problem.sites else Minibatch()
+    systems: list[NoiseSystem] = [Dropout()] if problem.sites else []
     if weight_decay:
-        noise = noise + WeightDecay(weight_decay)
+        systems.append(WeightDecay(weight_decay))
+    systems += parts(injected) if injected else ()
+    noise = Sum(tuple(systems)) if len(systems) > 1 else (systems or [Minibatch()])[0]
     reasons = []
     if problem.function.normalises_over_batch:
         reasons.append("batch normalisation couples the samples of a batch in training mode (GroupNorm does not)")

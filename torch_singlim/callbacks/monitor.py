@@ -22,6 +22,8 @@ from torch_singlim.callbacks.detect import (
     detect_problem,
     read_probe_set,
 )
+from torch_singlim.callbacks.inject import InjectNoise, injected_noise
+from torch_singlim.geometry import nearest_point
 from torch_singlim.loss import SampleLoss
 from torch_singlim.observe import (
     Observation,
@@ -32,7 +34,7 @@ from torch_singlim.observe import (
     verdict,
     window_scalars,
 )
-from torch_singlim.theory import NoiseSystem, SGDSettings
+from torch_singlim.theory import CustomNoise, NoiseSystem, SGDSettings, parts, with_measured_order
 
 __all__ = ["SingularLimitMonitor", "probe_starts"]
 
@@ -77,7 +79,8 @@ class SingularLimitMonitor(Callback):
         data: the probe set ``(inputs, targets)``; default: the first `num_samples` of the training set.
         num_samples: most samples to probe. With fewer than the training set the distance is a lower bound and the
             drift is not predicted.
-        noise: what is injected; default: the module's dropout layers and the optimizer's weight decay.
+        noise: what training does; default: the module's dropout layers, the optimizer's weight decay, and what
+            `InjectNoise` callbacks inject.
         every_n_steps: a probe every so many optimizer steps; default: at `window` times powers of two, and so that a
             last window ends with the run.
         window: optimizer steps over which drift is measured; at most `every_n_steps`.
@@ -144,10 +147,21 @@ class SingularLimitMonitor(Callback):
         with self._aside():
             self._generator = torch.Generator().manual_seed(self.seed)
             probe = ProbeSet(*self.data, len(self.data[0])) if self.data else read_probe_set(trainer, self.num_samples)
+            injected = injected_noise(trainer)
+            if injected is not None and self.noise is not None:
+                raise ValueError(
+                    f"the noise is given twice, by SingularLimitMonitor(noise={self.noise}) and by "
+                    f"InjectNoise({injected}): leave it out of the monitor, which finds what is injected"
+                )
             self._problem = detect_problem(
-                pl_module, probe, loss=self.loss, dtype=self.dtype, batch_size=self.batch_size
+                pl_module,
+                probe,
+                loss=self.loss,
+                noise=injected or self.noise,
+                dtype=self.dtype,
+                batch_size=self.batch_size,
             )
-            self._set_descent(trainer, pl_module, probe)
+            self._set_descent(trainer, pl_module, probe, injected)
             total = trainer.estimated_stepping_batches
             total_steps = int(total) if math.isfinite(total) else None
             self._starts = set(probe_starts(self.window, self.every_n_steps, total_steps))
@@ -155,14 +169,21 @@ class SingularLimitMonitor(Callback):
         self._describe(probe)
         self._probe(trainer)
 
-    def _set_descent(self, trainer: Trainer, module: LightningModule, probe: ProbeSet) -> None:
+    def _set_descent(
+        self, trainer: Trainer, module: LightningModule, probe: ProbeSet, injected: NoiseSystem | None
+    ) -> None:
         loader = trainer.train_dataloader
         loader_batch = getattr(loader, "batch_size", None)
         batch = loader_batch * trainer.accumulate_grad_batches * trainer.world_size if loader_batch else None
         descent = detect_descent(trainer, module, batch)
-        noise, reasons = detect_noise(self._problem, descent.weight_decay)
+        noise, reasons = detect_noise(self._problem, descent.weight_decay, injected)
         self._noise = self.noise if self.noise is not None else noise
         self._noise.check(self._problem)
+        if any(isinstance(part, CustomNoise) for part in parts(self._noise)):
+            foot = nearest_point(self._problem, self._problem.weights(), rtol=1e-2)
+            self._noise = with_measured_order(
+                self._noise, self._problem, foot.point, num_draws=self.num_draws, generator=self._generator
+            )
         self._variance = self._noise.variance(self._problem)
         self._sgd = descent.sgd
         if probe.is_subset:
@@ -243,6 +264,7 @@ class SingularLimitMonitor(Callback):
         rank_zero_info(f"torch_singlim step {step}: probing ...")
         problem.function.refresh_constants()
         w = problem.weights()
+        carried = self._carried(trainer)
         covered = not self.not_covered
         observation = observe(
             problem,
@@ -251,6 +273,7 @@ class SingularLimitMonitor(Callback):
             slow_time=self._slow_time,
             noise=self._noise if covered else None,
             sgd=self._current_sgd(trainer),
+            carried=carried,
             num_draws=self.num_draws,
             separation=self.separation,
             generator=self._generator,
@@ -263,7 +286,7 @@ class SingularLimitMonitor(Callback):
             window = observe_window(
                 problem,
                 start,
-                w,
+                observation.drifting,
                 stop=step,
                 noise=self._noise,
                 sgd=replace(self._sgd, lr=mean_lr),
@@ -274,11 +297,7 @@ class SingularLimitMonitor(Callback):
             )
             self.last_window = window
             scalars |= window_scalars(window)
-            line += (
-                f", drift over {self.window} steps: cosine {window.drift.cosine:.3f}"
-                + (f" (ceiling {window.ceiling:.3f})" if math.isfinite(window.ceiling) else "")
-                + f", speed ratio {window.drift.speed_ratio:.3f}, null {window.null.cosine:.3f}"
-            )
+            line += f", drift over {self.window} steps: {_in_words(scalars)}"
         self._open = None
         if covered and step in self._starts:
             self._open = (observation, self._velocity(trainer), self._step_lengths)
@@ -294,6 +313,12 @@ class SingularLimitMonitor(Callback):
             return None
         lr = float(trainer.optimizers[0].param_groups[0]["lr"])
         return replace(self._sgd, lr=lr) if lr > 0 else None
+
+    def _carried(self, trainer: Trainer) -> Tensor | None:
+        """What the injected noise has the weights carry at present ``[P]``, in the problem's dtype."""
+        memories = [each.memory for each in trainer.callbacks if isinstance(each, InjectNoise)]  # type: ignore[attr-defined]
+        carried = [memory for memory in memories if memory is not None]
+        return self._problem.function.flatten(carried) if carried else None
 
     def _velocity(self, trainer: Trainer) -> Tensor | None:
         """The optimizer's momentum buffers ``[P]``, where they exist."""
@@ -327,3 +352,17 @@ class SingularLimitMonitor(Callback):
     @property
     def _device_type(self) -> str:
         return self._problem.device.type if hasattr(self, "_problem") else "cpu"
+
+
+def _in_words(scalars: dict[str, float]) -> str:
+    """The window's agreement, in the words of the terminal."""
+    words = {
+        "drift/cosine": "cosine",
+        "drift/ceiling": "ceiling",
+        "drift/speed_ratio": "speed ratio",
+        "drift/null_cosine": "null",
+        "limit/spread_measured": "length along Gamma",
+        "limit/spread_predicted": "predicted",
+    }
+    found = [f"{word} {scalars[f'singlim/{tag}']:.3f}" for tag, word in words.items() if f"singlim/{tag}" in scalars]
+    return ", ".join(found) if found else "nothing moved"

@@ -12,7 +12,16 @@ from torch_singlim.theory.flow import (
     simulate,
 )
 from torch_singlim.theory.gradient_noise import GradientNoise, gradient_noise
-from torch_singlim.theory.noise import BatchLoss, Covariance, NoiseSpace, NoiseSystem, Sum, draw_noise, noisy_loss, parts
+from torch_singlim.theory.noise import (
+    BatchLoss,
+    Covariance,
+    NoiseSpace,
+    NoiseSystem,
+    Sum,
+    draw_noise,
+    noisy_loss,
+    parts,
+)
 from torch_singlim.theory.potential import Potential, averaged_gradient, potential
 from torch_singlim.theory.second_order import covariance_potential, ito_drift
 from torch_singlim.theory.singular_limit import LimitPrediction, singular_limit

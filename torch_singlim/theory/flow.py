@@ -44,9 +44,12 @@ class WindowPrediction:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Displacements of independent noisy runs over the same window ``[replicas, P]``, and where the runs ended.
+    """Independent noisy runs over the same window.
 
-    The displacements are those of the foot points on Gamma where a map to them was given, of the weights otherwise.
+    Args:
+        displacements: of the foot points on Gamma where a map to them was given, of the weights otherwise
+            ``[replicas, P]``; without what the weights only carry along (the xi of `AntiCorrelated`).
+        weights: the training's weights at the end ``[replicas, P]``.
     """
 
     displacements: Tensor = field(repr=False)
@@ -149,15 +152,15 @@ def effective_flow(
             "singular_limit or limit_flow, or simulate"
         )
     first = Sum(tuple(part for part in parts(noise) if part.order == 1))
-    covariance = sum(
-        (part.covariance(problem, sgd.batch(problem.num_samples)) for part in parts(noise) if part.order == 2),
-        start=Covariance(),
-    )
+    known = (part.covariance(problem, sgd.batch(problem.num_samples)) for part in parts(noise) if part.order == 2)
+    covariance = sum((c for c in known if c is not None), start=Covariance())
     is_random = any(part.scale(problem).numel() for part in parts(first))
 
     def of_first_order(v: Tensor) -> Tensor:
         if expansion == "averaged" or not is_random:
-            return noisy_gradient(first, problem, v, draw_noise(first, problem, problem.num_samples, generator=generator))
+            return noisy_gradient(
+                first, problem, v, draw_noise(first, problem, problem.num_samples, generator=generator)
+            )
         s = random_direction(first, problem, generator=generator)
         quiet = noisy_gradient(first, problem, v, [torch.zeros_like(each) for each in s])
         return quiet + 0.5 * second_order_gradient(first, problem, v, s)[0]
@@ -184,7 +187,7 @@ def effective_flow(
 
 
 def has_effective_flow(noise: NoiseSystem, problem: ZeroLossProblem) -> bool:
-    """Whether L_eff can be followed step by step: every part is of order 1, or has Sigma = c_H H (label noise, flips)."""
+    """Whether L_eff can be followed step by step: every part is of order 1, or has Sigma = c_H H."""
 
     def followed(part: NoiseSystem) -> bool:
         if part.order != 2:
@@ -253,7 +256,7 @@ def limit_flow(
 def _bytes_per_replica(
     problem: ZeroLossProblem, w: Tensor, noise: NoiseSystem, batch: int, generator: torch.Generator | None
 ) -> int:
-    """Memory of one run: what a gradient saves of one batch, its noise, and weights, velocity, gradient, temporaries."""
+    """Memory of one run: what a gradient saves of a batch, the noise, and weights, velocity, gradient, temporaries."""
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -322,10 +325,13 @@ def simulate(
     groups = starts.split(at_once)
     with tqdm(total=steps * len(groups), desc=f"{replicas} runs", unit="step", disable=not progress) as bar:
         ends = torch.cat([_run(problem, W, noise, sgd, steps, velocity, generator, bar.update) for W in groups])
+    last = draw_noise(noise, problem, 1, replicas=replicas, generator=generator)
+    carried = [part.carried(eta) for part, eta in zip(parts(noise), last, strict=True)]
+    weights = ends + sum(extra for extra in carried if extra is not None)
     if foot is None:
-        return Ensemble(ends - starts, ends)
+        return Ensemble(ends - starts, weights)
     origins = foot(w) if w.ndim == 1 else torch.stack([foot(v) for v in w])
-    return Ensemble(torch.stack([foot(v) for v in ends]) - origins, ends)
+    return Ensemble(torch.stack([foot(v) for v in ends]) - origins, weights)
 
 
 def _run(
@@ -362,5 +368,4 @@ def _run(
             gradient = batched(W, problem.inputs[index], problem.targets[index], *etas)
         W, V = sgd.step(W, V, gradient)
         done(1)
-    carried = (part.carried(eta) for part, eta in zip(parts(noise), etas, strict=True))
-    return W + sum(extra for extra in carried if extra is not None)
+    return W

@@ -1,4 +1,4 @@
-"""The gradient noise on Gamma: covariance of one step's gradient under a noise system, and what it does normal to Gamma.
+"""The gradient noise on Gamma: the covariance of one step's gradient under a noise system, and the spread it makes.
 
 On Gamma, to first order in eta, grad_w Lhat(w, eta) = M eta with M = d^2 Lhat/(dw d eta) at eta = 0, so that
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp
+from torch.func import jvp, vjp
 
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, rademacher
 from torch_singlim.problem import ZeroLossProblem
@@ -33,7 +33,7 @@ def noise_product(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas
 
 
 def noise_factor(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor, *, batch_size: int) -> Tensor:
-    """F with Sigma = F^T F ``[k, P]``, dense: a row for every component of eta (of every sample). For small problems."""
+    """F with Sigma = F^T F ``[k, P]``, dense: a row for every component of eta (of every sample)."""
     scale = part.scale(problem)
     if not part.per_sample:
         rows = [noise_product(part, problem, w, [s]) for s in torch.diag(scale)]
@@ -112,7 +112,7 @@ class GradientNoise:
     ) -> Estimate:
         """Trace of the stationary covariance across Gamma, over the modes with lambda >= smallest.
 
-            H X + X H - alpha H X H = alpha Sigma     =>     tr X = sum_i chi(l_i) Sigma_ii,   chi = alpha/(2 l - alpha l^2)
+            H X + X H - alpha H X H = alpha Sigma   =>   tr X = sum_i chi(l_i) Sigma_ii,   chi = alpha/(2 l - alpha l^2)
 
         Infinite where a noisy mode is unstable, alpha l >= 2.
         """

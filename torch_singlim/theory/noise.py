@@ -97,7 +97,9 @@ class NoiseSystem(ABC):
         """
         scale = self.scale(space)
         device = "cpu" if generator is None else generator.device
-        return scale * torch.randn(count, scale.numel(), generator=generator, dtype=space.dtype, device=device).to(scale)
+        return scale * torch.randn(count, scale.numel(), generator=generator, dtype=space.dtype, device=device).to(
+            scale
+        )
 
     def noisy_loss(self, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, eta: Tensor) -> Tensor:
         """Lhat(w, eta) of a batch, a scalar, in terms of the loss without this noise; differentiable in w and eta."""
@@ -147,9 +149,7 @@ def parts(system: NoiseSystem) -> tuple[NoiseSystem, ...]:
     return system.systems if isinstance(system, Sum) else (system,)
 
 
-def noisy_loss(
-    system: NoiseSystem, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, etas: Sequence[Tensor]
-) -> Tensor:
+def noisy_loss(system: NoiseSystem, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, etas: Sequence[Tensor]) -> Tensor:
     """Lhat(w, eta): mean loss of a batch under all parts of a system, one eta for each; a scalar.
 
     Parts that add a term of the weights come outermost, so that none of the others perturbs it.

@@ -106,11 +106,11 @@ def row_gradient(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> tuple[Tensor
         def outputs(v: Tensor) -> Tensor:
             return problem.function(v, x[None])
 
-        f, pull = vjp(outputs, w)
+        f, pull, *_ = vjp(outputs, w)
         (g,) = pull(problem.sample_loss.unwhiten(f, y[None], z[None]))
 
         def contraction(v: Tensor) -> Tensor:
-            at, Jg = jvp(outputs, (v,), (g,))
+            at, Jg, *_ = jvp(outputs, (v,), (g,))
             return (Jg * problem.sample_loss.unwhiten(at, y[None], z[None])).sum()
 
         gradient, square = grad_and_value(contraction)(w)
@@ -163,7 +163,7 @@ def _quadratic_gradient(problem: ZeroLossProblem, w: Tensor, t: Tensor) -> Tenso
         x, y = problem.inputs[chunk], problem.targets[chunk]
 
         def quadratic(v: Tensor) -> Tensor:
-            f, Jt = jvp(lambda u: problem.function(u, x), (v,), (t,))
+            f, Jt, *_ = jvp(lambda u: problem.function(u, x), (v,), (t,))
             return problem.sample_loss.curvature(f, y, Jt).mean()
 
         return grad(quadratic)(w)

@@ -150,9 +150,7 @@ def singular_limit(
         raise ValueError(f"expected {problem.num_weights} weights in one vector, got shape {tuple(point.shape)}")
     noise.check(problem)
     hessian = problem.gauss_newton(point) if hessian is None else hessian
-    noise = with_measured_order(
-        noise, problem, point, num_draws=num_draws, hessian=hessian, generator=generator
-    )
+    noise = with_measured_order(noise, problem, point, num_draws=num_draws, hessian=hessian, generator=generator)
     order, alpha, batch_size = noise.order, sgd.effective_lr, sgd.batch(problem.num_samples)
     V = Potential(Estimate(0.0, 0.0), VectorEstimate(torch.zeros_like(point)[None]), 0)
     if order == 1:

@@ -148,7 +148,8 @@ class DropConnect(NoiseSystem):
 class AntiCorrelated(NoiseSystem):
     """Anti-correlated perturbed gradient descent: each perturbation of the weights is taken back a step later.
 
-        w+ = w - alpha grad L(w) + (xi_{k+1} - xi_k);     in z = w - xi:  z+ = z - alpha grad L(z + xi),  Lhat = L(w + eta)
+        w+ = w - alpha grad L(w) + (xi_{k+1} - xi_k)
+        z+ = z - alpha grad L(z + xi_k),  z = w - xi:    Lhat = L(w + eta)
 
     Order 1 with V = (std^2/2) tr H. The recursion here runs in z; the weights of the training are z + xi.
 
@@ -362,6 +363,11 @@ class LabelFlips(NoiseSystem):
         moved = self._color(eta, 1)
         return loss(w, x, y, shift=moved - moved.sum(-1, keepdim=True) * self._onehot(y))
 
+    def redraw(self, labels: Tensor, eta: Tensor) -> Tensor:
+        """The labels ``[n]`` that training sees under eta ``[n, C]``."""
+        delta = self._color(eta, 1) + self.rate / eta.shape[-1]  # e_c where redrawn, else 0
+        return torch.where(delta.sum(-1) > 0.5, delta.argmax(-1).to(labels.dtype), labels)
+
     def covariance(self, problem: ZeroLossProblem, batch_size: int) -> Covariance:
         return Covariance(hessian=1 / batch_size)
 
@@ -438,8 +444,9 @@ class CustomNoise(NoiseSystem):
     Raises:
         ValueError: a std that is not positive; a function with Lhat(w, 0) != L(w), or that does not return a scalar.
 
-    >>> input_noise = CustomNoise(lambda loss, w, x, y, eta: loss(w, x + eta.reshape(x.shape), y), std=0.1, like="inputs")
-    >>> input_noise.per_sample
+    >>> def noisy(loss, w, x, y, eta):
+    ...     return loss(w, x + eta.reshape(x.shape), y)
+    >>> CustomNoise(noisy, std=0.1, like="inputs").per_sample
     True
     """
 

@@ -1,0 +1,334 @@
+"""Noise injected into the training of any LightningModule, by the same object that the theory predicts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from torch_singlim.callbacks.detect import read_probe_set, recognise_loss
+from torch_singlim.functional import ActivationSite
+from torch_singlim.loss import MeanSquaredError, SampleLoss, SoftCrossEntropy
+from torch_singlim.theory import (
+    AntiCorrelated,
+    CustomNoise,
+    Dropout,
+    LabelFlips,
+    LabelNoise,
+    Minibatch,
+    NoiseSystem,
+    Sum,
+    WeightDecay,
+    draw_noise,
+    noisy_loss,
+    parts,
+)
+
+__all__ = ["InjectNoise", "injected_noise"]
+
+_NATIVE: dict[type[NoiseSystem], str] = {
+    Dropout: "the module's own nn.Dropout layers inject it, and the monitor finds them",
+    Minibatch: "the DataLoader injects it",
+    WeightDecay: "the optimizer does it: torch.optim.SGD(..., weight_decay=...)",
+}
+
+
+@dataclass
+class _Space:
+    """What there is to perturb in one training step."""
+
+    num_weights: int
+    num_outputs: int
+    input_shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    sites: list[ActivationSite] = field(default_factory=list)
+
+
+class InjectNoise(Callback):
+    """Train under a noise system: the weights, batch or gradient of every step perturbed by its eta.
+
+        w <- w - alpha grad_w Lhat(w, eta)
+
+    Noise on the weights follows the true chain rule: for `DropConnect` the gradient is that of w -> L(w * (1 + eta)).
+    eta is drawn once for an optimizer step, accumulated batches included, or once for each sample; from a generator of
+    its own, whose state goes into checkpoints, with the last draw of `AntiCorrelated`. The `SingularLimitMonitor`
+    beside it finds the noise and predicts from it.
+
+    Batches must be (inputs, targets); the tensors that a training step sees are perturbed, and are put back after it.
+
+    Args:
+        noise: the system, or a sum. Dropout layers, minibatches and weight decay are in the training already.
+        seed: of the noise.
+
+    Raises:
+        ValueError: at the start of training, where the noise does not fit it: `LabelNoise` without floating point
+            targets and mse, `LabelFlips` without class labels and cross-entropy, a custom noise with
+            Lhat(w, 0) != L(w), manual optimization, the same kind of noise twice.
+
+    >>> from torch_singlim.theory import LabelNoise
+    >>> InjectNoise(LabelNoise(std=0.1)).noise
+    LabelNoise(std=0.1)
+    """
+
+    def __init__(self, noise: NoiseSystem, *, seed: int = 0) -> None:
+        for part in parts(noise):
+            if type(part) in _NATIVE:
+                raise ValueError(f"{type(part).__name__} is not to be injected: {_NATIVE[type(part)]}")
+        self.noise = noise
+        self.seed = seed
+        self._generator = torch.Generator().manual_seed(seed)
+        self.memory: Tensor | None = None
+        """The perturbation that the weights carry at present ``[P]`` (`AntiCorrelated`); None: nothing."""
+        self._shared: dict[int, Tensor] = {}  # part -> eta of the optimizer step in progress
+        self._swapped: list[tuple[Tensor, Tensor]] = []  # tensor, what it holds in truth
+        self._perturbed: list[tuple[Tensor, Tensor]] = []  # the same for weights
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(noise=repr(self.noise))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self._generator.get_state(), "memory": self.memory}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._generator.set_state(state_dict["generator"])
+        self.memory = state_dict["memory"]
+
+    # --- set-up ----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the noise fits the training."""
+        injected_noise(trainer)
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "InjectNoise works with automatic optimization, got a module with automatic_optimization=False: let "
+                "the Trainer call backward and step"
+            )
+        self._parameters = [p for p in pl_module.parameters() if p.requires_grad]
+        self._forward = tuple(part for part in parts(self.noise) if not isinstance(part, AntiCorrelated))
+        self._num_outputs = 0
+        if any(isinstance(part, LabelNoise | LabelFlips | CustomNoise) for part in self._forward):
+            with isolate_rng():
+                probe = read_probe_set(trainer, 16)
+                loss, self._num_outputs = recognise_loss(pl_module, probe)
+            for part in self._forward:
+                _check_targets(part, loss, probe.targets)
+            self._check_quiet(probe.inputs[:2], probe.targets[:2])
+
+    def _check_quiet(self, x: Tensor, y: Tensor) -> None:
+        """Without noise nothing is perturbed; a custom noise uses the loss once, so that it can be injected."""
+        system = self._drawn()
+        w = torch.cat([p.detach().reshape(-1) for p in self._parameters])
+        x, y = x.to(w.device), y.to(w.device)
+        etas = [0 * eta for eta in draw_noise(system, self._space(x), len(x), generator=torch.Generator())]
+        at = _Perturbation.of(system, w, x, y, etas)
+        same = torch.equal(at.weights, w) and torch.equal(at.inputs, x) and torch.equal(at.targets, y)
+        shifted = at.shift is not None and bool(at.shift.abs().max() > 0)
+        if not same or shifted or at.rest.detach().item() != 0.0 or at.factor != 1.0:
+            raise ValueError(
+                f"without noise the noisy loss of {self.noise} must be the loss, Lhat(w, 0) = L(w); at eta = 0 it "
+                "changes weights, batch or value"
+            )
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def _space(self, x: Tensor) -> _Space:
+        first = self._parameters[0]
+        count = sum(p.numel() for p in self._parameters)
+        return _Space(count, self._num_outputs, x.shape[1:], first.dtype, first.device)
+
+    def _draw(self, x: Tensor) -> list[Tensor]:
+        """eta for each part: of this batch, or of the optimizer step that it belongs to."""
+        space, etas = self._space(x), []
+        for i, part in enumerate(self._forward):
+            if not part.per_sample and i in self._shared:
+                etas.append(self._shared[i])
+                continue
+            (eta,) = draw_noise(part, space, len(x), generator=self._generator)
+            if not part.per_sample:
+                self._shared[i] = eta
+            etas.append(eta)
+        return etas
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Perturb what this training step will see."""
+        if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(b, Tensor) for b in batch)):
+            raise ValueError(f"InjectNoise needs batches (inputs, targets), two tensors, got {type(batch).__name__}")
+        x, y = batch
+        etas = self._draw(x)
+        with torch.no_grad():
+            w = torch.cat([p.reshape(-1) for p in self._parameters])
+            targets = y
+            for part, eta in zip(self._forward, etas, strict=True):
+                if isinstance(part, LabelFlips):
+                    targets = part.redraw(y, eta)
+            at = _Perturbation.of(self._drawn(), w, x, targets, self._without_flips(etas))
+            if at.weights is not w:
+                for p, part in zip(self._parameters, self._split(at.weights), strict=True):
+                    self._swap(self._perturbed, p, part)
+            if at.inputs is not x:
+                self._swap(self._swapped, x, at.inputs)
+            shifted = at.targets if at.shift is None else at.targets + at.shift.reshape(y.shape)
+            if shifted is not y:
+                self._swap(self._swapped, y, shifted)
+
+    def _drawn(self) -> NoiseSystem:
+        """What enters through a noisy loss: all but what is done to class labels and to the weights after the step."""
+        return Sum(tuple(part for part in self._forward if not isinstance(part, LabelFlips)))
+
+    def _without_flips(self, etas: list[Tensor]) -> list[Tensor]:
+        return [eta for part, eta in zip(self._forward, etas, strict=True) if not isinstance(part, LabelFlips)]
+
+    def _split(self, w: Tensor) -> list[Tensor]:
+        pieces = w.split([p.numel() for p in self._parameters])
+        return [piece.view(p.shape) for piece, p in zip(pieces, self._parameters, strict=True)]
+
+    @staticmethod
+    def _swap(kept: list[tuple[Tensor, Tensor]], tensor: Tensor, value: Tensor) -> None:
+        """The tensor holds other numbers for a while; nothing is written to its memory, which others may share."""
+        kept.append((tensor, tensor.data))
+        tensor.data = value.detach()
+
+    @staticmethod
+    def _put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
+        for tensor, truth in kept:
+            tensor.data = truth
+        kept.clear()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The gradient has been taken: the weights are themselves again."""
+        self._put_back(self._perturbed)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Pull the gradient back through w -> w', add that of the noise's own terms; move the carried perturbation."""
+        system = self._drawn()
+        through = tuple(part for part in parts(system) if not part.per_sample)
+        if through:
+            etas = [self._shared[i] for i, part in enumerate(self._forward) if part in through]
+            gradient = torch.cat([_grad(p).reshape(-1) for p in self._parameters])
+            w = torch.cat([p.detach().reshape(-1) for p in self._parameters])
+            pulled = _Perturbation.pull_back(Sum(through), w, gradient, etas)
+            for p, piece in zip(self._parameters, self._split(pulled), strict=True):
+                p.grad = piece.clone()
+        for part in parts(self.noise):
+            if isinstance(part, AntiCorrelated):
+                self._move_carried(part)
+        self._shared.clear()
+
+    def _move_carried(self, part: AntiCorrelated) -> None:
+        """w += xi_{k+1} - xi_k; the step that follows subtracts alpha grad L(w)."""
+        (eta,) = draw_noise(part, self._space(torch.zeros(1, 1)), 1, generator=self._generator)
+        change = eta if self.memory is None else eta - self.memory.to(eta)
+        self.memory = eta
+        with torch.no_grad():
+            for p, piece in zip(self._parameters, self._split(change), strict=True):
+                p.add_(piece)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch is itself again; so are the weights where the step was skipped."""
+        self._put_back(self._swapped)
+        self._put_back(self._perturbed)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no perturbed weights behind."""
+        self._put_back(self._swapped)
+        self._put_back(self._perturbed)
+
+
+def _check_targets(part: NoiseSystem, loss: SampleLoss | None, targets: Tensor) -> None:
+    """Raise ValueError unless loss and targets are those that the noise is made for; a loss of None is not known."""
+    integer = not targets.is_floating_point()
+    if isinstance(part, LabelNoise):
+        if isinstance(loss, SoftCrossEntropy):
+            raise ValueError(
+                "LabelNoise is for mse, training_step computes a cross-entropy: class labels cannot be shifted by a "
+                "real number; use LabelFlips(rate=...), which redraws them, or train with mse"
+            )
+        if integer:
+            raise ValueError(
+                f"LabelNoise needs floating point targets in the batches, got {targets.dtype}: let the dataset give "
+                "F.one_hot(labels, num_classes).float()"
+            )
+    if isinstance(part, LabelFlips):
+        if isinstance(loss, MeanSquaredError):
+            raise ValueError(
+                "LabelFlips is for cross-entropy on class labels, training_step computes a mean squared error: use "
+                "LabelNoise(std=...)"
+            )
+        if not integer or targets.ndim != 1:
+            raise ValueError(
+                f"LabelFlips needs class labels [n] in the batches, got {targets.dtype} targets of shape "
+                f"{tuple(targets.shape)}: let the dataset give the labels themselves"
+            )
+        if isinstance(loss, SoftCrossEntropy) and loss.label_smoothing:
+            raise ValueError(
+                f"LabelFlips smooths the labels itself, training_step has label_smoothing={loss.label_smoothing:g} "
+                "already: use hard labels, or drop the flips"
+            )
+
+
+def _grad(p: nn.Parameter) -> Tensor:
+    return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+@dataclass(frozen=True)
+class _Perturbation:
+    """What a noisy loss does to the arguments of the loss: Lhat(w, eta) = factor * L(w', x', y' + shift) + rest."""
+
+    weights: Tensor
+    inputs: Tensor
+    targets: Tensor
+    shift: Tensor | None
+    rest: Tensor
+    factor: float
+
+    @classmethod
+    def of(cls, system: NoiseSystem, w: Tensor, x: Tensor, y: Tensor, etas: list[Tensor]) -> _Perturbation:
+        """Read off from one call, with a stand-in for the loss that notes its arguments."""
+        calls: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        with torch.enable_grad():
+            value = w.new_zeros((), requires_grad=True)
+
+            def loss(
+                w: Tensor, x: Tensor, y: Tensor, *, activations: Tensor | None = None, shift: Tensor | None = None
+            ) -> Tensor:
+                calls.append((w, x, y, shift))
+                return value
+
+            noisy = noisy_loss(system, loss, w, x, y, etas)
+            if len(calls) != 1:
+                raise ValueError(
+                    f"a noise that is injected must use the loss exactly once, {system} uses it {len(calls)} times"
+                )
+            (factor,) = torch.autograd.grad(noisy, value, retain_graph=True)
+        return cls(*calls[0], noisy, factor.item())
+
+    @classmethod
+    def pull_back(cls, system: NoiseSystem, w: Tensor, gradient: Tensor, etas: list[Tensor]) -> Tensor:
+        """grad_w Lhat(w, eta) = factor * (dw'/dw)^T grad L(w') + grad rest, from grad L(w') ``[P]``."""
+        w = w.requires_grad_()
+        at = cls.of(system, w, w.new_zeros(1), w.new_zeros(1), etas)
+        pulled = gradient
+        if at.weights is not w:
+            (pulled,) = torch.autograd.grad(at.weights, w, gradient, retain_graph=True)
+        if at.rest.requires_grad:
+            (own,) = torch.autograd.grad(at.rest, w, allow_unused=True)
+            return at.factor * pulled + (0 if own is None else own)
+        return at.factor * pulled
+
+
+def injected_noise(trainer: Trainer) -> NoiseSystem | None:
+    """The sum of what the trainer's `InjectNoise` callbacks inject; None without any.
+
+    Raises:
+        ValueError: the same kind of noise twice.
+    """
+    systems = [part for each in trainer.callbacks if isinstance(each, InjectNoise) for part in parts(each.noise)]  # type: ignore[attr-defined]
+    return Sum(tuple(systems)) if systems else None

@@ -17,7 +17,8 @@ ROOMS = {
     "geometry": {"linalg", "problem"},
     "theory": {"linalg", "loss", "functional", "problem"},
     "observe": {"linalg", "problem", "geometry", "theory"},
-    "report": {"observe"},
+    "scaling": {"linalg"},
+    "report": {"observe", "scaling"},
     "callbacks": {"linalg", "loss", "functional", "problem", "geometry", "theory", "observe"},
     "__init__": {"linalg", "problem", "geometry", "theory", "observe", "callbacks"},
 }

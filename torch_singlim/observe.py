@@ -245,6 +245,8 @@ class WindowObservation:
         flow: K steps of descent on the effective loss, the reference (None where the noise has none).
         drift: measured against it.
         null: measured against descent on L alone, the control that must be lower.
+        signal: how far the noise moves the flow, |flow - null|, over what is left unexplained, |measured - flow|; below 1
+            its pull does not stand out in this window (nan without a flow).
         limit: the tangential part of the measured motion against the singular limit's (None where nothing moves).
         spread: how far along Gamma, where the limit diffuses (else None): no deterministic prediction has a direction.
         ceiling: the best cosine that any deterministic prediction can have (nan without replicas).
@@ -258,6 +260,7 @@ class WindowObservation:
     flow: WindowPrediction | None = field(repr=False)
     drift: Agreement | None
     null: Agreement
+    signal: float
     limit: Agreement | None
     spread: Spread | None
     ceiling: float
@@ -321,12 +324,21 @@ def observe_window(
         flow=flow,
         drift=None if flow is None else compare(measured, flow.displacement),
         null=compare(measured, null.displacement),
+        signal=_signal(measured, flow, null),
         limit=limit,
         spread=spread,
         ceiling=noise_ceiling(runs),
         finite_noise=expansion,
         products=products,
     )
+
+
+def _signal(measured: Tensor, flow: WindowPrediction | None, null: WindowPrediction) -> float:
+    if flow is None:
+        return math.nan
+    unexplained = torch.linalg.vector_norm(measured - flow.displacement).item()
+    pull = torch.linalg.vector_norm(flow.displacement - null.displacement).item()
+    return pull / unexplained if unexplained > 0 else math.inf
 
 
 # step -> tag -> value: all that was logged in a run
@@ -376,6 +388,7 @@ def window_scalars(window: WindowObservation) -> dict[str, float]:
             "drift/speed_ratio": window.drift.speed_ratio,
             "drift/residual_ratio": window.drift.residual_ratio,
             "drift/predicted": window.drift.predicted,
+            "drift/signal": window.signal,
             "quality/stderr": window.flow.stderr,
         }
     if window.finite_noise is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from torch_singlim.observe import History, WindowObservation
+from torch_singlim.scaling import Scaling
 
-__all__ = ["drift_figure"]
+__all__ = ["drift_figure", "scaling_figure"]
 
 # Okabe and Ito's colours, told apart by every kind of colour vision
 _MEASURED, _THEORY, _CONTROL, _LIMIT, _CEILING = "#0072B2", "#D55E00", "#999999", "#009E73", "#000000"
@@ -94,3 +96,43 @@ def _parity(axes: Axes, last: WindowObservation | None) -> None:
     axes.set_title(f"Drift, weight by weight (steps {last.start}-{last.stop})")
     axes.set_aspect("equal")
     axes.legend(frameon=False, loc="upper left")
+
+
+def scaling_figure(scalings: Sequence[Scaling], *, title: str) -> Figure:
+    """A panel for each system: measured rate over the step size, one line for each noise level, beside the limit's.
+
+    Args:
+        scalings: measured rates and fitted exponents.
+        title: above all of it.
+    """
+    columns = min(len(scalings), 3)
+    rows = -(-len(scalings) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.3 * rows + 0.4), layout="constrained", dpi=150)
+    figure.suptitle(title)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, scaling in zip(panels, scalings, strict=False):
+        _scaling(axes, scaling)
+    for axes in panels:  # those left over
+        axes.set_axis_off()
+    return figure
+
+
+def _scaling(axes: Axes, scaling: Scaling) -> None:
+    levels = sorted({r.sigma for r in scaling.rates}, reverse=True)
+    for sigma, color in zip(levels, (_THEORY, _MEASURED, _LIMIT, _CEILING), strict=False):
+        rates = sorted((r for r in scaling.rates if r.sigma == sigma), key=lambda r: r.alpha)
+        alphas = [r.alpha for r in rates]
+        axes.plot(alphas, [r.predicted for r in rates], color=color, lw=1, ls="--")
+        measured, errors = [r.measured.mean for r in rates], [r.measured.stderr for r in rates]
+        axes.errorbar(alphas, measured, yerr=errors, color=color, fmt="o", ms=4, label=f"σ = {sigma:g}")
+    a, b = scaling.expected
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="step size α",
+        ylabel="motion along Γ per step",
+        title=f"{scaling.name}\nα^{scaling.fit.alpha.mean:.2f} σ^{scaling.fit.sigma.mean:.2f}, theory α^{a} σ^{b}",
+    )
+    axes.set_xticks(alphas := sorted({r.alpha for r in scaling.rates}), [f"{alpha:g}" for alpha in alphas], minor=False)
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize="small")

@@ -129,6 +129,7 @@ def test_no_arguments_logs_every_tag_and_a_verdict(tmp_path):
             "drift/residual_ratio",
             "drift/measured",
             "drift/predicted",
+            "drift/signal",
             "drift/null_cosine",
             "drift/ceiling",
             "drift/window",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "detect_descent",
     "detect_noise",
     "detect_problem",
+    "given_probe_set",
     "read_probe_set",
     "recognise_loss",
 ]
@@ -92,6 +93,13 @@ def read_probe_set(trainer: Trainer, num_samples: int) -> ProbeSet:
             "SingularLimitMonitor(data=(inputs, targets))"
         )
     return ProbeSet(inputs, targets, size)
+
+
+def given_probe_set(trainer: Trainer, inputs: Tensor, targets: Tensor) -> ProbeSet:
+    """The probe set that was passed; a subset, where the training set is known to be larger."""
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    size = len(dataset) if isinstance(dataset, Sized) else 0
+    return ProbeSet(inputs, targets, max(size, len(inputs)))
 
 
 def _training_losses(module: LightningModule, probes: list[tuple[Tensor, Tensor]]) -> list[float] | None:

@@ -16,10 +16,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from torch_singlim.callbacks.detect import (
-    ProbeSet,
     detect_descent,
     detect_noise,
     detect_problem,
+    given_probe_set,
     read_probe_set,
 )
 from torch_singlim.callbacks.inject import InjectNoise, injected_noise
@@ -146,7 +146,7 @@ class SingularLimitMonitor(Callback):
         self._open: tuple[Observation, Tensor | None, float] | None = None  # start, momentum, sum of lr so far
         with self._aside():
             self._generator = torch.Generator().manual_seed(self.seed)
-            probe = ProbeSet(*self.data, len(self.data[0])) if self.data else read_probe_set(trainer, self.num_samples)
+            probe = given_probe_set(trainer, *self.data) if self.data else read_probe_set(trainer, self.num_samples)
             injected = injected_noise(trainer)
             if injected is not None and self.noise is not None:
                 raise ValueError(

@@ -303,7 +303,7 @@ def simulate(
         foot: weights -> their foot point on Gamma ``[P]``, ``lambda v: nearest_point(problem, v).point``; default: the
             weights themselves are compared.
         velocity: the optimizer's momentum at the start ``[P]``, where it has some.
-        memory: bytes that the runs in progress may take; one run at a time at least.
+        memory: bytes that the runs in progress may take, beside the result; one run at a time at least.
         progress: show a progress bar on the terminal.
         generator: of noise and batches.
 
@@ -323,11 +323,14 @@ def simulate(
     size = _bytes_per_replica(problem, starts[0], noise, sgd.batch(problem.num_samples), generator)
     at_once = max(1, min(replicas, memory // size))
     groups = starts.split(at_once)
+    ends = w.new_empty(replicas, problem.num_weights)
     with tqdm(total=steps * len(groups), desc=f"{replicas} runs", unit="step", disable=not progress) as bar:
-        ends = torch.cat([_run(problem, W, noise, sgd, steps, velocity, generator, bar.update) for W in groups])
-    last = draw_noise(noise, problem, 1, replicas=replicas, generator=generator)
-    carried = [part.carried(eta) for part, eta in zip(parts(noise), last, strict=True)]
-    weights = ends + sum(extra for extra in carried if extra is not None)
+        for own, W in zip(ends.split(at_once), groups, strict=True):
+            own.copy_(_run(problem, W, noise, sgd, steps, velocity, generator, bar.update))
+    weights = ends
+    for part in parts(noise):
+        if part.carried(part.scale(problem)) is not None:  # what the last step has left on the weights
+            weights = weights + draw_noise(part, problem, 1, replicas=replicas, generator=generator)[0]
     if foot is None:
         return Ensemble(ends - starts, weights)
     origins = foot(w) if w.ndim == 1 else torch.stack([foot(v) for v in w])

@@ -20,6 +20,8 @@ from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.noise import Covariance, NoiseSystem, parts
 from torch_singlim.theory.potential import noisy_gradient, random_direction
 
+_SAMPLES = 32  # of the gradient noise, where its basis is too large: the variance is then right to about a quarter
+
 __all__ = ["GradientNoise", "gradient_noise", "noise_factor", "noise_product", "output_noise"]
 
 
@@ -181,7 +183,7 @@ def gradient_noise(
         problem: loss and probe set.
         w: weights ``[P]``.
         batch_size: samples per step.
-        num_draws: directions for what has no closed form.
+        num_draws: directions for what has no closed form: a basis up to so many, else at most 32 random ones.
         generator: of these.
     """
     closed, grams, draws, exact, carried = Covariance(), [], [], True, 0.0
@@ -201,7 +203,8 @@ def gradient_noise(
             draws.append(factor * math.sqrt(len(factor)))
         else:
             size = math.sqrt(problem.num_samples / batch_size) if part.per_sample else 1.0
-            signs = (random_direction(part, problem, generator=generator) for _ in range(num_draws))
+            count = min(num_draws, _SAMPLES)
+            signs = (random_direction(part, problem, generator=generator) for _ in range(count))
             draws.append(size * torch.stack([noise_product(part, problem, w, list(s)) for s in signs]))
             exact = False
     # several sampled parts: their draws stand side by side, each kind with its own weight in the common mean

@@ -56,6 +56,7 @@ INJECTED: dict[str, tuple[Callable[[float], NoiseSystem], float]] = {
     "langevin": (Langevin, 0.01),
 }
 DROPOUT_RATE = 0.1
+VISIBLE = 0.25  # the noise is seen where its pull is known to a quarter of what is predicted
 
 
 class DigitsMLP(L.LightningModule):
@@ -102,18 +103,17 @@ def what_was_seen(monitor: SingularLimitMonitor) -> tuple[bool, str]:
     limit = observation.limit
     if limit.order is None:
         return False, "minibatches alone: no motion along the zero-loss set on either clock; what moves is the approach"
-    clock = (
-        f"order {limit.order}: one unit of slow time is {limit.time_scale:.3g} steps, this run covers "
-        f"{observation.slow_time:.3g} units"
-    )
+    percent = 0.01 * (observation.weights.norm() / limit.drift.norm()).item()
+    clock = f"order {limit.order}, the singular limit moves the weights by 1 % in {percent:.2g} steps"
     if window.spread is not None:
-        return True, f"{clock}; the motion along the zero-loss set is diffusion, its direction cannot be predicted"
-    if window.signal >= 1:
-        return True, f"{clock}; the noise's pull is {window.signal:.1f} times what is left unexplained"
-    return False, (
-        f"{clock}. Too weak to see here: over the last {window.stop - window.start} steps the noise's pull is "
-        f"{window.signal:.2f} of what is left unexplained; it would take about {limit.time_scale:.2g} steps, or more noise"
-    )
+        return True, f"{clock}, but diffusion hides that: only the length of the motion can be predicted"
+    pull = window.pull
+    if pull is None or not pull.stderr < VISIBLE:
+        length = window.stop - window.start
+        needed = "more noise" if pull is None else f"windows of about {length * (pull.stderr / VISIBLE) ** 2:.2g} steps"
+        shown = "" if pull is None else f" ({pull.mean:.2f} +- {pull.stderr:.2f} of the predicted pull)"
+        return False, f"{clock}. Too weak to see in windows of {length} steps{shown}: it would take {needed}"
+    return True, f"{clock}; its pull is {pull.mean:.2f} +- {pull.stderr:.2f} of the predicted"
 
 
 def bars(window: WindowObservation, noise: str) -> dict[str, bool]:
@@ -126,6 +126,7 @@ def bars(window: WindowObservation, noise: str) -> dict[str, bool]:
         "cosine >= 0.97 of the noise ceiling": window.drift.cosine >= 0.97 * window.ceiling,
         "speed ratio within 0.93 to 1.07": 0.93 <= window.drift.speed_ratio <= 1.07,
         "null explains less": window.null.residual_ratio > window.drift.residual_ratio,
+        "pull within 0.75 to 1.25 of the predicted": window.pull is not None and abs(window.pull.mean - 1) <= 0.25,
     }
     if noise == "dropout":
         promised["cosine with the effective flow >= 0.95"] = window.drift.cosine >= 0.95

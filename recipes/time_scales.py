@@ -100,7 +100,7 @@ def measure(sweep: Sweep, alpha: float, sigma: float, *, replicas: int, seed: in
 
 
 def rest(alpha: float, seed: int) -> tuple[float, float]:
-    """Minibatches of one sample, from a tenth off the zero-loss set: distance at the end, motion over the second half."""
+    """Minibatches of one sample, from a tenth off Gamma: distance at the end, motion over the second half."""
     problem, point = tanh_problem(0.1, seed)
     generator = torch.Generator().manual_seed(seed)
     start = point + 0.1 * torch.randn(len(point), generator=generator, dtype=point.dtype) / math.sqrt(len(point))

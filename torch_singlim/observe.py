@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_singlim.geometry import FootPoint, TangentSpace, nearest_point, separation_level
+from torch_singlim.linalg import Estimate
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory import (
     LimitPrediction,
@@ -36,6 +37,7 @@ __all__ = [
     "compare",
     "finite_noise",
     "noise_ceiling",
+    "noise_pull",
     "observation_scalars",
     "observe",
     "observe_window",
@@ -245,8 +247,7 @@ class WindowObservation:
         flow: K steps of descent on the effective loss, the reference (None where the noise has none).
         drift: measured against it.
         null: measured against descent on L alone, the control that must be lower.
-        signal: how far the noise moves the flow, |flow - null|, over what is left unexplained, |measured - flow|; below 1
-            its pull does not stand out in this window (nan without a flow).
+        pull: the noise's own share of the motion, measured over predicted (None without a flow); see `noise_pull`.
         limit: the tangential part of the measured motion against the singular limit's (None where nothing moves).
         spread: how far along Gamma, where the limit diffuses (else None): no deterministic prediction has a direction.
         ceiling: the best cosine that any deterministic prediction can have (nan without replicas).
@@ -260,7 +261,7 @@ class WindowObservation:
     flow: WindowPrediction | None = field(repr=False)
     drift: Agreement | None
     null: Agreement
-    signal: float
+    pull: Estimate | None
     limit: Agreement | None
     spread: Spread | None
     ceiling: float
@@ -324,7 +325,7 @@ def observe_window(
         flow=flow,
         drift=None if flow is None else compare(measured, flow.displacement),
         null=compare(measured, null.displacement),
-        signal=_signal(measured, flow, null),
+        pull=None if flow is None else noise_pull(runs, flow.displacement, null.displacement),
         limit=limit,
         spread=spread,
         ceiling=noise_ceiling(runs),
@@ -333,12 +334,20 @@ def observe_window(
     )
 
 
-def _signal(measured: Tensor, flow: WindowPrediction | None, null: WindowPrediction) -> float:
-    if flow is None:
-        return math.nan
-    unexplained = torch.linalg.vector_norm(measured - flow.displacement).item()
-    pull = torch.linalg.vector_norm(flow.displacement - null.displacement).item()
-    return pull / unexplained if unexplained > 0 else math.inf
+def noise_pull(runs: Sequence[Tensor], flow: Tensor, null: Tensor) -> Estimate:
+    """How much of the noise's predicted pull a run shows, beyond what the loss alone does: 1 as predicted, 0 none.
+
+        <run - null, flow - null> / |flow - null|^2
+
+    The first run ``[P]`` is the measured one; the standard error is the standard deviation of all of them, independent
+    runs of the same window (nan for a single one). Well below 1: the pull stands out.
+    """
+    pull = flow - null
+    size = pull.square().sum().item()
+    if size == 0:
+        return Estimate(math.nan, math.nan)
+    shares = torch.stack([torch.dot(run - null, pull) / size for run in runs])
+    return Estimate(shares[0].item(), shares.std().item() if len(runs) > 1 else math.nan)
 
 
 # step -> tag -> value: all that was logged in a run
@@ -388,9 +397,10 @@ def window_scalars(window: WindowObservation) -> dict[str, float]:
             "drift/speed_ratio": window.drift.speed_ratio,
             "drift/residual_ratio": window.drift.residual_ratio,
             "drift/predicted": window.drift.predicted,
-            "drift/signal": window.signal,
             "quality/stderr": window.flow.stderr,
         }
+    if window.pull is not None:
+        scalars |= {"drift/pull": window.pull.mean, "drift/pull_stderr": window.pull.stderr}
     if window.finite_noise is not None:
         scalars["drift/finite_noise_cosine"] = window.finite_noise.cosine
         scalars["drift/finite_noise_ratio"] = window.finite_noise.norm_ratio

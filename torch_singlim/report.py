@@ -109,10 +109,10 @@ def scaling_figure(scalings: Sequence[Scaling], *, title: str) -> Figure:
     rows = -(-len(scalings) // columns)
     figure = Figure(figsize=(3.6 * columns, 3.3 * rows + 0.4), layout="constrained", dpi=150)
     figure.suptitle(title)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, scaling in zip(panels, scalings, strict=False):
         _scaling(axes, scaling)
-    for axes in panels:  # those left over
+    for axes in panels[len(scalings) :]:
         axes.set_axis_off()
     return figure
 
@@ -131,7 +131,8 @@ def _scaling(axes: Axes, scaling: Scaling) -> None:
         yscale="log",
         xlabel="step size α",
         ylabel="motion along Γ per step",
-        title=f"{scaling.name}\nα^{scaling.fit.alpha.mean:.2f} σ^{scaling.fit.sigma.mean:.2f}, theory α^{a} σ^{b}",
+        title=f"{scaling.name}\n$\\alpha^{{{scaling.fit.alpha.mean:.2f}}}\\sigma^{{{scaling.fit.sigma.mean:.2f}}}$, "
+        f"theory $\\alpha^{{{a}}}\\sigma^{{{b}}}$",
     )
     axes.set_xticks(alphas := sorted({r.alpha for r in scaling.rates}), [f"{alpha:g}" for alpha in alphas], minor=False)
     axes.minorticks_off()

@@ -58,7 +58,8 @@ class Exponents:
 def fit_exponents(rates: Sequence[Rate], *, remainder: float = 0.05) -> Exponents:
     """Least squares of log rate = log c + a log alpha + b log sigma, up to what the limit leaves out.
 
-        log rate = log c + a log alpha + b log sigma + p alpha/alpha_max + q (sigma/sigma_max)^2,   p, q ~ N(0, remainder^2)
+        log rate = log c + a log alpha + b log sigma + p alpha/alpha_max + q (sigma/sigma_max)^2
+        p, q ~ N(0, remainder^2)
 
     The theorems speak of alpha, sigma -> 0. At finite values the next terms change the rate by a few percent; where the
     data are more precise than that, they find p and q; where they are not, the intervals of a and b grow accordingly.

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from torch_singlim import Dropout, Minibatch, SingularLimitMonitor, WeightDecay
+from torch_singlim import Dropout, SingularLimitMonitor, WeightDecay
 from torch_singlim.callbacks.detect import read_probe_set
 from torch_singlim.callbacks.monitor import probe_starts
 
@@ -129,7 +129,8 @@ def test_no_arguments_logs_every_tag_and_a_verdict(tmp_path):
             "drift/residual_ratio",
             "drift/measured",
             "drift/predicted",
-            "drift/signal",
+            "drift/pull",
+            "drift/pull_stderr",
             "drift/null_cosine",
             "drift/ceiling",
             "drift/window",

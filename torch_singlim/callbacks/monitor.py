@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from torch_singlim.callbacks.detect import (
+    ProbeSet,
     detect_descent,
     detect_noise,
     detect_problem,

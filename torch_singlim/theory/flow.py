@@ -79,6 +79,8 @@ class Ensemble:
         return Estimate.from_draws(squares * (len(squares) / (len(squares) - 1)))
 
 
+# grad tr H changes as slowly as the weights drift: it is held fixed between so many evaluations in a window
+_REFRESHES = 200
 # weights this many times their starting norm away from the start have run away
 _RUNAWAY = 100.0
 
@@ -113,7 +115,7 @@ def effective_flow(
 
         averaged:      w <- w - alpha grad E_eta Lhat(w, eta)           finite sigma; one fresh draw of eta per step
         second_order:  w <- w - alpha (grad L + grad V)                 the paper's Laplacian; one fresh direction
-        in both, for noises of order 2:   - alpha^2 (c_H/4) grad tr H   Sigma = c_H H; one fresh direction
+        in both, for noises of order 2:   - alpha^2 (c_H/4) grad tr H   Sigma = c_H H; a fresh direction 200 times
 
     The draws of successive steps average along the path, as they do in training, but over all N samples at once; what
     sampling error is left is told by independent paths. With `Minibatch()` this is plain gradient descent on L: the
@@ -165,21 +167,32 @@ def effective_flow(
         quiet = noisy_gradient(first, problem, v, [torch.zeros_like(each) for each in s])
         return quiet + 0.5 * second_order_gradient(first, problem, v, s)[0]
 
-    def gradient(v: Tensor) -> Tensor:
-        g = of_first_order(v)
-        if covariance.hessian:
-            z = rademacher((problem.num_samples, rows), generator=generator, like=w)
-            g = g + sgd.effective_lr * covariance.hessian / 4 * row_gradient(problem, v, z)[0]
-        return g
-
     rows = problem.num_residuals // problem.num_samples
-    cost = (2 if expansion == "second_order" and is_random else 1) + (2 if covariance.hessian else 0)
+    stride = max(1, steps // _REFRESHES)
+
+    def gradients() -> Iterator[Callable[[Tensor], Tensor]]:
+        second = torch.zeros_like(w)
+
+        def quick(v: Tensor) -> Tensor:
+            return of_first_order(v) + second
+
+        def refreshed(v: Tensor) -> Tensor:
+            nonlocal second
+            z = rademacher((problem.num_samples, rows), generator=generator, like=w)
+            second = sgd.effective_lr * covariance.hessian / 4 * row_gradient(problem, v, z)[0]
+            return quick(v)
+
+        for k in range(steps):
+            yield refreshed if covariance.hessian and k % stride == 0 else quick
+
+    cost = 2 if expansion == "second_order" and is_random else 1
+    extra = 2 / stride if covariance.hessian else 0.0
     is_random = is_random or covariance.hessian > 0
     paths, products, bounded = [], 0, True
     for _ in range(replicas if is_random else 1):
-        path, taken, ok = _descend(w, velocity, sgd, (gradient for _ in range(steps)))
+        path, taken, ok = _descend(w, velocity, sgd, gradients())
         paths.append(path)
-        products += cost * taken
+        products += round((cost + extra) * taken)
         bounded = bounded and ok
     mean = VectorEstimate(torch.stack(paths))
     stderr = math.nan if is_random and replicas == 1 else mean.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "potential",
     "random_direction",
     "second_order_gradient",
+    "traced",
 ]
 
 
@@ -39,13 +40,30 @@ class Potential:
         return Potential(self.value + other.value, self.gradient + other.gradient, self.passes + other.passes)
 
 
-def num_groups(dimension: int, num_draws: int) -> int:
-    """Groups of draws to keep apart for a standard error: 1 where the basis is used, which is exact."""
-    if num_draws >= dimension:
-        return 1
-    if num_draws < 2:
+def traced(
+    one: Callable[[int | None], tuple[Tensor, Tensor]], dimension: int, num_draws: int, *, like: Tensor
+) -> Potential:
+    """A trace and its gradient from single directions: summed over a basis (exact), or averaged over random ones.
+
+    Args:
+        one: gradient ``[P]`` and value for the basis vector of that number, or (None) for a random direction.
+        dimension: of the trace; up to num_draws the basis is used.
+        num_draws: else so many random directions, at least 2, rounded up to a multiple of four.
+        like: a vector ``[P]`` of the gradient's dtype and device.
+    """
+    exact = num_draws >= dimension
+    if not exact and num_draws < 2:
         raise ValueError(f"num_draws must be at least 2 to tell a standard error, got {num_draws}")
-    return min(_GROUPS, num_draws)
+    groups = 1 if exact else min(_GROUPS, num_draws)
+    count = dimension if exact else groups * math.ceil(num_draws / groups)
+    gradients, values = like.new_zeros(groups, like.numel()), []
+    for i in range(count):
+        gradient, value = one(i if exact else None)
+        gradients[i % groups] += gradient if exact else gradient * (groups / count)
+        values.append(value)
+    trace = torch.stack(values)
+    value = Estimate(trace.sum().item(), 0.0) if exact else Estimate.from_draws(trace)
+    return Potential(value, VectorEstimate(gradients), count)
 
 
 def _shape(part: NoiseSystem, problem: ZeroLossProblem) -> tuple[int, ...]:
@@ -68,17 +86,6 @@ def random_direction(
         part.scale(problem) * rademacher(_shape(part, problem), generator=generator, like=part.scale(problem))
         for part in parts(system)
     )
-
-
-def _trace_directions(
-    part: NoiseSystem, problem: ZeroLossProblem, *, num_draws: int, generator: torch.Generator | None
-) -> tuple[Iterator[Tensor], int]:
-    """Directions s for the trace, and how many: sigma_j e_j to be summed (exact) if that many are allowed, else random
-    ones to be averaged."""
-    scale = part.scale(problem)
-    if num_draws >= scale.numel():
-        return (s.expand(_shape(part, problem)) for s in torch.diag(scale)), scale.numel()
-    return (random_direction(part, problem, generator=generator)[0] for _ in range(num_draws)), num_draws
 
 
 def noisy_gradient(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas: Sequence[Tensor]) -> Tensor:
@@ -137,19 +144,19 @@ def _part_potential(
     dimension = part.scale(problem).numel()
     if dimension == 0:
         return fixed
-    groups = num_groups(dimension, num_draws)
-    directions, count = _trace_directions(
-        part, problem, num_draws=groups * math.ceil(num_draws / groups), generator=generator
-    )
-    gradients, values = w.new_zeros(groups, w.numel()), []
-    weight = 0.5 if groups == 1 else 0.5 * groups / count  # a sum over the basis, or an average over draws
-    for i, s in enumerate(directions):
+    scale = part.scale(problem)
+
+    def curvature(i: int | None) -> tuple[Tensor, Tensor]:
+        if i is None:
+            (s,) = random_direction(part, problem, generator=generator)
+        else:
+            s = torch.zeros_like(scale)
+            s[i] = scale[i]
+            s = s.expand(_shape(part, problem))
         gradient, value = second_order_gradient(part, problem, w, [s])
-        gradients[i % groups] += weight * gradient
-        values.append(0.5 * value)
-    trace = torch.stack(values)
-    value = Estimate(trace.sum().item(), 0.0) if groups == 1 else Estimate.from_draws(trace)
-    return fixed + Potential(value, VectorEstimate(gradients), count)
+        return 0.5 * gradient, 0.5 * value
+
+    return fixed + traced(curvature, dimension, num_draws, like=w)
 
 
 def potential(

@@ -10,7 +10,7 @@ Source: Z. Li, T. Wang, S. Arora, arXiv 2110.06914; Katzenberger's theorem.
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, VectorEstimate, rademacher
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.noise import Covariance
-from torch_singlim.theory.potential import Potential, num_groups
+from torch_singlim.theory.potential import Potential, traced
 
 __all__ = ["covariance_potential", "ito_drift", "log_pseudo_determinant", "trace"]
 
@@ -78,22 +78,14 @@ def trace(
     independent between samples.
     """
     rows = problem.num_residuals // problem.num_samples
-    groups = num_groups(rows, num_draws)
-    count = rows if groups == 1 else groups * math.ceil(num_draws / groups)
     eye = torch.eye(rows, dtype=problem.dtype, device=problem.device)
-    gradients, values = w.new_zeros(groups, w.numel()), []
-    weight = 1.0 if groups == 1 else groups / count
-    for i in range(count):
-        if groups == 1:
-            z = eye[i].expand(problem.num_samples, -1)
-        else:
-            z = rademacher((problem.num_samples, rows), generator=generator, like=w)
-        gradient, value = row_gradient(problem, w, z)
-        gradients[i % groups] += weight * gradient
-        values.append(value)
-    squares = torch.stack(values)
-    value = Estimate(squares.sum().item(), 0.0) if groups == 1 else Estimate.from_draws(squares)
-    return Potential(value, VectorEstimate(gradients), count)
+
+    def combination(i: int | None) -> tuple[Tensor, Tensor]:
+        if i is None:
+            return row_gradient(problem, w, rademacher((problem.num_samples, rows), generator=generator, like=w))
+        return row_gradient(problem, w, eye[i].expand(problem.num_samples, -1))
+
+    return traced(combination, rows, num_draws, like=w)
 
 
 def row_gradient(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,21 +131,20 @@ def log_pseudo_determinant(
     Exact with z over the M unit vectors if num_draws allow it; else random signs.
     """
     M = problem.num_residuals
-    groups = num_groups(M, num_draws)
-    count = M if groups == 1 else groups * math.ceil(num_draws / groups)
-    gradients, values = w.new_zeros(groups, w.numel()), []
-    weight = 1.0 if groups == 1 else groups / count
-    for i in range(count):
-        z = w.new_zeros(M) if groups == 1 else rademacher((M,), generator=generator, like=w)
-        if groups == 1:
+
+    def direction(i: int | None) -> tuple[Tensor, Tensor]:
+        if i is None:
+            z = rademacher((M,), generator=generator, like=w)
+        else:
+            z = w.new_zeros(M)
             z[i] = 1.0
-        gradients[i % groups] += weight * _quadratic_gradient(problem, w, hessian.pseudo_inverse(z))
-        values.append(torch.dot(z, hessian.gram_function(torch.log, z)))
-    logs = torch.stack(values)
-    value = Estimate(logs.sum().item(), 0.0) if groups == 1 else Estimate.from_draws(logs)
+        log = torch.dot(z, hessian.gram_function(torch.log, z))
+        return _quadratic_gradient(problem, w, hessian.pseudo_inverse(z)), log
+
+    found = traced(direction, M, num_draws, like=w)
     if hessian.exact:
-        value = Estimate(hessian.spectrum().log().sum().item(), 0.0)
-    return Potential(value, VectorEstimate(gradients), count)
+        return replace(found, value=Estimate(hessian.spectrum().log().sum().item(), 0.0))
+    return found
 
 
 def _quadratic_gradient(problem: ZeroLossProblem, w: Tensor, t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Each is a frozen object whose `noisy_loss` is the one line that defines it. `ord
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -90,7 +91,27 @@ class Dropout(NoiseSystem):
 
 
 @dataclass(frozen=True)
-class DropConnect(NoiseSystem):
+class _WithStd(NoiseSystem):
+    """A system whose eta has one standard deviation, which also sets the pace."""
+
+    std: float
+
+    def __post_init__(self) -> None:
+        _require_positive("std", self.std)
+
+    @abstractmethod
+    def dimension(self, space: NoiseSpace) -> int:
+        """D, the number of components of eta."""
+
+    def variance(self, space: NoiseSpace) -> float:
+        return self.std**2
+
+    def scale(self, space: NoiseSpace) -> Tensor:
+        return torch.full((self.dimension(space),), self.std, dtype=space.dtype, device=space.device)
+
+
+@dataclass(frozen=True)
+class DropConnect(_WithStd):
     """Multiplicative noise on every weight: L(w * (1 + eta)), one eta for the whole step.
 
         V = (std^2/2) sum_j w_j^2 d^2 L / d w_j^2
@@ -108,12 +129,11 @@ class DropConnect(NoiseSystem):
     DropConnect(std=0.5, form='bernoulli')
     """
 
-    std: float
     form: Literal["gaussian", "bernoulli"] = "gaussian"
     per_sample: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _require_positive("std", self.std)
+        super().__post_init__()
         if self.form not in ("gaussian", "bernoulli"):
             raise ValueError(f"form must be 'gaussian' or 'bernoulli', got {self.form!r}")
 
@@ -128,11 +148,8 @@ class DropConnect(NoiseSystem):
     def order(self) -> int:
         return 1
 
-    def variance(self, space: NoiseSpace) -> float:
-        return self.std**2
-
-    def scale(self, space: NoiseSpace) -> Tensor:
-        return torch.full((space.num_weights,), self.std, dtype=space.dtype, device=space.device)
+    def dimension(self, space: NoiseSpace) -> int:
+        return space.num_weights
 
     def draw(self, space: NoiseSpace, count: int, *, generator: torch.Generator | None) -> Tensor:
         if self.form == "gaussian":
@@ -145,7 +162,7 @@ class DropConnect(NoiseSystem):
 
 
 @dataclass(frozen=True)
-class AntiCorrelated(NoiseSystem):
+class AntiCorrelated(_WithStd):
     """Anti-correlated perturbed gradient descent: each perturbation of the weights is taken back a step later.
 
         w+ = w - alpha grad L(w) + (xi_{k+1} - xi_k)
@@ -160,21 +177,14 @@ class AntiCorrelated(NoiseSystem):
     1
     """
 
-    std: float
     per_sample: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _require_positive("std", self.std)
 
     @property
     def order(self) -> int:
         return 1
 
-    def variance(self, space: NoiseSpace) -> float:
-        return self.std**2
-
-    def scale(self, space: NoiseSpace) -> Tensor:
-        return torch.full((space.num_weights,), self.std, dtype=space.dtype, device=space.device)
+    def dimension(self, space: NoiseSpace) -> int:
+        return space.num_weights
 
     def noisy_loss(self, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, eta: Tensor) -> Tensor:
         return loss(w + eta, x, y)
@@ -184,7 +194,7 @@ class AntiCorrelated(NoiseSystem):
 
 
 @dataclass(frozen=True)
-class InputNoise(NoiseSystem):
+class InputNoise(_WithStd):
     """Gaussian noise on the inputs: L(w; x + eta), per sample.  Order 1, V = (std^2/2) mean of the Laplacian in x.
 
     Raises:
@@ -194,11 +204,7 @@ class InputNoise(NoiseSystem):
     1
     """
 
-    std: float
     moves_outputs: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _require_positive("std", self.std)
 
     @property
     def order(self) -> int:
@@ -208,11 +214,8 @@ class InputNoise(NoiseSystem):
         if not problem.inputs.is_floating_point():
             raise ValueError(f"InputNoise needs floating point inputs, got {problem.inputs.dtype}; use another noise")
 
-    def variance(self, space: NoiseSpace) -> float:
-        return self.std**2
-
-    def scale(self, space: NoiseSpace) -> Tensor:
-        return torch.full((space.input_shape.numel(),), self.std, dtype=space.dtype, device=space.device)
+    def dimension(self, space: NoiseSpace) -> int:
+        return space.input_shape.numel()
 
     def noisy_loss(self, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, eta: Tensor) -> Tensor:
         return loss(w, x + eta.reshape(x.shape), y)
@@ -247,7 +250,7 @@ class WeightDecay(NoiseSystem):
 
 
 @dataclass(frozen=True)
-class LabelNoise(NoiseSystem):
+class LabelNoise(_WithStd):
     """Gaussian noise on the targets of a mean squared error: y + eta, per sample and output.
 
         Sigma = 2 std^2/(C B) H on Gamma,     V = std^2/(2 C B) tr H
@@ -260,11 +263,6 @@ class LabelNoise(NoiseSystem):
     >>> LabelNoise(std=0.1).order
     2
     """
-
-    std: float
-
-    def __post_init__(self) -> None:
-        _require_positive("std", self.std)
 
     @property
     def order(self) -> int:
@@ -280,11 +278,8 @@ class LabelNoise(NoiseSystem):
                 )
             raise ValueError(f"LabelNoise is for mse, got {type(problem.sample_loss).__name__}{hint}")
 
-    def variance(self, space: NoiseSpace) -> float:
-        return self.std**2
-
-    def scale(self, space: NoiseSpace) -> Tensor:
-        return torch.full((space.num_outputs,), self.std, dtype=space.dtype, device=space.device)
+    def dimension(self, space: NoiseSpace) -> int:
+        return space.num_outputs
 
     def noisy_loss(self, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, eta: Tensor) -> Tensor:
         return loss(w, x, y, shift=eta)
@@ -373,7 +368,7 @@ class LabelFlips(NoiseSystem):
 
 
 @dataclass(frozen=True)
-class Langevin(NoiseSystem):
+class Langevin(_WithStd):
     """Stochastic gradient Langevin: w+ = w - alpha grad L - alpha std xi, that is Lhat = L + eta . w.
 
         Sigma = std^2 I,     V = (std^2/4) log pdet H (its tangential gradient),     diffusion alpha^2 std^2 along Gamma
@@ -387,22 +382,15 @@ class Langevin(NoiseSystem):
     2
     """
 
-    std: float
     per_sample: ClassVar[bool] = False
     additive: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _require_positive("std", self.std)
 
     @property
     def order(self) -> int:
         return 2
 
-    def variance(self, space: NoiseSpace) -> float:
-        return self.std**2
-
-    def scale(self, space: NoiseSpace) -> Tensor:
-        return torch.full((space.num_weights,), self.std, dtype=space.dtype, device=space.device)
+    def dimension(self, space: NoiseSpace) -> int:
+        return space.num_weights
 
     def noisy_loss(self, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, eta: Tensor) -> Tensor:
         return loss(w, x, y) + eta @ w

@@ -53,7 +53,7 @@ INJECTED: dict[str, tuple[Callable[[float], NoiseSystem], float]] = {
     "input_noise": (InputNoise, 0.3),
     "label_noise": (LabelNoise, 0.5),
     "label_flips": (LabelFlips, 0.2),
-    "langevin": (Langevin, 0.01),
+    "langevin": (Langevin, 0.002),
 }
 DROPOUT_RATE = 0.1
 VISIBLE = 0.25  # the noise is seen where its pull is known to a quarter of what is predicted

@@ -40,6 +40,10 @@ class SampleLoss(Protocol):
         """What was subtracted ``[n]``."""
         ...
 
+    def optimum(self, y: Tensor) -> Tensor:
+        """f*, where l(., y) is smallest ``[n, C]``."""
+        ...
+
     def curvature(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """v^T A v ``[n]`` for v ``[n, C]``, differentiable in f and v."""
         ...
@@ -85,6 +89,9 @@ class MeanSquaredError:
     def infimum(self, y: Tensor) -> Tensor:
         return y.new_zeros(y.shape[0])
 
+    def optimum(self, y: Tensor) -> Tensor:
+        return y
+
     def curvature(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
         return 2 * v.square().mean(1)
 
@@ -95,7 +102,7 @@ class MeanSquaredError:
         return self.whiten(f, y, u)  # R is symmetric
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
-        return self.whiten(f, y, f - y)
+        return self.whiten(f, y, f - self.optimum(y))
 
 
 def _reflect(s: Tensor, x: Tensor) -> Tensor:
@@ -158,6 +165,9 @@ class SoftCrossEntropy:
     def infimum(self, y: Tensor) -> Tensor:
         return -(y * y.log()).sum(1)
 
+    def optimum(self, y: Tensor) -> Tensor:
+        return y.log()
+
     def curvature(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
         p = F.softmax(f, 1)
         return (p * v.square()).sum(1) - (p * v).sum(1).square()
@@ -171,7 +181,7 @@ class SoftCrossEntropy:
         return s * _reflect(s, F.pad(u, (0, 1)))
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
-        return self.whiten(f, y, f - y.log())
+        return self.whiten(f, y, f - self.optimum(y))
 
 
 @dataclass(frozen=True)
@@ -212,6 +222,9 @@ class CustomLoss:
 
     def infimum(self, y: Tensor) -> Tensor:
         return torch.zeros(y.shape[0], device=y.device)
+
+    def optimum(self, y: Tensor) -> Tensor:
+        raise NotImplementedError("a loss that is given as a function does not tell where it is smallest")
 
     def curvature(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
         A = torch.func.vmap(torch.func.hessian(self.function))(f, y)  # [n, C, C]

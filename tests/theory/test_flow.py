@@ -6,7 +6,25 @@ import pytest
 import torch
 
 from tests.problems import make
-from torch_singlim import Dropout, Minibatch, SGDSettings, WeightDecay, compare, effective_flow, simulate
+from torch_singlim import (
+    AntiCorrelated,
+    CustomNoise,
+    DropConnect,
+    Dropout,
+    InputNoise,
+    LabelNoise,
+    Langevin,
+    Minibatch,
+    SGDSettings,
+    WeightDecay,
+    ZeroLossProblem,
+    compare,
+    effective_flow,
+    limit_flow,
+    nearest_point,
+    simulate,
+)
+from torch_singlim.theory import has_effective_flow
 
 
 def descend(gradient, w, alpha, steps):
@@ -73,6 +91,115 @@ def test_second_order_flow_is_descent_on_L_plus_V():
     )
     assert torch.linalg.vector_norm(flow.displacement - truth).item() < 3 * flow.stderr
     assert compare(truth, flow.displacement).cosine > 0.99
+
+
+def test_order_two_flow_is_descent_on_L_plus_alpha_V():
+    """Label noise: V = std^2/(2 C B) tr H, from dense Jacobians; its mean path has no other noise."""
+    dense, w = start("two_layers")
+    alpha, std, batch, steps = 0.02, 0.4, 2, 40
+    weight = alpha * std**2 / (2 * 2 * batch)
+    target = torch.func.grad(
+        lambda v: dense.L(v) + weight * torch.func.jacrev(dense.outputs)(v).square().sum() / len(dense.inputs)
+    )
+    truth = descend(target, w, alpha, steps)
+    null = descend(torch.func.grad(dense.L), w, alpha, steps)
+    sgd = SGDSettings(lr=alpha, batch_size=batch)
+    flow = effective_flow(
+        dense.problem,
+        w,
+        LabelNoise(std),
+        sgd,
+        steps=steps,
+        replicas=30,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert torch.linalg.vector_norm(flow.displacement - truth).item() < 3 * flow.stderr
+    pull = compare(truth - null, flow.displacement - null)
+    assert pull.cosine > 0.99
+    assert pull.speed_ratio == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "noise", [DropConnect(0.1), AntiCorrelated(0.05), InputNoise(0.1), Dropout() + LabelNoise(0.2)], ids=str
+)
+def test_replicas_of_every_noise_average_to_its_flow(noise):
+    dense, w = start()
+    sgd = SGDSettings(lr=0.01, momentum=0.5, batch_size=2)
+    generator = torch.Generator().manual_seed(2)
+    ensemble = simulate(dense.problem, w, noise, sgd, steps=150, replicas=300, generator=generator)
+    flow = effective_flow(dense.problem, w, noise, sgd, steps=150, replicas=10, generator=generator)
+    agreement = compare(ensemble.mean.mean, flow.displacement)
+    assert agreement.cosine > 0.99
+    assert agreement.speed_ratio == pytest.approx(1, abs=0.03)
+
+
+def test_noise_without_an_effective_flow():
+    dense, w = start()
+    sgd = SGDSettings(lr=0.01)
+    own = CustomNoise(lambda loss, w, x, y, eta: loss(w, x, y) + eta @ w, std=0.1, claimed_order=2)
+    for noise in (Langevin(0.1), Dropout() + Langevin(0.1), own):
+        assert not has_effective_flow(noise, dense.problem)
+        with pytest.raises(ValueError, match="no effective loss"):
+            effective_flow(dense.problem, w, noise, sgd, steps=2)
+
+
+def test_limit_flow_is_descent_of_V_along_gamma():
+    """Weight decay on Gamma: many small projected steps with dense pseudo-inverses give the same path."""
+    dense, w = make("scalar")
+    sgd, noise = SGDSettings(lr=0.1), WeightDecay(0.2)
+
+    def onto(v):
+        for _ in range(8):
+            J = dense.jacobian(v).reshape(-1, len(v))
+            v = v - torch.linalg.pinv(J) @ (dense.outputs(v) - dense.targets).reshape(-1)
+        return v
+
+    at, steps, split = w, 40, 400
+    for _ in range(split):
+        J = dense.jacobian(at).reshape(-1, len(w))
+        tangential = at - torch.linalg.pinv(J) @ (J @ at)
+        at = onto(at - steps / split * 0.1 * 0.2 * tangential)
+    flow = limit_flow(
+        dense.problem, w, noise, sgd, steps=steps, retract=lambda v: nearest_point(dense.problem, v).point
+    )
+    found = compare(at - w, flow.displacement)
+    assert found.residual_ratio < 5e-3
+    assert (flow.stderr, flow.status) == (0.0, "ok")
+    with pytest.raises(ValueError, match="at least 1"):
+        limit_flow(dense.problem, w, noise, sgd, steps=0, retract=lambda v: v)
+
+
+def test_an_ensemble_goes_on_and_tells_its_covariance():
+    """Linear problem, Langevin noise: every component is an autoregression with a known variance."""
+    problem = ZeroLossProblem(torch.nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.zeros(1, 1))
+    w, generator = torch.zeros(2).double(), torch.Generator().manual_seed(0)
+    noise, sgd = Langevin(0.5), SGDSettings(lr=0.1)
+    first = simulate(problem, w, noise, sgd, steps=20, replicas=4000, generator=generator)
+    second = simulate(problem, first.weights, noise, sgd, steps=20, replicas=4000, generator=generator)
+    a = 1 - 0.1 * 2  # H = diag(2, 0)
+    stationary = (0.1 * 0.5) ** 2 / (1 - a**2)
+    covariance, error = second.covariance()
+    truth = torch.tensor([2 * stationary * (1 - a**20), 20 * (0.1 * 0.5) ** 2]).double()
+    assert ((covariance.diagonal() - truth).abs() < 4 * error.diagonal()).all()
+    assert abs(covariance[0, 1]) < 4 * error[0, 1]
+    assert error.diagonal().max() < 0.05 * covariance.diagonal().max()
+    along, _ = second.covariance(torch.tensor([[0.6, 0.8]]).double())
+    u = torch.tensor([0.6, 0.8]).double()
+    assert along.item() == pytest.approx((u @ covariance @ u).item())
+    assert abs(second.spread.mean - truth.sum().item()) < 4 * second.spread.stderr
+
+
+def test_few_runs_at_once_are_as_good_as_all():
+    dense, w = start()
+    sgd = SGDSettings(lr=0.01, batch_size=2)
+    for memory in (1, 2**30):
+        generator = torch.Generator().manual_seed(3)
+        ensemble = simulate(
+            dense.problem, w, Dropout(), sgd, steps=60, replicas=150, memory=memory, generator=generator
+        )
+        assert ensemble.displacements.shape == (150, len(w))
+        flow = effective_flow(dense.problem, w, Dropout(), sgd, steps=60, replicas=10, generator=generator)
+        assert compare(ensemble.mean.mean, flow.displacement).cosine > 0.98
 
 
 def test_stderr_of_the_flow_is_its_spread():

@@ -72,7 +72,7 @@ def ito_drift(problem: ZeroLossProblem, point: Tensor, factor: Tensor, hessian: 
 def trace(
     problem: ZeroLossProblem, w: Tensor, *, num_draws: int, generator: torch.Generator | None = None
 ) -> Potential:
-    """tr H = (1/N) sum_n |J_n^T R_n^T|^2 and its gradient, from gradients of single samples.
+    """tr H = (1/N) sum_n |J_n^T R_n^T|^2 and its gradient along Gamma, from gradients of single samples.
 
     Exact with one pass for each row of R if num_draws allow it; else random combinations of the rows, which are
     independent between samples.
@@ -89,31 +89,29 @@ def trace(
 
 
 def row_gradient(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient ``[P]`` and value of (1/N) sum_n |J_n^T R_n^T z_n|^2, z ``[N, rows]``.
+    """Gradient ``[P]`` and value of (1/N) sum_n |J_n^T R_n^T z_n|^2, z ``[N, rows]``, with R_n at the loss's optimum.
 
-    With g = J^T R^T z:  grad |g|^2 = 2 grad <R J g, z> at fixed g, one forward and one reverse derivative.
+    On Gamma the outputs are at the optimum: value and tangential gradient are those of tr H. Off Gamma it is the noise
+    of the labels that this measures, not the curvature of the loss. With g = J^T R^T z:
+    grad |g|^2 = 2 grad <J g, R^T z> at fixed g, one forward and one reverse derivative.
     """
 
-    def sample(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         def outputs(v: Tensor) -> Tensor:
-            return problem.function(v, x[None])
+            return problem.function(v, x[None])[0]
 
-        f, pull, *_ = vjp(outputs, w)
-        (g,) = pull(problem.sample_loss.unwhiten(f, y[None], z[None]))
-
-        def contraction(v: Tensor) -> Tensor:
-            at, Jg, *_ = jvp(outputs, (v,), (g,))
-            return (Jg * problem.sample_loss.unwhiten(at, y[None], z[None])).sum()
-
-        gradient, square = grad_and_value(contraction)(w)
+        (g,) = vjp(outputs, w)[1](u)
+        gradient, square = grad_and_value(lambda v: torch.dot(jvp(outputs, (v,), (g,))[1], u))(w)
         return 2 * gradient, square
 
+    y = problem.targets
+    u = problem.sample_loss.unwhiten(problem.sample_loss.optimum(y), y, z)  # R^T z  [N, C]
     # one gradient [P] for each sample is held at once: bounded by the chunk that Jacobian rows have too
     size = problem.samples_at_once(1)
     totals, square = torch.zeros_like(w), w.new_zeros(())
     for start in range(0, problem.num_samples, size):
         part = slice(start, start + size)
-        each, squares = vmap(sample)(problem.inputs[part], problem.targets[part], z[part])
+        each, squares = vmap(sample)(problem.inputs[part], u[part])
         totals, square = totals + each.sum(0), square + squares.sum()
     return totals / problem.num_samples, square / problem.num_samples
 

@@ -102,7 +102,7 @@ def what_was_seen(monitor: SingularLimitMonitor) -> tuple[bool, str]:
         return False, "no window was completed"
     limit = observation.limit
     if limit.order is None:
-        return False, "minibatches alone: no motion along the zero-loss set on either clock; what moves is the approach"
+        return False, "no motion along the zero-loss set on either clock, what moves is the approach"
     percent = 0.01 * (observation.weights.norm() / limit.drift.norm()).item()
     clock = f"order {limit.order}, the singular limit moves the weights by 1 % in {percent:.2g} steps"
     if window.spread is not None:

@@ -443,12 +443,17 @@ def verdict(history: History, *, not_covered: Sequence[str] = ()) -> str:
     if windows:
         lines += [
             "",
-            "| window | cosine | ceiling | speed ratio | null cosine | limit cosine | limit speed ratio |",
-            "|---:|---:|---:|---:|---:|---:|---:|",
+            "| window | cosine | ceiling | speed ratio | null cosine | pull | limit cosine | limit speed ratio |",
+            "|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
-    tags = ["drift/cosine", "drift/ceiling", "drift/speed_ratio", "drift/null_cosine", "limit/cosine"]
+    names = {step: f"{step - int(point['singlim/drift/window'])}-{step}" for step, point in windows.items()}
+    drift = ["drift/cosine", "drift/ceiling", "drift/speed_ratio", "drift/null_cosine", "drift/pull"]
     for step, point in windows.items():
-        start = step - int(point["singlim/drift/window"])
-        lines.append(f"| {start}-{step} | {row(point, [*tags, 'limit/speed_ratio'])} |")
+        lines.append(f"| {names[step]} | {row(point, [*drift, 'limit/cosine', 'limit/speed_ratio'])} |")
+    diffusing = {step: p for step, p in windows.items() if "singlim/limit/spread_predicted" in p}
+    if diffusing:
+        lines += ["", "| window | length along the zero-loss set | predicted (diffusion) |", "|---:|---:|---:|"]
+    for step, point in diffusing.items():
+        lines.append(f"| {names[step]} | {row(point, ['limit/spread_measured', 'limit/spread_predicted'])} |")
     lines += [f"\nDrift not predicted: {reason}." for reason in not_covered]
     return "\n".join(lines)

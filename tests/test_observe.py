@@ -1,0 +1,67 @@
+"""What was measured against what was predicted, on displacements made to order."""
+
+import math
+
+import pytest
+import torch
+
+from tests.problems import make
+from torch_singlim import AntiCorrelated, Langevin, SGDSettings
+from torch_singlim.observe import noise_pull, observe, observe_window, verdict, window_scalars
+
+
+def test_the_pull_of_the_noise_is_its_share_of_the_motion():
+    generator = torch.Generator().manual_seed(0)
+    null, pull = torch.randn(2, 500, generator=generator, dtype=torch.float64)
+    across = torch.randn(3, 500, generator=generator, dtype=torch.float64)
+    across -= (across @ pull)[:, None] * pull / pull.square().sum()
+    shares = (0.8, 1.0, 1.3)
+    runs = [null + s * pull + 10 * a for s, a in zip(shares, across, strict=True)]
+    found = noise_pull(runs, null + pull, null)
+    assert found.mean == pytest.approx(0.8)
+    assert found.stderr == pytest.approx(torch.tensor(shares).std().item())
+    assert math.isnan(noise_pull(runs[:1], null + pull, null).stderr)
+    assert math.isnan(noise_pull(runs, null, null).mean)
+
+
+def test_a_diffusing_noise_has_a_length_and_no_flow():
+    """A window whose end is put where the limit says the ensemble is, on average: the two lengths are equal."""
+    dense, w = make("two_layers")
+    problem, noise, sgd = dense.problem, Langevin(0.01), SGDSettings(lr=0.05)
+    start = observe(problem, w, step=0, noise=noise, sgd=sgd, num_draws=1000)
+    steps = 50
+    tangential = start.tangent.project(torch.randn(len(w), generator=torch.Generator().manual_seed(0)).double())
+    length = math.hypot(steps * start.limit.drift.norm().item(), start.limit.spread(steps))
+    end = w + length * tangential / tangential.norm()
+    window = observe_window(problem, start, end, stop=steps, noise=noise, sgd=sgd)
+    assert window.flow is None
+    assert window.drift is None
+    assert window.spread.measured == pytest.approx(window.spread.predicted, rel=1e-6)
+    scalars = window_scalars(window)
+    assert "singlim/drift/cosine" not in scalars
+    assert scalars["singlim/limit/spread_measured"] == pytest.approx(length, rel=1e-6)
+
+
+def test_what_the_weights_carry_does_not_drift():
+    dense, w = make("scalar")
+    carried = torch.linspace(-0.1, 0.1, len(w), dtype=w.dtype)
+    seen = observe(
+        dense.problem, w + carried, step=5, noise=AntiCorrelated(0.1), sgd=SGDSettings(lr=0.05), carried=carried
+    )
+    torch.testing.assert_close(seen.drifting, w)
+    torch.testing.assert_close(seen.weights, w + carried)
+    plain = observe(dense.problem, w, step=5)
+    assert plain.drifting is plain.weights
+
+
+def test_a_verdict_without_drift_is_a_table_still():
+    history = {
+        0: {"singlim/loss_gap": 1.0, "singlim/distance/measured": 2.0, "singlim/quality/converged": 1.0},
+        10: {
+            "singlim/loss_gap": 0.5,
+            "singlim/distance/measured": 1.0,
+            "singlim/quality/converged": 1.0,
+            "singlim/drift/window": 10.0,
+        },
+    }
+    assert "| 0-10 | - | - | - | - | - | - | - |" in verdict(history)

@@ -20,6 +20,8 @@ _MEASURED, _THEORY, _CONTROL, _LIMIT, _CEILING = "#0072B2", "#D55E00", "#999999"
 def drift_figure(history: History, last_window: WindowObservation | None, *, title: str) -> Figure:
     """Four panels, measured against theory: loss gap, distance to Gamma, agreement by window, drift weight by weight.
 
+    Where the limit diffuses the last one is the length of the motion, which alone can be predicted.
+
     Args:
         history: what was logged, step -> tag -> value: a monitor's `history`.
         last_window: its `last_window`, which has the displacement of every weight.
@@ -31,7 +33,10 @@ def drift_figure(history: History, last_window: WindowObservation | None, *, tit
     _loss(panels[0, 0], history)
     _distance(panels[0, 1], history)
     _agreement(panels[1, 0], history)
-    _parity(panels[1, 1], last_window)
+    if last_window is not None and last_window.spread is not None:
+        _length(panels[1, 1], history)
+    else:
+        _parity(panels[1, 1], last_window)
     return figure
 
 
@@ -96,6 +101,16 @@ def _parity(axes: Axes, last: WindowObservation | None) -> None:
     axes.set_title(f"Drift, weight by weight (steps {last.start}-{last.stop})")
     axes.set_aspect("equal")
     axes.legend(frameon=False, loc="upper left")
+
+
+def _length(axes: Axes, history: History) -> None:
+    _line(axes, history, "limit/spread_measured", color=_MEASURED, marker="o", label="measured")
+    _line(
+        axes, history, "limit/spread_predicted", color=_LIMIT, marker="D", ls="--", label="singular limit (diffusion)"
+    )
+    axes.set(xlabel="end of the window, optimizer steps", ylabel="weight norm", title="Length of the motion along Γ")
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+    axes.legend(frameon=False, loc="lower left")
 
 
 def scaling_figure(scalings: Sequence[Scaling], *, title: str) -> Figure:

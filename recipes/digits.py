@@ -7,6 +7,7 @@ says what is too weak to be seen, and where figure and TensorBoard are.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,7 @@ DROPOUT_RATE = 0.1
 # cross-entropy is steeper: at 0.5 the step is too large for the second-order theory (cosine 0.92 of the ceiling)
 STEP_SIZE = {"label_flips": 0.1}
 VISIBLE = 0.25  # the noise is seen where its pull is known to a quarter of what is predicted
+FLOW_ERROR = 0.02  # of the flow, relative: what minibatches alone add to the motion, see --noise minibatch
 
 
 class DigitsMLP(L.LightningModule):
@@ -109,13 +111,16 @@ def what_was_seen(monitor: SingularLimitMonitor) -> tuple[bool, str]:
     clock = f"order {limit.order}, the singular limit moves the weights by 1 % in {percent:.2g} steps"
     if window.spread is not None:
         return True, f"{clock}, but diffusion hides that: only the length of the motion can be predicted"
-    pull = window.pull
-    if pull is None or not pull.stderr < VISIBLE:
-        length = window.stop - window.start
-        needed = "more noise" if pull is None else f"windows of about {length * (pull.stderr / VISIBLE) ** 2:.2g} steps"
-        shown = "" if pull is None else f" ({pull.mean:.2f} +- {pull.stderr:.2f} of the predicted pull)"
-        return False, f"{clock}. Too weak to see in windows of {length} steps{shown}: it would take {needed}"
-    return True, f"{clock}; its pull is {pull.mean:.2f} +- {pull.stderr:.2f} of the predicted"
+    pull, share, length = window.pull, window.pull_share, window.stop - window.start
+    assert pull is not None  # every noise here has a flow, or diffuses
+    error = math.hypot(pull.stderr, FLOW_ERROR / share)
+    if error <= VISIBLE:
+        return True, f"{clock}; its pull, {share:.0%} of the motion, is {pull.mean:.2f} +- {error:.2f} of the predicted"
+    needed = length * max((pull.stderr / VISIBLE) ** 2, FLOW_ERROR / (share * VISIBLE))
+    return False, (
+        f"{clock}. Too weak to see in windows of {length} steps: its pull is {share:.2%} of the predicted motion; it "
+        f"would take windows of about {needed:.2g} steps"
+    )
 
 
 def bars(window: WindowObservation, noise: str) -> dict[str, bool]:

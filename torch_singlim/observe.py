@@ -247,7 +247,8 @@ class WindowObservation:
         flow: K steps of descent on the effective loss, the reference (None where the noise has none).
         drift: measured against it.
         null: measured against descent on L alone, the control that must be lower.
-        pull: the noise's own share of the motion, measured over predicted (None without a flow); see `noise_pull`.
+        pull: the noise's own part of the motion, measured over predicted (None without a flow); see `noise_pull`.
+        pull_share: how large that part is in the flow, |flow - null| / |flow| (nan without a flow).
         limit: the tangential part of the measured motion against the singular limit's (None where nothing moves).
         spread: how far along Gamma, where the limit diffuses (else None): no deterministic prediction has a direction.
         ceiling: the best cosine that any deterministic prediction can have (nan without replicas).
@@ -262,6 +263,7 @@ class WindowObservation:
     drift: Agreement | None
     null: Agreement
     pull: Estimate | None
+    pull_share: float
     limit: Agreement | None
     spread: Spread | None
     ceiling: float
@@ -326,6 +328,7 @@ def observe_window(
         drift=None if flow is None else compare(measured, flow.displacement),
         null=compare(measured, null.displacement),
         pull=None if flow is None else noise_pull(runs, flow.displacement, null.displacement),
+        pull_share=math.nan if flow is None else compare(flow.displacement, null.displacement).residual_ratio,
         limit=limit,
         spread=spread,
         ceiling=noise_ceiling(runs),
@@ -400,7 +403,11 @@ def window_scalars(window: WindowObservation) -> dict[str, float]:
             "quality/stderr": window.flow.stderr,
         }
     if window.pull is not None:
-        scalars |= {"drift/pull": window.pull.mean, "drift/pull_stderr": window.pull.stderr}
+        scalars |= {
+            "drift/pull": window.pull.mean,
+            "drift/pull_stderr": window.pull.stderr,
+            "drift/pull_share": window.pull_share,
+        }
     if window.finite_noise is not None:
         scalars["drift/finite_noise_cosine"] = window.finite_noise.cosine
         scalars["drift/finite_noise_ratio"] = window.finite_noise.norm_ratio

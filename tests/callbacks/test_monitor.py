@@ -131,6 +131,7 @@ def test_no_arguments_logs_every_tag_and_a_verdict(tmp_path):
             "drift/predicted",
             "drift/pull",
             "drift/pull_stderr",
+            "drift/pull_share",
             "drift/null_cosine",
             "drift/ceiling",
             "drift/window",

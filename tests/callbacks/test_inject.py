@@ -211,6 +211,13 @@ def test_same_seed_same_noise_and_the_global_generator_is_left_alone():
     assert not torch.equal(flat(runs[0]), flat(runs[2]))
 
 
+def test_a_callback_that_is_used_again_starts_anew():
+    inject, runs = InjectNoise(AntiCorrelated(0.1) + LabelNoise(0.1)), [Net(), Net()]
+    for model in runs:
+        train(model, inject)
+    assert torch.equal(flat(runs[0]), flat(runs[1]))
+
+
 class Watch(L.Callback):
     """What other callbacks see of weights and batch."""
 

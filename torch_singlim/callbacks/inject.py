@@ -101,6 +101,12 @@ class InjectNoise(Callback):
 
     # --- set-up ----------------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Every fit starts the noise anew; a checkpoint is loaded after this."""
+        self._generator.manual_seed(self.seed)
+        self.memory = None
+        self._shared.clear()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the noise fits the training."""
         injected_noise(trainer)

@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.problems import DTYPE
 from torch_singlim import SGDSettings
+from torch_singlim.theory import stationary_variance
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,40 @@ def test_steps_are_those_of_torch_sgd(options):
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         SGDSettings(**options)
+
+
+def test_dampening_without_momentum_is_ignored_as_in_torch():
+    assert SGDSettings(lr=0.1, dampening=0.5).effective_lr == 0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dampening": 0.5},
+        {"momentum": 0.9},
+        {"momentum": 0.8, "dampening": 0.3},
+        {"momentum": 0.9, "nesterov": True},
+    ],
+)
+def test_stationary_variance_is_that_of_the_recursion(options):
+    """The sum over all past kicks of the response to a single one, by running `step`, whose truth is torch.optim.SGD."""
+    sgd = SGDSettings(lr=0.3, **options)
+    curvature = torch.tensor([0.05, 0.7, 3.0], dtype=DTYPE)
+    w = v = torch.zeros(3, dtype=DTYPE)
+    total = torch.zeros(3, dtype=DTYPE)
+    w, v = sgd.step(w, v, curvature * w + 1)  # a unit kick, then none
+    for _ in range(20_000):
+        total += w.square()
+        w, v = sgd.step(w, v, curvature * w)
+    torch.testing.assert_close(stationary_variance(sgd, curvature), total, rtol=1e-8, atol=0)
+    small = stationary_variance(sgd, torch.tensor([1e-4], dtype=DTYPE))
+    assert small.item() == pytest.approx(sgd.effective_lr / 2e-4, rel=1e-3)
+
+
+def test_momentum_is_stable_where_a_plain_step_of_the_same_effect_is_not():
+    stiff = torch.tensor([3.0], dtype=DTYPE)
+    heavy, plain = SGDSettings(lr=0.1, momentum=0.9), SGDSettings(lr=1.0)
+    assert heavy.effective_lr == pytest.approx(plain.effective_lr)
+    assert torch.isfinite(stationary_variance(heavy, stiff)).all()
+    assert torch.isinf(stationary_variance(plain, stiff)).all()

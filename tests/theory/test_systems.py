@@ -228,7 +228,7 @@ def test_sampled_gradient_noise_agrees_with_the_basis():
     generator = torch.Generator().manual_seed(0)
     exact = gradient_noise(DropConnect(0.3), dense.problem, w, batch_size=2, num_draws=1000)
     sampled = gradient_noise(DropConnect(0.3), dense.problem, w, batch_size=2, num_draws=40, generator=generator)
-    truth, found = (noise.normal_variance(hessian, 0.05) for noise in (exact, sampled))
+    truth, found = (noise.normal_variance(hessian, SGDSettings(lr=0.05)) for noise in (exact, sampled))
     assert truth.stderr == 0.0
     assert abs(found.mean - truth.mean) < 4 * found.stderr < 2 * truth.mean
 

@@ -1,7 +1,7 @@
 """The paper and its extensions, one function per formula."""
 
 from torch_singlim.theory.degeneracy import Degeneracy, degeneracy, with_measured_order
-from torch_singlim.theory.descent import SGDSettings, time_scale
+from torch_singlim.theory.descent import SGDSettings, stationary_variance, time_scale
 from torch_singlim.theory.distance import ExpectedDistance, expected_distance
 from torch_singlim.theory.flow import (
     Ensemble,
@@ -42,6 +42,7 @@ __all__ = [
     # how the weights descend, and the slow clock
     "SGDSettings",
     "time_scale",
+    "stationary_variance",
     # what a noise is
     "NoiseSystem",
     "NoiseSpace",

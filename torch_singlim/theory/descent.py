@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["SGDSettings", "time_scale"]
+__all__ = ["SGDSettings", "stationary_variance", "time_scale"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,11 @@ class SGDSettings:
 
     @property
     def effective_lr(self) -> float:
-        """alpha (1 - d) / (1 - mu): the step size of the slow motion; alpha means this in the formulas."""
-        return self.lr * (1 - self.dampening) / (1 - self.momentum)
+        """alpha (1 - d) / (1 - mu): the step size of the slow motion; alpha means this in the formulas.
+
+        Without momentum torch ignores the dampening, and so does this.
+        """
+        return self.lr * (1 - self.dampening) / (1 - self.momentum) if self.momentum else self.lr
 
     def batch(self, num_samples: int) -> int:
         """B for a data set of N samples."""
@@ -62,6 +66,35 @@ class SGDSettings:
         velocity = gradient if velocity is None else self.momentum * velocity + (1 - self.dampening) * gradient
         direction = gradient + self.momentum * velocity if self.nesterov else velocity
         return w - self.lr * direction, velocity
+
+
+def stationary_variance(sgd: SGDSettings, curvature: Tensor) -> Tensor:
+    """Variance of w along modes of curvature l ``[r]``, per unit variance of the gradient noise xi; inf if unstable.
+
+        v+ = mu v + (1 - d) (l w + xi),     w+ = w - lr v+        (Nesterov: w - lr (l w + xi + mu v+))
+
+    With s = (w, v), s+ = A s + b xi, it is P_ww for P = A P A^T + b b^T: alpha/(2 l - alpha l^2) without momentum, and
+    with it alpha/(2 l) as lr l -> 0, alpha the effective step size.
+
+    >>> stationary_variance(SGDSettings(lr=0.5), torch.tensor([1.0, 4.0], dtype=torch.float64))
+    tensor([0.3333,    inf], dtype=torch.float64)
+    """
+    l, lr, mu = curvature, sgd.lr, sgd.momentum  # noqa: E741  # the letter of the formulas
+    take = 1 - sgd.dampening if mu else 1.0  # torch: no dampening without momentum
+    one, zero = torch.ones_like(l), torch.zeros_like(l)
+    velocity, push = torch.stack([take * l, mu * one], -1), take * one
+    if sgd.nesterov:
+        position = torch.stack([1 - lr * l, zero], -1) - lr * mu * velocity
+        kick = -lr * (one + mu * push)
+    else:
+        position, kick = torch.stack([one, zero], -1) - lr * velocity, -lr * push
+    A, b = torch.stack([position, velocity], -2), torch.stack([kick, push], -1)  # [r, 2, 2], [r, 2]
+    AA = torch.einsum("rij,rkl->rikjl", A, A).reshape(-1, 4, 4)
+    bb = torch.einsum("ri,rk->rik", b, b).reshape(-1, 4)
+    stable = torch.linalg.eigvals(A).abs().amax(-1) < 1
+    system = torch.eye(4, dtype=l.dtype, device=l.device) - AA.where(stable[:, None, None], torch.zeros_like(AA))
+    variance = torch.linalg.solve(system, bb)[:, 0]
+    return torch.where(stable, variance, math.inf)
 
 
 def time_scale(sgd: SGDSettings, order: int | None, variance: float) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
+from torch_singlim.theory.descent import SGDSettings
 from torch_singlim.theory.gradient_noise import GradientNoise
 
 __all__ = ["ExpectedDistance", "expected_distance"]
@@ -36,7 +37,7 @@ def expected_distance(
     gradient: VectorEstimate,
     noise: GradientNoise,
     *,
-    alpha: float,
+    sgd: SGDSettings,
     order: int | None,
     smallest: float = 0.0,
     num_draws: int = 16,
@@ -45,13 +46,13 @@ def expected_distance(
     """Where the iterate settles around Gamma, over the modes with lambda >= smallest.
 
         offset    = -H^+ grad V  (order 1; at order 2 it is alpha times that, and the variance leads)
-        variance  = sum_i alpha Sigma_ii / (2 l_i - alpha l_i^2)
+        variance  = sum_i alpha Sigma_ii / (2 l_i - alpha l_i^2)        (see `stationary_variance` for momentum)
 
     Args:
         hessian: H = B^T B at the point of Gamma.
         gradient: grad V there ``[P]``.
         noise: Sigma there.
-        alpha: step size (its effective value under momentum).
+        sgd: step size and momentum.
         order: of the noise.
         smallest: modes below do not count; below 1 / (alpha steps) they have not had the time to settle.
         num_draws: random vectors for the variance where H is not decomposed.
@@ -64,5 +65,5 @@ def expected_distance(
         return (values >= smallest).to(values.dtype) / values
 
     offset = gradient.map(lambda g: -hessian.normal_function(inverse, g) if order == 1 else torch.zeros_like(g))
-    variance = noise.normal_variance(hessian, alpha, smallest=smallest, num_draws=num_draws, generator=generator)
+    variance = noise.normal_variance(hessian, sgd, smallest=smallest, num_draws=num_draws, generator=generator)
     return ExpectedDistance(offset, variance)

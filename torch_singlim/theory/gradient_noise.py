@@ -17,6 +17,7 @@ from torch.func import jvp, vjp
 
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, rademacher
 from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory.descent import SGDSettings, stationary_variance
 from torch_singlim.theory.noise import Covariance, NoiseSystem, parts
 from torch_singlim.theory.potential import noisy_gradient, random_direction
 
@@ -106,7 +107,7 @@ class GradientNoise:
     def normal_variance(
         self,
         hessian: FactoredOperator,
-        alpha: float,
+        sgd: SGDSettings,
         *,
         smallest: float = 0.0,
         num_draws: int = 16,
@@ -116,18 +117,18 @@ class GradientNoise:
 
             H X + X H - alpha H X H = alpha Sigma   =>   tr X = sum_i chi(l_i) Sigma_ii,   chi = alpha/(2 l - alpha l^2)
 
-        Infinite where a noisy mode is unstable, alpha l >= 2.
+        Under momentum chi is that of the whole recursion, see `stationary_variance`. Infinite where a mode is unstable.
         """
         stiffest = hessian.spectrum()[:1]
         noisy = self.gram is not None or self.draws is not None or self.closed != Covariance()
-        if noisy and stiffest.numel() and alpha * stiffest.item() >= 2 and stiffest.item() >= smallest:
+        if noisy and bool((stationary_variance(sgd, stiffest).isinf() & (stiffest >= smallest)).any()):
             return Estimate(math.inf, 0.0)
 
         def kept(values: Tensor) -> Tensor:
             return (values >= smallest).to(values.dtype)
 
         def chi(values: Tensor) -> Tensor:
-            return kept(values) * alpha / (2 * values - alpha * values.square())
+            return torch.where(values >= smallest, stationary_variance(sgd, values), 0.0) if noisy else 0 * values
 
         def closed(values: Tensor) -> Tensor:  # c_H H + c_I I, and what is carried, mode by mode
             return chi(values) * (self.closed.hessian * values + self.closed.identity) + self.carried * kept(values)

@@ -70,7 +70,7 @@ class LimitPrediction:
             hessian,
             self.gradient,
             self.gradient_noise,
-            alpha=sgd.effective_lr,
+            sgd=sgd,
             order=self.order,
             smallest=smallest,
         )
@@ -162,7 +162,7 @@ def singular_limit(
     Sigma = gradient_noise(noise, problem, point, batch_size=batch_size, num_draws=num_draws, generator=generator)
     # noise of order 1 is normal to Gamma, up to rounding and sampling
     along = Sigma.diffusion(hessian, num_weights=problem.num_weights) if order == 2 else Sigma.closed.identity
-    expected = expected_distance(hessian, V.gradient, Sigma, alpha=alpha, order=order, generator=generator)
+    expected = expected_distance(hessian, V.gradient, Sigma, sgd=sgd, order=order, generator=generator)
     return LimitPrediction(
         order=order,
         time_scale=time_scale(sgd, order, noise.variance(problem)),

@@ -190,6 +190,13 @@ def test_an_ensemble_goes_on_and_tells_its_covariance():
     assert abs(second.spread.mean - truth.sum().item()) < 4 * second.spread.stderr
 
 
+def test_progress_is_shown_on_request(capsys):
+    dense, w = start()
+    for progress in (False, True):
+        simulate(dense.problem, w, Minibatch(), SGDSettings(lr=0.01), steps=3, replicas=2, progress=progress)
+        assert ("2 runs: 100%" in capsys.readouterr().err) == progress
+
+
 def test_few_runs_at_once_are_as_good_as_all():
     dense, w = start()
     sgd = SGDSettings(lr=0.01, batch_size=2)

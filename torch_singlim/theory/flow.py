@@ -125,7 +125,7 @@ def effective_flow(
         problem: loss and probe set, all the samples that training uses.
         w: weights at the start of the window ``[P]``.
         noise: the system.
-        sgd: step size and momentum; the batch size does not enter.
+        sgd: step size and momentum; the batch size enters for noises of order 2 alone, which it averages.
         steps: K.
         expansion: how the noise average is taken.
         replicas: independent paths, averaged (one where nothing is random).

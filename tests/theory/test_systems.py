@@ -216,9 +216,24 @@ def test_a_measured_order_carries_its_standard_error():
     assert abs(many.tangential.mean - exact.tangential.mean) < 4 * many.tangential.stderr
     # too few draws to tell is said, not decided
     assert not few.resolved
+    # and more are taken until it is clear
     own = CustomNoise(CUSTOM["drop_connect"][1], std=0.3)
-    with pytest.raises(ValueError, match="num_draws"):
-        singular_limit(dense.problem, w, own, SGDSettings(lr=0.1), num_draws=4, generator=generator)
+    assert singular_limit(dense.problem, w, own, SGDSettings(lr=0.1), num_draws=4, generator=generator).order == 1
+
+
+def test_an_order_that_no_draws_tell_is_refused(monkeypatch):
+    monkeypatch.setattr("torch_singlim.theory.order._MOST_DRAWS", 4)
+    dense, w = make("two_layers")
+    own = CustomNoise(CUSTOM["drop_connect"][1], std=0.3)
+    with pytest.raises(ValueError, match=r"4 draws do not tell the order.*raise num_draws"):
+        singular_limit(
+            dense.problem,
+            w,
+            own,
+            SGDSettings(lr=0.1),
+            num_draws=4,
+            generator=torch.Generator().manual_seed(0),
+        )
     assert degeneracy(dense.problem, w, Minibatch()).order is None
 
 

@@ -1,6 +1,5 @@
 """The paper and its extensions, one function per formula."""
 
-from torch_singlim.theory.degeneracy import Degeneracy, degeneracy, with_measured_order
 from torch_singlim.theory.descent import SGDSettings, stationary_variance, time_scale
 from torch_singlim.theory.distance import ExpectedDistance, expected_distance
 from torch_singlim.theory.flow import (
@@ -22,6 +21,7 @@ from torch_singlim.theory.noise import (
     noisy_loss,
     parts,
 )
+from torch_singlim.theory.order import Degeneracy, degeneracy, with_measured_order
 from torch_singlim.theory.potential import Potential, averaged_gradient, potential
 from torch_singlim.theory.second_order import covariance_potential, ito_drift
 from torch_singlim.theory.singular_limit import LimitPrediction, singular_limit

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory.degeneracy import with_measured_order
 from torch_singlim.theory.descent import SGDSettings, time_scale
 from torch_singlim.theory.distance import ExpectedDistance, expected_distance
 from torch_singlim.theory.gradient_noise import GradientNoise, gradient_noise, noise_factor
 from torch_singlim.theory.noise import Covariance, NoiseSystem, Sum, parts
+from torch_singlim.theory.order import with_measured_order
 from torch_singlim.theory.potential import Potential, potential
 from torch_singlim.theory.second_order import covariance_potential, ito_drift
 

@@ -18,6 +18,7 @@ __all__ = ["Degeneracy", "degeneracy", "with_measured_order"]
 
 _SIGMAS = 4.0  # a tangential gradient that is this many standard errors long is not zero
 _NEGLIGIBLE = 0.05  # a tangential part that is certainly smaller than this share of |grad V| counts as none
+_MOST_DRAWS = 1000  # an order is sought with more and more draws, up to so many
 _DRAWS = 4  # of the gradient noise, to see whether there is any
 
 
@@ -104,16 +105,22 @@ def with_measured_order(
     """The same system, every `CustomNoise` whose order is left to measurement with the order that it has at `point`.
 
     Raises:
-        ValueError: the draws do not tell.
+        ValueError: the draws do not tell, nor four times as many, and so on up to about a thousand.
     """
+
+    hessian = problem.gauss_newton(point) if hessian is None else hessian
 
     def settled(part: NoiseSystem) -> NoiseSystem:
         if not (isinstance(part, CustomNoise) and part.claimed_order == "measured"):
             return part
-        found = degeneracy(problem, point, part, num_draws=num_draws, hessian=hessian, generator=generator)
+        draws = num_draws
+        found = degeneracy(problem, point, part, num_draws=draws, hessian=hessian, generator=generator)
+        while not found.resolved and draws < _MOST_DRAWS:
+            draws *= 4
+            found = degeneracy(problem, point, part, num_draws=draws, hessian=hessian, generator=generator)
         if not found.resolved:
             raise ValueError(
-                f"{num_draws} draws do not tell the order of {part}: |P_T grad V| = {found.tangential.mean:.3g} +- "
+                f"{draws} draws do not tell the order of {part}: |P_T grad V| = {found.tangential.mean:.3g} +- "
                 f"{found.tangential.stderr:.3g}; raise num_draws, or state it: CustomNoise(..., claimed_order=1)"
             )
         return replace(part, claimed_order=found.order)

@@ -224,7 +224,10 @@ class CustomLoss:
         return torch.zeros(y.shape[0], device=y.device)
 
     def optimum(self, y: Tensor) -> Tensor:
-        raise NotImplementedError("a loss that is given as a function does not tell where it is smallest")
+        raise ValueError(
+            "a loss that is given as a function does not tell where it is smallest, which the potential of label noise "
+            "needs: use mse with LabelNoise, or cross-entropy with LabelFlips"
+        )
 
     def curvature(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
         A = torch.func.vmap(torch.func.hessian(self.function))(f, y)  # [n, C, C]

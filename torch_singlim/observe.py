@@ -401,13 +401,10 @@ def window_scalars(window: WindowObservation) -> dict[str, float]:
             "drift/residual_ratio": window.drift.residual_ratio,
             "drift/predicted": window.drift.predicted,
             "quality/stderr": window.flow.stderr,
-        }
-    if window.pull is not None:
-        scalars |= {
-            "drift/pull": window.pull.mean,
-            "drift/pull_stderr": window.pull.stderr,
             "drift/pull_share": window.pull_share,
         }
+        if window.pull is not None:
+            scalars |= {"drift/pull": window.pull.mean, "drift/pull_stderr": window.pull.stderr}
     if window.finite_noise is not None:
         scalars["drift/finite_noise_cosine"] = window.finite_noise.cosine
         scalars["drift/finite_noise_ratio"] = window.finite_noise.norm_ratio

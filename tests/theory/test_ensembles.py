@@ -98,7 +98,7 @@ def discrete_flow(problem, point, foot, sigma, alpha, steps, substeps=10):
 
     def drift(v):
         H, total = problem.gauss_newton(v), torch.zeros_like(v)
-        for u, l in zip(H.eigenvectors.T, H.eigenvalues, strict=True):  # noqa: E741
+        for u, l in zip(H.eigenvectors.T, H.eigenvalues, strict=True):  # noqa: E741  # the letter of the formulas
             mode = H.operator.rmatvec(u) / l.sqrt()
             total += _quadratic_gradient(problem, v, mode) / (1 - alpha * l / 2)
         return -(alpha**2) * sigma**2 / (2 * problem.num_samples) * H.project_kernel(total)

@@ -310,8 +310,8 @@ def test_systems_that_do_not_fit_the_problem():
     with pytest.raises(ValueError, match="one each"):
         Langevin(0.1) + Langevin(0.2)
     with pytest.raises(ValueError, match="has not been measured yet"):
-        CustomNoise(lambda loss, w, x, y, eta: loss(w, x, y), std=0.1).order  # noqa: B018
+        CustomNoise(lambda loss, w, x, y, eta: loss(w, x, y), std=0.1).order  # noqa: B018  # reading it is what raises
     with pytest.raises(ValueError, match="like must be"):
-        CustomNoise(lambda loss, w, x, y, eta: loss(w, x, y), std=0.1, like="bias")  # type: ignore[arg-type]
+        CustomNoise(lambda loss, w, x, y, eta: loss(w, x, y), std=0.1, like="bias")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ValueError, match="form must be"):
-        DropConnect(0.1, form="uniform")  # type: ignore[arg-type]
+        DropConnect(0.1, form="uniform")  # type: ignore[arg-type]  # wrong on purpose

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_singlim.callbacks.detect import read_probe_set, recognise_loss
 from torch_singlim.functional import ActivationSite
-from torch_singlim.loss import MeanSquaredError, SampleLoss, SoftCrossEntropy
+from torch_singlim.loss import SampleLoss, SoftCrossEntropy
 from torch_singlim.theory import (
     AntiCorrelated,
     CustomNoise,
@@ -250,24 +250,15 @@ class InjectNoise(Callback):
 
 def _check_targets(part: NoiseSystem, loss: SampleLoss | None, targets: Tensor) -> None:
     """Raise ValueError unless loss and targets are those that the noise is made for; a loss of None is not known."""
+    if isinstance(part, LabelNoise | LabelFlips) and loss is not None:
+        part.check_loss(loss)
     integer = not targets.is_floating_point()
-    if isinstance(part, LabelNoise):
-        if isinstance(loss, SoftCrossEntropy):
-            raise ValueError(
-                "LabelNoise is for mse, training_step computes a cross-entropy: class labels cannot be shifted by a "
-                "real number; use LabelFlips(rate=...), which redraws them, or train with mse"
-            )
-        if integer:
-            raise ValueError(
-                f"LabelNoise needs floating point targets in the batches, got {targets.dtype}: let the dataset give "
-                "F.one_hot(labels, num_classes).float()"
-            )
+    if isinstance(part, LabelNoise) and integer:
+        raise ValueError(
+            f"LabelNoise needs floating point targets in the batches, got {targets.dtype}: let the dataset give "
+            "F.one_hot(labels, num_classes).float()"
+        )
     if isinstance(part, LabelFlips):
-        if isinstance(loss, MeanSquaredError):
-            raise ValueError(
-                "LabelFlips is for cross-entropy on class labels, training_step computes a mean squared error: use "
-                "LabelNoise(std=...)"
-            )
         if not integer or targets.ndim != 1:
             raise ValueError(
                 f"LabelFlips needs class labels [n] in the batches, got {targets.dtype} targets of shape "

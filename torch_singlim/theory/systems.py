@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from torch_singlim.loss import MeanSquaredError, SoftCrossEntropy
+from torch_singlim.loss import MeanSquaredError, SampleLoss, SoftCrossEntropy
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.noise import BatchLoss, Covariance, NoiseSpace, NoiseSystem
 
@@ -268,15 +268,19 @@ class LabelNoise(_WithStd):
     def order(self) -> int:
         return 2
 
-    def check(self, problem: ZeroLossProblem) -> None:
-        if not isinstance(problem.sample_loss, MeanSquaredError):
+    def check_loss(self, loss: SampleLoss) -> None:
+        """Raise ValueError unless the loss is mse."""
+        if not isinstance(loss, MeanSquaredError):
             hint = ""
-            if isinstance(problem.sample_loss, SoftCrossEntropy):
+            if isinstance(loss, SoftCrossEntropy):
                 hint = (
                     ": class labels cannot be shifted by a real number; use LabelFlips(rate=...), which redraws them, "
                     "or train with mse on one-hot targets"
                 )
-            raise ValueError(f"LabelNoise is for mse, got {type(problem.sample_loss).__name__}{hint}")
+            raise ValueError(f"LabelNoise is for mse, got {type(loss).__name__}{hint}")
+
+    def check(self, problem: ZeroLossProblem) -> None:
+        self.check_loss(problem.sample_loss)
 
     def dimension(self, space: NoiseSpace) -> int:
         return space.num_outputs
@@ -317,12 +321,16 @@ class LabelFlips(NoiseSystem):
     def order(self) -> int:
         return 2
 
-    def check(self, problem: ZeroLossProblem) -> None:
-        if not isinstance(problem.sample_loss, SoftCrossEntropy):
+    def check_loss(self, loss: SampleLoss) -> None:
+        """Raise ValueError unless the loss is a cross-entropy."""
+        if not isinstance(loss, SoftCrossEntropy):
             raise ValueError(
-                f"LabelFlips is for cross-entropy on class labels, got {type(problem.sample_loss).__name__}: flipped "
+                f"LabelFlips is for cross-entropy on class labels, got {type(loss).__name__}: flipped "
                 "one-hot targets are not mean-preserving for it; use LabelNoise(std=...) with mse"
             )
+
+    def check(self, problem: ZeroLossProblem) -> None:
+        self.check_loss(problem.sample_loss)
         onehot = self._onehot(problem.targets)
         if not torch.allclose(onehot, onehot.round(), atol=1e-6):
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp, linearize, vjp, vmap
+from torch.func import grad, jvp, vjp, vmap
 
 from torch_singlim.functional import ActivationSite, FunctionalModule
 from torch_singlim.linalg import DenseFactored, FactoredOperator, KrylovFactored, LinearOperator, gram_cutoff
@@ -22,6 +21,8 @@ with warnings.catch_warnings():
     # torch loads its forward-mode rules on first use, and some versions warn there about torch itself
     warnings.simplefilter("ignore")
     jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
+
+_Product = Callable[[Tensor], Tensor]
 
 # Jacobian rows held at once while a Gram matrix is formed
 _ROW_BYTES = 2**30
@@ -230,9 +231,9 @@ class ZeroLossProblem:
     def linearize(self, w: Tensor) -> Linearization:
         """b(w) and B = N^{-1/2} [R_i J_i] at w.
 
-        With one chunk the forward pass is linearised once and reused by every product (about one gradient each), from
-        the third product on: tracing it costs as much as many products of a small network. With several chunks it is
-        recomputed chunk by chunk, which bounds memory.
+        With one chunk the pass through the network is made once and kept: J^T u by a kept reverse pass, and J v by the
+        transpose of that (u -> J^T u is linear), each about half a gradient. With several chunks both are recomputed
+        chunk by chunk, which bounds memory.
 
         Raises:
             ValueError: outputs that are not finite.
@@ -241,22 +242,19 @@ class ZeroLossProblem:
         if not torch.isfinite(f).all():
             raise ValueError("the network's outputs are not finite at these weights: training has probably diverged")
         scale = 1 / math.sqrt(self.num_samples)
-        cached: dict[str, Callable[[Tensor], Tensor]] = {}
-        uses = itertools.count()
+        kept: list[tuple[_Product, _Product]] = []
 
-        def products(part: slice) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        def products(part: slice) -> tuple[_Product, _Product]:
             def at(v: Tensor) -> Tensor:
                 return self.function(v, self.inputs[part])
 
-            if self.batch_size < self.num_samples or next(uses) < 2:
+            if self.batch_size < self.num_samples:
                 return (lambda v: jvp(at, (w,), (v,))[1]), (lambda g: vjp(at, w)[1](g)[0])  # type: ignore[return-value]
-            if not cached:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # torch.fx, which traces the forward pass, warns about itself
-                    cached["push"] = linearize(at, w)[1]
+            if not kept:
                 pull = vjp(at, w)[1]
-                cached["pull"] = lambda g: pull(g)[0]
-            return cached["push"], cached["pull"]
+                push = vjp(lambda g: pull(g)[0], torch.zeros_like(f))[1]
+                kept.append((lambda v: push(v)[0], lambda g: pull(g)[0]))
+            return kept[0]
 
         def matvec(v: Tensor) -> Tensor:  # v -> J v -> R J v
             Jv = torch.cat([products(part)[0](v) for part in self.chunks()])  # [N, C]

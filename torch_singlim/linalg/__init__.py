@@ -1,6 +1,7 @@
 """Numerical linear algebra on plain tensors; it has never heard of networks."""
 
 from torch_singlim.linalg.estimate import Estimate, VectorEstimate, rademacher
+from torch_singlim.linalg.exponential import LinearDescent, descent_norm, linear_descent, phi1, phi2
 from torch_singlim.linalg.factored import DenseFactored, FactoredOperator, KrylovFactored, gram_cutoff, minimum_norm
 from torch_singlim.linalg.krylov import KrylovBasis, Solution, krylov_function, krylov_solve, lanczos
 from torch_singlim.linalg.operator import LinearOperator
@@ -20,6 +21,12 @@ __all__ = [
     "krylov_solve",
     "krylov_function",
     "Solution",
+    # linear descent over a long time
+    "linear_descent",
+    "LinearDescent",
+    "descent_norm",
+    "phi1",
+    "phi2",
     # random estimates
     "Estimate",
     "VectorEstimate",

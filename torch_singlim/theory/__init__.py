@@ -2,15 +2,11 @@
 
 from torch_singlim.theory.descent import SGDSettings, stationary_variance, time_scale
 from torch_singlim.theory.distance import ExpectedDistance, expected_distance
-from torch_singlim.theory.flow import (
-    Ensemble,
-    WindowPrediction,
-    effective_flow,
-    has_effective_flow,
-    limit_flow,
-    simulate,
-)
+from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction, has_effective_flow
+from torch_singlim.theory.ensemble import Ensemble, simulate
+from torch_singlim.theory.flow import effective_flow
 from torch_singlim.theory.gradient_noise import GradientNoise, gradient_noise
+from torch_singlim.theory.limit_flow import limit_flow
 from torch_singlim.theory.noise import (
     BatchLoss,
     Covariance,
@@ -20,6 +16,7 @@ from torch_singlim.theory.noise import (
     draw_noise,
     noisy_loss,
     parts,
+    stratified_noise,
 )
 from torch_singlim.theory.order import Degeneracy, degeneracy, with_measured_order
 from torch_singlim.theory.potential import Potential, averaged_gradient, potential
@@ -37,6 +34,7 @@ from torch_singlim.theory.systems import (
     Minibatch,
     WeightDecay,
 )
+from torch_singlim.theory.window import finite_window
 
 __all__ = [
     # how the weights descend, and the slow clock
@@ -51,6 +49,7 @@ __all__ = [
     "parts",
     "noisy_loss",
     "draw_noise",
+    "stratified_noise",
     # the systems
     "Dropout",
     "DropConnect",
@@ -83,6 +82,8 @@ __all__ = [
     "ExpectedDistance",
     "limit_flow",
     # beyond the limit
+    "EffectiveLoss",
+    "finite_window",
     "effective_flow",
     "has_effective_flow",
     "WindowPrediction",

@@ -38,11 +38,15 @@ def _require_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}; for no noise leave the system out")
 
 
-def _bernoulli(keep: Tensor, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """eta = mask / keep - 1 with P(mask = 1) = keep, for each of the D components  ``[count, D]``, keep ``[D]``."""
+def _bernoulli(keep: Tensor | float, u: Tensor) -> Tensor:
+    """eta = mask / keep - 1 with P(mask = 1) = keep, as a function of uniform u: -1 below 1 - keep."""
+    return (u >= 1 - keep).to(u.dtype) / keep - 1
+
+
+def _uniform(space: NoiseSpace, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Uniform on [0, 1), drawn on the generator's device."""
     source = "cpu" if generator is None else generator.device
-    uniform = torch.rand(count, keep.numel(), generator=generator, device=source, dtype=keep.dtype)
-    return ((uniform < keep.to(source)).to(keep.dtype) / keep.to(source) - 1).to(device)
+    return torch.rand(shape, generator=generator, device=source, dtype=space.dtype).to(space.device)
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,12 @@ class Dropout(NoiseSystem):
     def scale(self, space: NoiseSpace) -> Tensor:
         return self._each(space, lambda site: site.variance**0.5)
 
+    def quantile(self, space: NoiseSpace, u: Tensor) -> Tensor:
+        return _bernoulli(self._each(space, lambda site: 1 - site.rate), u)
+
     def draw(self, space: NoiseSpace, count: int, *, generator: torch.Generator | None) -> Tensor:
-        return _bernoulli(self._each(space, lambda site: 1 - site.rate), count, generator, space.device)
+        dimension = sum(site.dimension for site in space.sites)
+        return self.quantile(space, _uniform(space, (count, dimension), generator))
 
     def noisy_loss(self, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, eta: Tensor) -> Tensor:
         return loss(w, x, y, activations=eta)
@@ -151,11 +159,13 @@ class DropConnect(_WithStd):
     def dimension(self, space: NoiseSpace) -> int:
         return space.num_weights
 
+    def quantile(self, space: NoiseSpace, u: Tensor) -> Tensor:
+        return super().quantile(space, u) if self.form == "gaussian" else _bernoulli(1 / (1 + self.std**2), u)
+
     def draw(self, space: NoiseSpace, count: int, *, generator: torch.Generator | None) -> Tensor:
         if self.form == "gaussian":
             return super().draw(space, count, generator=generator)
-        keep = torch.full((space.num_weights,), 1 / (1 + self.std**2), dtype=space.dtype)
-        return _bernoulli(keep, count, generator, space.device)
+        return self.quantile(space, _uniform(space, (count, space.num_weights), generator))
 
     def noisy_loss(self, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, eta: Tensor) -> Tensor:
         return loss(w * (1 + eta), x, y)

@@ -1,0 +1,118 @@
+"""The effective loss, whose descent is what training does on average, and its gradients draw by draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_singlim.linalg import rademacher
+from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory.descent import SGDSettings
+from torch_singlim.theory.noise import Covariance, NoiseSystem, Sum, draw_noise, parts, stratified_noise
+from torch_singlim.theory.potential import noisy_gradient
+from torch_singlim.theory.second_order import row_gradient
+
+__all__ = ["EffectiveLoss", "WindowPrediction", "has_effective_flow"]
+
+Gradient = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class WindowPrediction:
+    """Predicted displacement of the weights over a window of K optimizer steps.
+
+    Args:
+        displacement: w(K) - w(0) ``[P]``.
+        stderr: norm of its sampling error; 0 for a deterministic flow, nan from a single noisy path.
+        error: estimated norm of the integration error; 0 where every step was followed, nan where it is not known.
+        products: gradients of the whole probe set that it took; a product with H counts as one.
+        status: "ok"; "diverged": the flow left every bounded region, the displacement is where it was stopped;
+            "inaccurate": the integration error stayed above what was asked for (follow every step: `effective_flow`).
+    """
+
+    displacement: Tensor = field(repr=False)
+    stderr: float
+    error: float
+    products: int
+    status: Literal["ok", "diverged", "inaccurate"]
+
+
+def has_effective_flow(noise: NoiseSystem, problem: ZeroLossProblem) -> bool:
+    """Whether L_eff can be followed step by step: every part is of order 1, or has Sigma = c_H H."""
+
+    def followed(part: NoiseSystem) -> bool:
+        if part.order != 2:
+            return True
+        covariance = part.covariance(problem, 1)
+        return covariance is not None and covariance.identity == 0.0
+
+    return all(followed(part) for part in parts(noise))
+
+
+class EffectiveLoss:
+    """L_eff = E_eta Lhat(w, eta) + alpha (c_H/4) tr H(w), by gradients of single draws.
+
+    The parts of order 1 enter at their finite size, each draw of eta giving one gradient; those of order 2, whose
+    Sigma = c_H H, by their potential.
+
+    Args:
+        problem: loss and probe set.
+        noise: the system.
+        sgd: step size, batch size.
+        generator: of all draws.
+
+    Raises:
+        ValueError: the noise does not fit the problem, or has no effective loss (`has_effective_flow`).
+    """
+
+    def __init__(
+        self,
+        problem: ZeroLossProblem,
+        noise: NoiseSystem,
+        sgd: SGDSettings,
+        *,
+        generator: torch.Generator | None,
+    ) -> None:
+        noise.check(problem)
+        if not has_effective_flow(noise, problem):
+            raise ValueError(
+                f"{noise} has no effective loss that could be followed step by step (its drift needs H decomposed): "
+                "use singular_limit or limit_flow, or simulate"
+            )
+        self.problem, self.generator = problem, generator
+        self.first = Sum(tuple(part for part in parts(noise) if part.order == 1))
+        known = (part.covariance(problem, sgd.batch(problem.num_samples)) for part in parts(noise) if part.order == 2)
+        self.second = sgd.effective_lr * sum((c for c in known if c is not None), start=Covariance()).hessian / 4
+        self.is_noisy = any(part.scale(problem).numel() for part in parts(self.first))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether its gradient is known by random draws alone."""
+        return self.is_noisy or self.second > 0
+
+    def draw(self) -> Gradient:
+        """w -> grad Lhat(w, eta) for one fresh eta (order 1)."""
+        etas = draw_noise(self.first, self.problem, self.problem.num_samples, generator=self.generator)
+        return lambda w: noisy_gradient(self.first, self.problem, w, etas)
+
+    def block(self, strata: int) -> Iterator[Gradient]:
+        """The same for a block of draws, at least `strata`, spread evenly over eta's distribution.
+
+        The one exact gradient where eta is nothing.
+        """
+        if not self.is_noisy:
+            yield self.draw()
+            return
+        problem, first = self.problem, self.first
+        for etas in stratified_noise(first, problem, problem.num_samples, strata=strata, generator=self.generator):
+            yield lambda w, etas=etas: noisy_gradient(first, problem, w, etas)
+
+    def pull_of_order_two(self, w: Tensor) -> Tensor:
+        """alpha (c_H/4) grad tr H at w ``[P]`` from one random direction of every sample; two gradients."""
+        problem = self.problem
+        shape = (problem.num_samples, problem.num_residuals // problem.num_samples)
+        return self.second * row_gradient(problem, w, rademacher(shape, generator=self.generator, like=w))[0]

@@ -1,0 +1,176 @@
+"""Independent runs of the noisy training itself, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from tqdm import tqdm
+
+from torch_singlim.linalg import Estimate, VectorEstimate
+from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory.descent import SGDSettings
+from torch_singlim.theory.noise import NoiseSystem, draw_noise, noisy_loss, parts
+
+__all__ = ["Ensemble", "simulate"]
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Independent noisy runs over the same window.
+
+    Args:
+        displacements: of the foot points on Gamma where a map to them was given, of the weights otherwise
+            ``[replicas, P]``; without what the weights only carry along (the xi of `AntiCorrelated`).
+        weights: the training's weights at the end ``[replicas, P]``.
+    """
+
+    displacements: Tensor = field(repr=False)
+    weights: Tensor = field(repr=False)
+
+    @property
+    def mean(self) -> VectorEstimate:
+        """Mean displacement with its standard error."""
+        return VectorEstimate(self.displacements)
+
+    def covariance(self, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Covariance of the displacements and the standard error of each entry ``[k, k]``, in the rows of a basis
+        ``[k, P]`` (default: every weight).
+        """
+        centred = self.displacements - self.displacements.mean(0)
+        if basis is not None:
+            centred = centred @ basis.T
+        R = len(centred)
+        covariance = centred.T @ centred / (R - 1)
+        fourth = centred.square().T @ centred.square() / R
+        return covariance, ((fourth - covariance.square()).clamp_min(0) / R).sqrt()
+
+    @property
+    def spread(self) -> Estimate:
+        """Trace of the covariance, in squared weight norm, with its standard error."""
+        squares = (self.displacements - self.displacements.mean(0)).square().sum(1)
+        return Estimate.from_draws(squares * (len(squares) / (len(squares) - 1)))
+
+
+def _bytes_per_replica(
+    problem: ZeroLossProblem, w: Tensor, noise: NoiseSystem, batch: int, generator: torch.Generator | None
+) -> int:
+    """Memory of one run: what a gradient saves of a batch, the noise, and weights, velocity, gradient, temporaries."""
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    etas = draw_noise(noise, problem, batch, generator=generator)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        noisy_loss(
+            noise, problem.batch_loss, w.clone().requires_grad_(), problem.inputs[:batch], problem.targets[:batch], etas
+        )
+    # a backward pass holds about as much again as the forward pass saved
+    return 2 * sum(saved.values()) + sum(eta.nbytes for eta in etas) + 8 * w.nbytes
+
+
+def simulate(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    noise: NoiseSystem,
+    sgd: SGDSettings,
+    *,
+    steps: int,
+    replicas: int,
+    foot: Callable[[Tensor], Tensor] | None = None,
+    velocity: Tensor | None = None,
+    memory: int = 2**30,
+    progress: bool = False,
+    generator: torch.Generator | None = None,
+) -> Ensemble:
+    """Independent runs of the noisy training itself from the same weights: fresh noise, freshly shuffled batches.
+
+        w <- w - alpha grad_w Lhat_batch(w, eta)        on every replica, with torch.optim.SGD's momentum
+
+    Batches are drawn as a shuffling DataLoader draws them: every sample once per epoch, the last batch what is left.
+    Runs go side by side, as many at once as `memory` holds, and what they return is ``[replicas, P]`` twice.
+
+    Args:
+        problem: loss and the samples that training uses.
+        w: weights at the start ``[P]``, or one row for each replica ``[replicas, P]`` (to go on with an ensemble).
+        noise: the system.
+        sgd: step size, momentum, batch size.
+        steps: K.
+        replicas: number of runs.
+        foot: weights -> their foot point on Gamma ``[P]``, ``lambda v: nearest_point(problem, v).point``; default: the
+            weights themselves are compared.
+        velocity: the optimizer's momentum at the start ``[P]``, where it has some.
+        memory: bytes that the runs in progress may take, beside the result; one run at a time at least.
+        progress: show a progress bar on the terminal.
+        generator: of noise and batches.
+
+    >>> from torch import nn
+    >>> from torch_singlim.theory import Minibatch
+    >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.eye(2), torch.zeros(2, 1))
+    >>> sgd = SGDSettings(lr=0.25, batch_size=1)
+    >>> simulate(problem, torch.ones(2).double(), Minibatch(), sgd, steps=2, replicas=3).displacements
+    tensor([[-0.5000, -0.5000],
+            [-0.5000, -0.5000],
+            [-0.5000, -0.5000]], dtype=torch.float64)
+    """
+    if steps < 1 or replicas < 1:
+        raise ValueError(f"steps and replicas must be at least 1, got {steps} and {replicas}")
+    noise.check(problem)
+    starts = w.expand(replicas, -1)
+    size = _bytes_per_replica(problem, starts[0], noise, sgd.batch(problem.num_samples), generator)
+    at_once = max(1, min(replicas, memory // size))
+    groups = starts.split(at_once)
+    ends = w.new_empty(replicas, problem.num_weights)
+    with tqdm(total=steps * len(groups), desc=f"{replicas} runs", unit="step", disable=not progress) as bar:
+        for own, W in zip(ends.split(at_once), groups, strict=True):
+            own.copy_(_run(problem, W, noise, sgd, steps, velocity, generator, bar.update))
+    weights = ends
+    for part in parts(noise):
+        if part.carried(part.scale(problem)) is not None:  # what the last step has left on the weights
+            weights = weights + draw_noise(part, problem, 1, replicas=replicas, generator=generator)[0]
+    if foot is None:
+        return Ensemble(ends - starts, weights)
+    origins = foot(w) if w.ndim == 1 else torch.stack([foot(v) for v in w])
+    return Ensemble(torch.stack([foot(v) for v in ends]) - origins, weights)
+
+
+def _run(
+    problem: ZeroLossProblem,
+    W: Tensor,
+    noise: NoiseSystem,
+    sgd: SGDSettings,
+    steps: int,
+    velocity: Tensor | None,
+    generator: torch.Generator | None,
+    done: Callable[[int], object],
+) -> Tensor:
+    """Runs side by side from W ``[R, P]``: where they end."""
+    R, N, B = len(W), problem.num_samples, sgd.batch(problem.num_samples)
+    V = None if velocity is None else velocity.expand(R, -1)
+
+    def of_batch(v: Tensor, x: Tensor, y: Tensor, *etas: Tensor) -> Tensor:
+        return grad(lambda u: noisy_loss(noise, problem.batch_loss, u, x, y, etas))(v)
+
+    whole = vmap(of_batch, in_dims=(0, None, None, *(0 for _ in parts(noise))))
+    batched = vmap(of_batch)
+    batches: list[Tensor] = []
+    for _ in range(steps):
+        if B == N:  # the order of a full batch does not matter
+            etas = draw_noise(noise, problem, N, replicas=R, generator=generator)
+            gradient = whole(W, problem.inputs, problem.targets, *etas)
+        else:
+            if not batches:  # a new epoch on every replica
+                device = "cpu" if generator is None else generator.device
+                orders = torch.rand(R, N, generator=generator, device=device).argsort(1)
+                batches = list(orders.to(W.device).split(B, dim=1))
+            index = batches.pop(0)  # [R, n]
+            etas = draw_noise(noise, problem, index.shape[1], replicas=R, generator=generator)
+            gradient = batched(W, problem.inputs[index], problem.targets[index], *etas)
+        W, V = sgd.step(W, V, gradient)
+        done(1)
+    return W

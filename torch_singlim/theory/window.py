@@ -1,0 +1,138 @@
+"""Finite separation: the displacement over a window of K steps by a few long exponential steps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torch_singlim.linalg import VectorEstimate, descent_norm, linear_descent
+from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory.descent import SGDSettings
+from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction
+from torch_singlim.theory.noise import NoiseSystem
+
+__all__ = ["finite_window"]
+
+_FIRST = 6  # the first sub-step is this part of the window
+_KRYLOV = 0.05  # relative accuracy of a sub-step: far below the sampling error of its slope
+_GROW, _SHRINK = 2.0, 0.3  # most and least change of the sub-step's length
+
+
+def _block_mean(effective: EffectiveLoss, w: Tensor, strata: int) -> tuple[Tensor, int]:
+    """Mean gradient of one stratified block at w ``[P]``, and the gradients it took."""
+    total, count = torch.zeros_like(w), 0
+    for gradient in effective.block(strata):
+        total, count = total + gradient(w), count + 1
+    mean = total / count
+    return (mean + effective.pull_of_order_two(w), count + 2) if effective.second else (mean, count)
+
+
+def finite_window(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    noise: NoiseSystem,
+    sgd: SGDSettings,
+    *,
+    steps: int,
+    rtol: float = 0.1,
+    num_draws: int = 22,
+    velocity: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> WindowPrediction:
+    """Displacement over K steps of descent on the effective loss, by exponential sub-steps.
+
+        dw/dt = -g(w),   g = grad L_eff,   t = alpha k;   about the middle m of a sub-step of length h
+        w + u(h),   u(h) = -h phi1(-h H(m)) (g(m) + H(m) (w - m)),      phi1(z) = (e^z - 1)/z
+
+    Normal modes relax (phi1 -> 0), tangent modes drift (phi1 = 1), slow modes do something in between. H = B^T B is the
+    Gauss-Newton matrix, used through its products alone (Lanczos). The middle is where the last sub-step's Krylov
+    space says that its linear descent goes on; linearising there makes the method of second order whatever H is. g(m)
+    is the mean of two stratified blocks of draws, which also tell its sampling error. The length of a sub-step follows
+    an estimate of its error: with N(w) = g(w) - H (w - m), what is left out, and one common draw,
+
+        |h phi1(-h H) (N(w) - 2 N(m) + N(w + u))| / 6        (Simpson's rule against the midpoint's)
+
+    Where nothing is random one exact gradient takes the blocks' place. Momentum mu moves z = w - c v,
+    c = alpha mu/(1 - mu), by plain descent with step size alpha/(1 - mu).
+
+    Args:
+        problem: loss and probe set, all the samples that training uses.
+        w: weights at the start of the window ``[P]``.
+        noise: the system.
+        sgd: step size and momentum; the batch size enters for noises of order 2 alone.
+        steps: K.
+        rtol: a sub-step is made shorter where its integration error is above rtol times its displacement and above
+            half its sampling error; not beyond the cost of following every step.
+        num_draws: gradients of single draws in a sub-step (fewer where it spans fewer steps). With blocks of about
+            1/p and more, what is linear in the noise cancels: one stratified draw is then worth several.
+        velocity: the optimizer's momentum at the start ``[P]``, where it has some.
+        generator: of the draws.
+
+    Raises:
+        ValueError: fewer than one step; a noise without an effective loss (see `has_effective_flow`).
+
+    Source: M. Hochbruck, A. Ostermann, Exponential integrators, Acta Numerica 2010; arXiv 2404.12293 for the limit.
+
+    >>> from torch import nn
+    >>> from torch_singlim.theory import Minibatch
+    >>> problem = ZeroLossProblem(nn.Linear(1, 1, bias=False), "mse", torch.ones(1, 1), torch.zeros(1, 1))
+    >>> window = finite_window(problem, torch.ones(1).double(), Minibatch(), SGDSettings(lr=0.01), steps=50)
+    >>> window.displacement, window.status  # e^{-1} - 1: H = 2, t = 0.5
+    (tensor([-0.6321], dtype=torch.float64), 'ok')
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    effective = EffectiveLoss(problem, noise, sgd, generator=generator)
+    lag = sgd.lr * sgd.momentum / (1 - sgd.momentum) * (sgd.momentum if sgd.nesterov else 1)
+    alpha, total = sgd.effective_lr, sgd.effective_lr * steps
+    at = w if velocity is None or lag == 0 else w - lag * velocity
+    time, h, products, variance, error, accurate = 0.0, total / _FIRST, 0.0, 0.0, 0.0, True
+
+    def strata() -> int:
+        return math.ceil(min(num_draws, h / alpha) / 2)
+
+    # the last sub-step: where it began, its descent and its length; at first a descent about w itself, of no length
+    mean, cost = _block_mean(effective, at, strata())
+    descent = linear_descent(problem.linearize(at).operator, mean, time=h / 2, rtol=_KRYLOV)
+    last = (at, descent, 0.0)
+    products += cost + descent.products
+    while time < total * (1 - 1e-9):
+        h = (total - time) / math.ceil((total - time) / h * (1 - 1e-9))  # no short rest at the end
+        middle = last[0] + last[1].at(last[2] + h / 2)
+        blocks = [_block_mean(effective, middle, strata()) for _ in range(2 if effective.is_random else 1)]
+        gradients = VectorEstimate(torch.stack([mean for mean, _ in blocks]))
+        B = problem.linearize(middle).operator
+
+        def curved(v: Tensor, B=B) -> Tensor:
+            return B.rmatvec(B.matvec(v))
+
+        slope = gradients.mean + curved(at - middle)
+        descent = linear_descent(B, slope, time=h, rtol=_KRYLOV)
+        u = descent.at(h)
+        draw = effective.draw()
+        bend = draw(at) + draw(at + u) - 2 * draw(middle) - curved(2 * (at - middle) + u)
+        local = descent_norm(B, bend, time=h) / 6
+        # two products for the offset and the bend, three gradients for the bend, two short Lanczos runs
+        products += sum(cost for _, cost in blocks) + descent.products + 2 + 3 + 2 * 3.5
+        size = torch.linalg.vector_norm(u).item()
+        if not math.isfinite(size + local):
+            return WindowPrediction(at - w, math.nan, math.inf, round(products), "diverged")
+        sampled = 0.0
+        if len(blocks) == 2:  # half their difference is the error of their mean
+            sampled = descent_norm(B, (blocks[0][0] - blocks[1][0]) / 2, time=h)
+        allowed = max(rtol * size, sampled / 2)  # finer than the draws allow is of no use
+        wanted = h * min(_GROW, max(_SHRINK, 0.9 * math.sqrt(allowed / max(local, 1e-300))))
+        affordable = products < steps and h > alpha
+        if local > allowed and affordable:
+            h = wanted
+            continue
+        accurate = accurate and (local <= allowed or h <= alpha)
+        variance += sampled**2
+        error = math.hypot(error, local)
+        last, at, time, h = (at, descent, h), at + u, time + h, wanted if affordable else h
+    if lag:  # w = z + c v, and v = -(z_k - z_{k-1})/lr
+        _, descent, h = last
+        at = at - lag / sgd.lr * (descent.at(h) - descent.at(h - min(alpha, h)))
+    return WindowPrediction(at - w, math.sqrt(variance), error, round(products), "ok" if accurate else "inaccurate")

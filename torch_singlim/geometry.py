@@ -7,10 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_singlim.linalg import FactoredOperator, Solution, minimum_norm
-from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.linalg import FactoredOperator, Solution, cholesky, minimum_norm, preconditioned_solve
+from torch_singlim.problem import Linearization, ZeroLossProblem
 
 __all__ = ["FootPoint", "TangentSpace", "nearest_point", "tangent_space"]
+
+
+# preconditioned steps that cost less than forming and factoring K anew
+_MOST_PRECONDITIONED = 100
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ def nearest_point(
         w: weights ``[P]``.
         rtol: converged when the last step is at most rtol times the distance (or rounding, next to Gamma).
         max_steps: most linearisations.
-        max_dense: up to this many residuals B B^T is formed and factored; above, Lanczos with `krylov_steps` products.
+        max_dense: up to this many residuals B B^T is formed and factored, once as a rule: its factor preconditions the
+            later solves; above, Lanczos with `krylov_steps` products.
         krylov_steps: most products per linearisation on that path.
 
     Raises:
@@ -122,10 +127,25 @@ def nearest_point(
     at = problem.linearize(w)
     initial = torch.linalg.vector_norm(at.residual).item()
 
-    def shortest(linearization, rhs: Tensor) -> Solution:
-        dense = problem.num_residuals <= max_dense
-        gram = linearization.gram() if dense else None
-        return minimum_norm(linearization.operator, gram, rhs, rtol=0.1 * rtol, max_steps=krylov_steps)
+    factor: Tensor | None = None  # of the last K that was formed: it preconditions those nearby
+
+    def shortest(linearization: Linearization, rhs: Tensor) -> Solution:
+        nonlocal factor
+        B = linearization.operator
+        if factor is not None:
+            near = factor
+            inner = preconditioned_solve(
+                B.gram_product,
+                rhs,
+                lambda r: torch.cholesky_solve(r[:, None], near)[:, 0],
+                rtol=0.01 * rtol,
+                max_steps=_MOST_PRECONDITIONED,
+            )
+            if inner.status == "converged":
+                return Solution(B.rmatvec(inner.x), "converged", inner.steps, inner.residual)
+        gram = linearization.gram() if problem.num_residuals <= max_dense else None
+        factor = None if gram is None else cholesky(gram)
+        return minimum_norm(B, gram, rhs, rtol=0.1 * rtol, max_steps=krylov_steps)
 
     v, residual, linearised, converged, steps = w, initial, 0.0, initial <= rounding, 0
     while not converged and steps < max_steps:

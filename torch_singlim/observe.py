@@ -21,6 +21,7 @@ from torch_singlim.theory import (
     WindowPrediction,
     averaged_gradient,
     effective_flow,
+    finite_window,
     has_effective_flow,
     potential,
     simulate,
@@ -99,6 +100,41 @@ def noise_ceiling(runs: Sequence[Tensor]) -> float:
 
 
 @dataclass(frozen=True)
+class FiniteNoise:
+    """The paper's second-order expansion of the noise against its average at finite size, at one weight vector.
+
+    Args:
+        cosine: between grad V and E_eta grad Lhat - grad L.
+        norm_ratio: |grad V| over the other's norm; far from 1: the expansion does not hold at this noise.
+    """
+
+    cosine: float
+    norm_ratio: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the expansion can be believed: direction and norm right to about a quarter."""
+        return math.isnan(self.cosine) or (self.cosine >= 0.9 and 0.8 <= self.norm_ratio <= 1.25)
+
+
+def finite_noise(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    noise: NoiseSystem,
+    *,
+    num_draws: int,
+    generator: torch.Generator | None = None,
+) -> FiniteNoise:
+    """Compare grad V with the averaged gradient at w ``[P]``, both from independent draws, sampling error taken out."""
+    averaged = averaged_gradient(noise, problem, w, num_draws=num_draws, generator=generator)
+    expanded = potential(noise, problem, w, num_draws=num_draws, generator=generator).gradient
+    a, b = averaged.norm, expanded.norm
+    if a * b == 0:
+        return FiniteNoise(math.nan, math.nan)
+    return FiniteNoise(torch.dot(averaged.mean, expanded.mean).item() / (a * b), b / a)
+
+
+@dataclass(frozen=True)
 class Observation:
     """The weights at one probe, seen from Gamma.
 
@@ -113,7 +149,9 @@ class Observation:
         separated: measured distance along the separated modes alone (None without a covered step size).
         expected: the same by the theory, root mean square (None without a prediction).
         num_separated: how many modes that is.
-        limit: the singular limit's prediction at the foot point (None where the theory does not cover the training).
+        limit: the singular limit's prediction at the foot point (None where the theory does not cover the training, or
+            its expansion of the noise does not hold).
+        finite_noise: how far that expansion holds at these weights (order 1 alone).
     """
 
     step: int
@@ -127,6 +165,18 @@ class Observation:
     expected: float | None
     num_separated: int | None
     limit: LimitPrediction | None = field(repr=False)
+    finite_noise: FiniteNoise | None
+
+    @property
+    def withdrawn(self) -> str | None:
+        """Why the limit's prediction is not given, where the expansion that it rests on fails."""
+        if self.finite_noise is None or self.finite_noise.holds:
+            return None
+        return (
+            f"the noise is too large for the second-order expansion that the singular limit rests on: at step "
+            f"{self.step} its gradient has cosine {self.finite_noise.cosine:.2f} and "
+            f"{self.finite_noise.norm_ratio:.2f} times the norm of the averaged one"
+        )
 
 
 def observe(
@@ -168,14 +218,17 @@ def observe(
     )
     hessian = problem.gauss_newton(foot.point, max_dense=max_dense, rtol=1e-3, max_steps=100)
     tangent = TangentSpace(hessian)
-    separated = expected = count = limit = None
+    drifting = w if carried is None else w - carried
+    separated = expected = count = limit = expansion = None
+    if noise is not None and noise.order == 1:
+        expansion = finite_noise(problem, drifting, noise, num_draws=num_draws, generator=generator)
     if sgd is not None:
         alpha = sgd.effective_lr
         level = separation_level(alpha, step, separation)
         part = tangent.separated(w - foot.point, lr=alpha, steps=step, threshold=separation)
         separated = torch.linalg.vector_norm(part).item()
         count = tangent.num_separated(lr=alpha, steps=step, threshold=separation)
-        if noise is not None:
+        if noise is not None and (expansion is None or expansion.holds):
             limit = singular_limit(
                 problem, foot.point, noise, sgd, num_draws=num_draws, hessian=hessian, generator=generator
             )
@@ -184,7 +237,7 @@ def observe(
         step=step,
         slow_time=slow_time,
         weights=w,
-        drifting=w if carried is None else w - carried,
+        drifting=drifting,
         loss_gap=problem.loss(w).item(),
         foot=foot,
         tangent=tangent,
@@ -192,37 +245,12 @@ def observe(
         expected=expected,
         num_separated=count,
         limit=limit,
+        finite_noise=expansion,
     )
 
 
-@dataclass(frozen=True)
-class FiniteNoise:
-    """The paper's second-order expansion of the noise against its average at finite size, at one weight vector.
-
-    Args:
-        cosine: between grad V and E_eta grad Lhat - grad L.
-        norm_ratio: |grad V| over the other's norm; far from 1: the expansion does not hold at this noise.
-    """
-
-    cosine: float
-    norm_ratio: float
-
-
-def finite_noise(
-    problem: ZeroLossProblem,
-    w: Tensor,
-    noise: NoiseSystem,
-    *,
-    num_draws: int,
-    generator: torch.Generator | None = None,
-) -> FiniteNoise:
-    """Compare grad V with the averaged gradient at w ``[P]``, both from independent draws, sampling error taken out."""
-    averaged = averaged_gradient(noise, problem, w, num_draws=num_draws, generator=generator)
-    expanded = potential(noise, problem, w, num_draws=num_draws, generator=generator).gradient
-    a, b = averaged.norm, expanded.norm
-    if a * b == 0:
-        return FiniteNoise(math.nan, math.nan)
-    return FiniteNoise(torch.dot(averaged.mean, expanded.mean).item() / (a * b), b / a)
+# optimizer steps up to which following each of them costs less than long steps with their error estimate
+_SHORT = 200
 
 
 @dataclass(frozen=True)
@@ -244,31 +272,44 @@ class WindowObservation:
         start: optimizer steps at its beginning.
         stop: at its end.
         displacement: measured, w(stop) - w(start) ``[P]``.
-        flow: K steps of descent on the effective loss, the reference (None where the noise has none).
+        prediction: descent on the effective loss by `finite_window` (None where the noise has none); followed step by
+            step where the window is short or the long steps are not accurate.
         drift: measured against it.
+        flow: the same followed step by step, `effective_flow`, where it was asked for.
+        reference: measured against that.
         null: measured against descent on L alone, the control that must be lower.
-        pull: the noise's own part of the motion, measured over predicted (None without a flow); see `noise_pull`.
-        pull_share: how large that part is in the flow, |flow - null| / |flow| (nan without a flow).
+        pull: the noise's own part of the motion, measured over predicted (None without a prediction); see `noise_pull`.
+        pull_share: how large that part is in it, |prediction - null| / |prediction| (nan without one).
         limit: the tangential part of the measured motion against the singular limit's (None where nothing moves).
         spread: how far along Gamma, where the limit diffuses (else None): no deterministic prediction has a direction.
         ceiling: the best cosine that any deterministic prediction can have (nan without replicas).
-        finite_noise: how far the second-order expansion of the noise holds at the start (order 1 alone).
-        products: gradients of the whole probe set that the two flows took.
+        products: gradients of the whole probe set that the predictions took.
     """
 
     start: int
     stop: int
     displacement: Tensor = field(repr=False)
-    flow: WindowPrediction | None = field(repr=False)
+    prediction: WindowPrediction | None = field(repr=False)
     drift: Agreement | None
+    flow: WindowPrediction | None = field(repr=False)
+    reference: Agreement | None
     null: Agreement
     pull: Estimate | None
     pull_share: float
     limit: Agreement | None
     spread: Spread | None
     ceiling: float
-    finite_noise: FiniteNoise | None
     products: int
+
+    @property
+    def withdrawn(self) -> str | None:
+        """Why the prediction is not given, where it was tried in vain."""
+        if self.prediction is None or self.prediction.status != "diverged":
+            return None
+        return (
+            f"descent on the effective loss runs away in the window {self.start}-{self.stop}: training itself is "
+            "probably unstable at this step size and noise"
+        )
 
 
 def observe_window(
@@ -280,7 +321,7 @@ def observe_window(
     noise: NoiseSystem,
     sgd: SGDSettings,
     replicas: int = 0,
-    num_draws: int = 32,
+    reference: bool = False,
     velocity: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> WindowObservation:
@@ -294,17 +335,27 @@ def observe_window(
         noise: the system.
         sgd: settings over the window (lr: its mean, under a schedule).
         replicas: independent runs of the window for the ceiling; 0: none.
-        num_draws: of the noise, to hold its second-order expansion against its average.
+        reference: follow the effective flow step by step, too.
         velocity: the optimizer's momentum at the start ``[P]``.
         generator: of noise and batches.
     """
     steps, origin = stop - start.step, start.drifting
     measured = w - origin
-    null = effective_flow(problem, origin, Minibatch(), sgd, steps=steps, velocity=velocity)
-    products, flow = null.products, None
+
+    def stepwise(system: NoiseSystem) -> WindowPrediction:
+        return effective_flow(problem, origin, system, sgd, steps=steps, velocity=velocity, generator=generator)
+
+    def predicted(system: NoiseSystem) -> WindowPrediction:
+        if steps <= _SHORT:
+            return stepwise(system)
+        window = finite_window(problem, origin, system, sgd, steps=steps, velocity=velocity, generator=generator)
+        return window if window.status == "ok" else stepwise(system)
+
+    null = predicted(Minibatch())
+    prediction = flow = None
     if has_effective_flow(noise, problem):
-        flow = effective_flow(problem, origin, noise, sgd, steps=steps, velocity=velocity, generator=generator)
-        products += flow.products
+        prediction = predicted(noise)
+        flow = stepwise(noise) if reference else None
     runs = [measured]
     if replicas:
         ensemble = simulate(
@@ -317,23 +368,23 @@ def observe_window(
         limit = compare(tangential, drift)
         if start.limit.diffusion:
             spread = Spread(limit.measured, math.hypot(limit.predicted, start.limit.spread(steps)))
-    expansion = None
-    if noise.order == 1:
-        expansion = finite_noise(problem, origin, noise, num_draws=num_draws, generator=generator)
     return WindowObservation(
         start=start.step,
         stop=stop,
         displacement=measured,
+        prediction=prediction,
+        drift=None if prediction is None else compare(measured, prediction.displacement),
         flow=flow,
-        drift=None if flow is None else compare(measured, flow.displacement),
+        reference=None if flow is None else compare(measured, flow.displacement),
         null=compare(measured, null.displacement),
-        pull=None if flow is None else noise_pull(runs, flow.displacement, null.displacement),
-        pull_share=math.nan if flow is None else compare(flow.displacement, null.displacement).residual_ratio,
+        pull=None if prediction is None else noise_pull(runs, prediction.displacement, null.displacement),
+        pull_share=math.nan
+        if prediction is None
+        else compare(prediction.displacement, null.displacement).residual_ratio,
         limit=limit,
         spread=spread,
         ceiling=noise_ceiling(runs),
-        finite_noise=expansion,
-        products=products,
+        products=sum(each.products for each in (null, prediction, flow) if each is not None),
     )
 
 
@@ -375,6 +426,11 @@ def observation_scalars(o: Observation) -> dict[str, float]:
         if o.num_separated:
             scalars["distance/separated"] = o.separated
             scalars["distance/predicted"] = math.nan if o.expected is None else o.expected
+    if o.finite_noise is not None:
+        scalars |= {
+            "drift/finite_noise_cosine": o.finite_noise.cosine,
+            "drift/finite_noise_ratio": o.finite_noise.norm_ratio,
+        }
     if o.limit is not None and o.limit.order is not None:
         scalars |= {
             "potential": o.limit.potential.mean,
@@ -394,20 +450,28 @@ def window_scalars(window: WindowObservation) -> dict[str, float]:
         "drift/ceiling": window.ceiling,
         "cost/products": float(window.products),
     }
-    if window.drift is not None and window.flow is not None and window.flow.status == "ok":
+    if window.drift is not None and window.prediction is not None and window.withdrawn is None:
         scalars |= {
             "drift/cosine": window.drift.cosine,
             "drift/speed_ratio": window.drift.speed_ratio,
             "drift/residual_ratio": window.drift.residual_ratio,
             "drift/predicted": window.drift.predicted,
-            "quality/stderr": window.flow.stderr,
+            "quality/stderr": window.prediction.stderr,
+            "quality/error": window.prediction.error,
             "drift/pull_share": window.pull_share,
         }
         if window.pull is not None:
             scalars |= {"drift/pull": window.pull.mean, "drift/pull_stderr": window.pull.stderr}
-    if window.finite_noise is not None:
-        scalars["drift/finite_noise_cosine"] = window.finite_noise.cosine
-        scalars["drift/finite_noise_ratio"] = window.finite_noise.norm_ratio
+    if window.reference is not None and window.flow is not None and window.flow.status == "ok":
+        scalars |= {
+            "reference/cosine": window.reference.cosine,
+            "reference/speed_ratio": window.reference.speed_ratio,
+            "reference/predicted": window.reference.predicted,
+            "reference/stderr": window.flow.stderr,
+        }
+        if window.prediction is not None and window.withdrawn is None:
+            agreement = compare(window.flow.displacement, window.prediction.displacement)
+            scalars["reference/window_cosine"] = agreement.cosine
     if window.limit is not None:
         scalars |= {
             "limit/cosine": window.limit.cosine,
@@ -423,8 +487,11 @@ def window_scalars(window: WindowObservation) -> dict[str, float]:
     return _finite(scalars)
 
 
-def verdict(history: History, *, not_covered: Sequence[str] = ()) -> str:
-    """A short markdown table from what was logged: each probe's distance, each window's drift against theory."""
+def verdict(history: History, *, not_covered: Sequence[str] = (), withdrawn: Sequence[str] = ()) -> str:
+    """A short markdown table from what was logged: each probe's distance, each window's drift against theory.
+
+    Below it, why the drift is not predicted, and which predictions were withdrawn.
+    """
 
     def row(point: Mapping[str, float], tags: Sequence[str]) -> str:
         values = (point.get(f"singlim/{tag}") for tag in tags)
@@ -460,4 +527,5 @@ def verdict(history: History, *, not_covered: Sequence[str] = ()) -> str:
     for step, point in diffusing.items():
         lines.append(f"| {names[step]} | {row(point, ['limit/spread_measured', 'limit/spread_predicted'])} |")
     lines += [f"\nDrift not predicted: {reason}." for reason in not_covered]
+    lines += [f"\nPrediction withdrawn: {reason}." for reason in withdrawn]
     return "\n".join(lines)

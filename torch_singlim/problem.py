@@ -26,6 +26,8 @@ _Product = Callable[[Tensor], Tensor]
 
 # Jacobian rows held at once while a Gram matrix is formed
 _ROW_BYTES = 2**30
+# directions pushed through the network side by side
+_PUSHED = 10
 
 
 def check_samples(inputs: Tensor, targets: Tensor) -> None:
@@ -267,7 +269,7 @@ class ZeroLossProblem:
 
         operator = LinearOperator((self.num_residuals, self.num_weights), matvec, rmatvec)
         residual = self.sample_loss.residual(f, self.targets).reshape(-1) * scale
-        return Linearization(operator, residual, lambda: self._gram(w, f))
+        return Linearization(operator, residual, lambda: self._gram(w, f, operator))
 
     def samples_at_once(self, rows: int) -> int:
         """Samples whose Jacobian rows, so many each, are held in memory at once: bounded by 1 GiB."""
@@ -283,21 +285,22 @@ class ZeroLossProblem:
         R = self.output_factor(f, part)
         return vmap(sample_rows)(self.inputs[part], R).reshape(-1, self.num_weights) / math.sqrt(self.num_samples)
 
-    def _gram(self, w: Tensor, f: Tensor) -> Tensor:
-        """K = B B^T  ``[M, M]`` from per-sample Jacobians, a bounded number of rows at a time."""
+    def _gram(self, w: Tensor, f: Tensor, operator: LinearOperator) -> Tensor:
+        """K = B B^T  ``[M, M]``, a bounded number of columns at a time.
+
+        A column is B times a row of B, and that row belongs to one sample: M products with B and little else, N^2 C P
+        operations, where the matrix product of all rows would take (N C)^2 P.
+        """
         rows = self.num_residuals // self.num_samples
-        size = self.samples_at_once(rows)
-        parts = [slice(i, min(i + size, self.num_samples)) for i in range(0, self.num_samples, size)]
+        # a pushed vector holds the tangent of every sample's activations beside its own P numbers
+        size = max(1, self.samples_at_once(rows) // 4)
         K = f.new_empty(self.num_residuals, self.num_residuals)
-        for i, left in enumerate(parts):
-            B_left = self._rows(w, f, left)
-            at = slice(left.start * rows, left.stop * rows)
-            K[at, at] = B_left @ B_left.T
-            for right in parts[i + 1 :]:
-                across = slice(right.start * rows, right.stop * rows)
-                K[at, across] = B_left @ self._rows(w, f, right).T
-                K[across, at] = K[at, across].T
-        return K
+        for start in range(0, self.num_samples, size):
+            part = slice(start, min(start + size, self.num_samples))
+            K[:, part.start * rows : part.stop * rows] = vmap(operator.matvec, out_dims=1, chunk_size=_PUSHED)(
+                self._rows(w, f, part)
+            )
+        return (K + K.T) / 2
 
     def gauss_newton(
         self, w: Tensor, *, max_dense: int = 4096, rtol: float = 1e-6, max_steps: int = 300

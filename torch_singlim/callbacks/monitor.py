@@ -87,6 +87,8 @@ class SingularLimitMonitor(Callback):
         window: optimizer steps over which drift is measured; at most `every_n_steps`.
         replicas: independent copies of each window to run for the noise ceiling; 0: none. Costs as many windows of
             training again.
+        reference: also follow the effective flow step by step, at the cost of two windows in gradients of the whole
+            probe set: what `finite_window`, the default prediction, stands in for.
         num_draws: random directions for the limit's potential; at least the noise components of one sample: exact.
         separation: a normal mode counts as settled once lr * eigenvalue * steps reaches this: its first deviation has
             then decayed to exp(-separation).
@@ -112,6 +114,7 @@ class SingularLimitMonitor(Callback):
         every_n_steps: int | None = None,
         window: int = 500,
         replicas: int = 0,
+        reference: bool = False,
         num_draws: int = 32,
         separation: float = 3.0,
         dtype: torch.dtype = torch.float64,
@@ -126,13 +129,14 @@ class SingularLimitMonitor(Callback):
                 f"windows may not overlap: got window={window} > every_n_steps={every_n_steps}; make the window shorter"
             )
         self.loss, self.data, self.num_samples, self.noise = loss, data, num_samples, noise
-        self.every_n_steps, self.window, self.replicas = every_n_steps, window, replicas
+        self.every_n_steps, self.window, self.replicas, self.reference = every_n_steps, window, replicas, reference
         self.num_draws, self.separation, self.dtype, self.batch_size = num_draws, separation, dtype, batch_size
         self.seed = seed
         self.history: dict[int, dict[str, float]] = {}
         self.last_observation: Observation | None = None
         self.last_window: WindowObservation | None = None
         self.not_covered: tuple[str, ...] = ()
+        self.withdrawn: list[str] = []
         self.verdict = ""
 
     # --- set-up ----------------------------------------------------------------------------------------------------
@@ -140,6 +144,7 @@ class SingularLimitMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the problem, the descent and the noise; probe the first weights."""
         self.history, self.last_observation, self.last_window, self.verdict = {}, None, None, ""
+        self.withdrawn = []
         self._began = time.perf_counter()
         self._probing = 0.0
         self._warned = False
@@ -233,7 +238,7 @@ class SingularLimitMonitor(Callback):
         if not self._seen(trainer.global_step):
             self._probe(trainer)
         with self._aside():
-            self.verdict = verdict(self.history, not_covered=self.not_covered)
+            self.verdict = verdict(self.history, not_covered=self.not_covered, withdrawn=self.withdrawn)
             rank_zero_info("torch_singlim verdict\n\n" + self.verdict + "\n")
             for logger in trainer.loggers:
                 add_text = getattr(getattr(logger, "experiment", None), "add_text", None)  # TensorBoard has it
@@ -279,6 +284,7 @@ class SingularLimitMonitor(Callback):
             separation=self.separation,
             generator=self._generator,
         )
+        self._withdraw(observation.withdrawn)
         scalars = observation_scalars(observation)
         line = f"step {step}: loss gap {observation.loss_gap:.2e}, distance {observation.foot.distance:.3g}"
         if self._open is not None and step - self._open[0].step == self.window and self._sgd is not None:
@@ -292,11 +298,12 @@ class SingularLimitMonitor(Callback):
                 noise=self._noise,
                 sgd=replace(self._sgd, lr=mean_lr),
                 replicas=self.replicas,
-                num_draws=self.num_draws,
+                reference=self.reference,
                 velocity=velocity,
                 generator=self._generator,
             )
             self.last_window = window
+            self._withdraw(window.withdrawn)
             scalars |= window_scalars(window)
             line += f", drift over {self.window} steps: {_in_words(scalars)}"
         self._open = None
@@ -307,6 +314,12 @@ class SingularLimitMonitor(Callback):
         scalars["singlim/cost/overhead"] = (self._probing + time.perf_counter() - self._entered) / elapsed
         self._log(trainer, scalars)
         rank_zero_info("torch_singlim " + line)
+
+    def _withdraw(self, reason: str | None) -> None:
+        """Say why a prediction is not given, and keep it for the verdict."""
+        if reason is not None:
+            self.withdrawn.append(reason)
+            rank_zero_info(f"torch_singlim: prediction withdrawn: {reason}")
 
     def _current_sgd(self, trainer: Trainer) -> SGDSettings | None:
         """The settings at the present learning rate: where the schedule has it, what the last step has used."""
@@ -359,6 +372,7 @@ def _in_words(scalars: dict[str, float]) -> str:
     """The window's agreement, in the words of the terminal."""
     words = {
         "drift/cosine": "cosine",
+        "reference/cosine": "step by step",
         "drift/ceiling": "ceiling",
         "drift/speed_ratio": "speed ratio",
         "drift/null_cosine": "null",

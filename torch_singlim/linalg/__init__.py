@@ -2,8 +2,22 @@
 
 from torch_singlim.linalg.estimate import Estimate, VectorEstimate, rademacher
 from torch_singlim.linalg.exponential import LinearDescent, descent_norm, linear_descent, phi1, phi2
-from torch_singlim.linalg.factored import DenseFactored, FactoredOperator, KrylovFactored, gram_cutoff, minimum_norm
-from torch_singlim.linalg.krylov import KrylovBasis, Solution, krylov_function, krylov_solve, lanczos
+from torch_singlim.linalg.factored import (
+    DenseFactored,
+    FactoredOperator,
+    KrylovFactored,
+    cholesky,
+    gram_cutoff,
+    minimum_norm,
+)
+from torch_singlim.linalg.krylov import (
+    KrylovBasis,
+    Solution,
+    krylov_function,
+    krylov_solve,
+    lanczos,
+    preconditioned_solve,
+)
 from torch_singlim.linalg.operator import LinearOperator
 
 __all__ = [
@@ -14,11 +28,13 @@ __all__ = [
     "DenseFactored",
     "KrylovFactored",
     "minimum_norm",
+    "cholesky",
     "gram_cutoff",
     # Lanczos
     "lanczos",
     "KrylovBasis",
     "krylov_solve",
+    "preconditioned_solve",
     "krylov_function",
     "Solution",
     # linear descent over a long time

@@ -21,7 +21,7 @@ from torch_singlim.linalg.estimate import rademacher
 from torch_singlim.linalg.krylov import Solution, krylov_function, krylov_solve, lanczos
 from torch_singlim.linalg.operator import LinearOperator
 
-__all__ = ["DenseFactored", "FactoredOperator", "KrylovFactored", "gram_cutoff", "minimum_norm"]
+__all__ = ["DenseFactored", "FactoredOperator", "KrylovFactored", "cholesky", "gram_cutoff", "minimum_norm"]
 
 
 def gram_cutoff(rows: int, dtype: torch.dtype) -> float:
@@ -160,6 +160,14 @@ class KrylovFactored(FactoredOperator):
         return krylov_function(self.operator.gram_product, on_range, u, rtol=self.rtol, max_steps=self.max_steps).x
 
 
+def cholesky(gram: Tensor) -> Tensor | None:
+    """The Cholesky factor of K ``[m, m]``, or None where K is not numerically of full rank."""
+    factor, info = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal().square()
+    full = info.item() == 0 and bool((pivots > gram_cutoff(len(gram), gram.dtype) * gram.diagonal().max()).all())
+    return factor if full else None
+
+
 def minimum_norm(operator: LinearOperator, gram: Tensor | None, u: Tensor, *, rtol: float, max_steps: int) -> Solution:
     """The shortest x with B x = u: x = B^T K^+ u, with the status and the relative residual |B x - u| / |u|.
 
@@ -175,13 +183,12 @@ def minimum_norm(operator: LinearOperator, gram: Tensor | None, u: Tensor, *, rt
     norm = torch.linalg.vector_norm(u).item()
     if norm == 0.0:
         return Solution(u.new_zeros(operator.shape[1]), "converged", 0, 0.0)
-    cutoff = gram_cutoff(u.numel(), u.dtype)
     if gram is None:
+        cutoff = gram_cutoff(u.numel(), u.dtype)
         inner = krylov_solve(operator.gram_product, u, rtol=rtol, max_steps=max_steps, cutoff=cutoff)
         return Solution(operator.rmatvec(inner.x), inner.status, inner.steps, inner.residual)
-    factor, info = torch.linalg.cholesky_ex(gram)
-    pivots = factor.diagonal().square()
-    if info.item() == 0 and bool((pivots > cutoff * gram.diagonal().max()).all()):
+    factor = cholesky(gram)
+    if factor is not None:
         y = torch.cholesky_solve(u[:, None], factor)[:, 0]
     else:
         y = DenseFactored.from_gram(operator, gram).gram_function(torch.reciprocal, u)

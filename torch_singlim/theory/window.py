@@ -15,7 +15,7 @@ from torch_singlim.theory.noise import NoiseSystem
 
 __all__ = ["finite_window"]
 
-_FIRST = 6  # the first sub-step is this part of the window
+_FIRST = 5  # the first sub-step is this part of the window
 _KRYLOV = 0.05  # relative accuracy of a sub-step: far below the sampling error of its slope
 _GROW, _SHRINK = 2.0, 0.3  # most and least change of the sub-step's length
 

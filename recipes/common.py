@@ -151,6 +151,7 @@ class Plan:
         lr: step size of SGD.
         replicas: independent copies of each window for the noise ceiling.
         num_draws: random directions for the singular limit.
+        reference: follow the effective flow step by step, too.
         dtype: of the probe.
     """
 
@@ -161,6 +162,7 @@ class Plan:
     lr: float
     replicas: int = 2
     num_draws: int = 16
+    reference: bool = True
     dtype: torch.dtype = torch.float64
 
     def adjusted(self, samples: int, epochs: int | None, lr: float | None) -> Plan:
@@ -227,7 +229,7 @@ def train(
         num_samples=len(data),
         window=plan.window,  # the last one ends with the run
         replicas=plan.replicas,
-        reference=True,
+        reference=plan.reference,
         num_draws=plan.num_draws,
         dtype=plan.dtype,
     )

@@ -53,8 +53,8 @@ FULL = {
     "cnn": Plan(clean=4_000, steps=1_500, window=1_000, batch_size=100, lr=0.1),
 }
 QUICK = {
-    "mlp": Plan(clean=2_000, steps=1_000, window=600, batch_size=20, lr=0.2),
-    "cnn": Plan(clean=2_000, steps=1_000, window=600, batch_size=20, lr=0.1),
+    "mlp": Plan(clean=2_000, steps=1_000, window=600, batch_size=20, lr=0.2, reference=False),
+    "cnn": Plan(clean=2_000, steps=1_000, window=600, batch_size=20, lr=0.1, reference=False),
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from torch_singlim.functional import ActivationSite, FunctionalModule
 from torch_singlim.linalg import DenseFactored, FactoredOperator, KrylovFactored, LinearOperator, gram_cutoff
@@ -128,6 +129,9 @@ class ZeroLossProblem:
         with torch.no_grad():
             outputs = self.function(self.weights(), example)
         self.num_outputs = outputs.shape[1]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.function(self.weights(), example)
+        self.flops = counter.get_total_flops() / len(example)
         self.targets = self.sample_loss.prepare(targets.detach().to(self.device), outputs)
         self.num_residuals = self.num_samples * self.sample_loss.num_rows(self.num_outputs)
         if self.num_weights < self.num_residuals:
@@ -288,18 +292,27 @@ class ZeroLossProblem:
     def _gram(self, w: Tensor, f: Tensor, operator: LinearOperator) -> Tensor:
         """K = B B^T  ``[M, M]``, a bounded number of columns at a time.
 
-        A column is B times a row of B, and that row belongs to one sample: M products with B and little else, N^2 C P
-        operations, where the matrix product of all rows would take (N C)^2 P.
+        Two ways, by operations: N C pushes of a row of B through all samples, each about twice a forward pass, or the
+        product of all rows, (N C)^2 P. The first is for weights that are used once (linear layers), the second for
+        those that are used at every pixel.
         """
         rows = self.num_residuals // self.num_samples
+        pushing = 2 * self.flops < rows * self.num_weights
         # a pushed vector holds the tangent of every sample's activations beside its own P numbers
-        size = max(1, self.samples_at_once(rows) // 4)
+        size = max(1, self.samples_at_once(rows) // (4 if pushing else 1))
+        parts = [slice(i, min(i + size, self.num_samples)) for i in range(0, self.num_samples, size)]
         K = f.new_empty(self.num_residuals, self.num_residuals)
-        for start in range(0, self.num_samples, size):
-            part = slice(start, min(start + size, self.num_samples))
-            K[:, part.start * rows : part.stop * rows] = vmap(operator.matvec, out_dims=1, chunk_size=_PUSHED)(
-                self._rows(w, f, part)
-            )
+        for i, left in enumerate(parts):
+            B_left = self._rows(w, f, left)
+            at = slice(left.start * rows, left.stop * rows)
+            if pushing:
+                K[:, at] = vmap(operator.matvec, out_dims=1, chunk_size=_PUSHED)(B_left)
+                continue
+            K[at, at] = B_left @ B_left.T
+            for right in parts[i + 1 :]:
+                across = slice(right.start * rows, right.stop * rows)
+                K[at, across] = B_left @ self._rows(w, f, right).T
+                K[across, at] = K[at, across].T
         return (K + K.T) / 2
 
     def gauss_newton(

@@ -31,7 +31,8 @@ class WindowPrediction:
         error: estimated norm of the integration error; 0 where every step was followed, nan where it is not known.
         products: gradients of the whole probe set that it took; a product with H counts as one.
         status: "ok"; "diverged": the flow left every bounded region, the displacement is where it was stopped;
-            "inaccurate": the integration error stayed above what was asked for (follow every step: `effective_flow`).
+            "inaccurate": the accuracy asked for costs more than following every step (use `effective_flow`); the
+            displacement is that of the part done.
     """
 
     displacement: Tensor = field(repr=False)

@@ -64,7 +64,7 @@ def finite_window(
         sgd: step size and momentum; the batch size enters for noises of order 2 alone.
         steps: K.
         rtol: a sub-step is made shorter where its integration error is above rtol times its displacement and above
-            half its sampling error; not beyond the cost of following every step.
+            half its sampling error. Where that takes more gradients than following every step, it is given up.
         num_draws: gradients of single draws in a sub-step (fewer where it spans fewer steps). With blocks of about
             1/p and more, what is linear in the noise cancels: one stratified draw is then worth several.
         velocity: the optimizer's momentum at the start ``[P]``, where it has some.
@@ -88,7 +88,7 @@ def finite_window(
     lag = sgd.lr * sgd.momentum / (1 - sgd.momentum) * (sgd.momentum if sgd.nesterov else 1)
     alpha, total = sgd.effective_lr, sgd.effective_lr * steps
     at = w if velocity is None or lag == 0 else w - lag * velocity
-    time, h, products, variance, error, accurate = 0.0, total / _FIRST, 0.0, 0.0, 0.0, True
+    time, h, products, variance, error = 0.0, total / _FIRST, 0.0, 0.0, 0.0
 
     def strata() -> int:
         return math.ceil(min(num_draws, h / alpha) / 2)
@@ -124,15 +124,15 @@ def finite_window(
             sampled = descent_norm(B, (blocks[0][0] - blocks[1][0]) / 2, time=h)
         allowed = max(rtol * size, sampled / 2)  # finer than the draws allow is of no use
         wanted = h * min(_GROW, max(_SHRINK, 0.9 * math.sqrt(allowed / max(local, 1e-300))))
-        affordable = products < steps and h > alpha
-        if local > allowed and affordable:
+        if local > allowed and h > alpha:
             h = wanted
+            if products > steps:  # following every step would have been cheaper
+                return WindowPrediction(at - w, math.nan, math.inf, round(products), "inaccurate")
             continue
-        accurate = accurate and (local <= allowed or h <= alpha)
         variance += sampled**2
         error = math.hypot(error, local)
-        last, at, time, h = (at, descent, h), at + u, time + h, wanted if affordable else h
+        last, at, time, h = (at, descent, h), at + u, time + h, wanted
     if lag:  # w = z + c v, and v = -(z_k - z_{k-1})/lr
         _, descent, h = last
         at = at - lag / sgd.lr * (descent.at(h) - descent.at(h - min(alpha, h)))
-    return WindowPrediction(at - w, math.sqrt(variance), error, round(products), "ok" if accurate else "inaccurate")
+    return WindowPrediction(at - w, math.sqrt(variance), error, round(products), "ok")

@@ -74,6 +74,25 @@ class _ActivationNoise(nn.Module):
         return self.tape.visit(self.site, self.p, shape, x)
 
 
+class _DecomposedLayerNorm(nn.Module):
+    """Layer normalisation in elementary operations: torch's fused one has wrong derivatives of second and third order.
+
+    Shares the layer's parameters, under the same names.
+    """
+
+    def __init__(self, layer: nn.LayerNorm) -> None:
+        super().__init__()
+        self.dims = tuple(range(-len(layer.normalized_shape), 0))
+        self.eps = layer.eps
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(self.dims, keepdim=True)
+        x = centred / (centred.square().mean(self.dims, keepdim=True) + self.eps).sqrt()
+        x = x if self.weight is None else x * self.weight
+        return x if self.bias is None else x + self.bias
+
+
 @contextmanager
 def _no_global_randomness() -> Iterator[None]:
     """A forward pass that draws random numbers leaves the global generators as they were."""
@@ -139,6 +158,8 @@ class FunctionalModule:
                 if isinstance(child, nn.modules.dropout._DropoutNd) and type(child) in _DROPOUT_KINDS:
                     site = f"{parent_name}.{name}".removeprefix("root.")
                     parent._modules[name] = _ActivationNoise(site, child, self._tape)
+                if type(child) is nn.LayerNorm:
+                    parent._modules[name] = _DecomposedLayerNorm(child)
         return holder["root"].eval()
 
     def refresh_constants(self) -> None:
@@ -214,6 +235,24 @@ class FunctionalModule:
                 "the module is random in evaluation mode: two forward passes on the same inputs differ; make forward "
                 "deterministic under module.eval() (nn.Dropout rather than F.dropout without training=self.training)"
             )
+
+    def layers(self, x: Tensor) -> list[tuple[nn.Module, Tensor]]:
+        """Copies of the leaf modules that one pass on x calls, in `dtype`, each with its first input."""
+        called: list[tuple[nn.Module, Tensor]] = []
+
+        def visit(layer: nn.Module, args: tuple) -> None:
+            if args and isinstance(args[0], Tensor):
+                called.append((layer, args[0].detach()))
+
+        leaves = [part for part in self._copy.modules() if next(part.children(), None) is None]
+        hooks = [leaf.register_forward_pre_hook(visit) for leaf in leaves]
+        try:
+            with torch.no_grad():
+                self(self.weights(), x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [(copy.deepcopy(layer).to(self.dtype), value) for layer, value in called]
 
     @property
     def normalises_over_batch(self) -> bool:

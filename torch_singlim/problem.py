@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -148,6 +149,20 @@ class ZeroLossProblem:
             f"ZeroLossProblem({type(self.function.module).__name__}, {self.sample_loss}, N={self.num_samples}, "
             f"C={self.num_outputs}, P={self.num_weights}, {self.dtype})"
         )
+
+    def subset(self, count: int, *, dtype: torch.dtype = torch.float64) -> ZeroLossProblem:
+        """The same problem on its first samples alone."""
+        part = copy.copy(self)
+        part.function = FunctionalModule(self.function.module, dtype=dtype, device=self.device)
+        part.dtype = dtype
+        part.inputs = self.inputs[:count]
+        if part.inputs.is_floating_point():
+            part.inputs = part.inputs.to(dtype)
+        part.targets = self.targets[:count].to(dtype) if self.targets.is_floating_point() else self.targets[:count]
+        part.num_samples = part.batch_size = len(part.inputs)
+        part.num_residuals = part.num_samples * (self.num_residuals // self.num_samples)
+        part.sites = part.function.sites(part.inputs)
+        return part
 
     @property
     def input_shape(self) -> torch.Size:

@@ -54,7 +54,10 @@ def test_zero_slope():
 
 def test_phi_near_zero():
     z = torch.tensor([0.0, 1e-13, 1e-9, 1e-4, 9e-3, 1.1e-2, 1.0, 50.0], dtype=DTYPE)
-    powers = [sum((-1) ** k * z**k / torch.lgamma(torch.tensor(k + m + 1.0, dtype=DTYPE)).exp() for k in range(12)) for m in (1, 2)]
+    powers = [
+        sum((-1) ** k * z**k / torch.lgamma(torch.tensor(k + m + 1.0, dtype=DTYPE)).exp() for k in range(12))
+        for m in (1, 2)
+    ]
     near = z < 2
     torch.testing.assert_close(phi1(z)[near], powers[0][near], rtol=1e-8, atol=0)
     torch.testing.assert_close(phi2(z)[near], powers[1][near], rtol=1e-8, atol=0)

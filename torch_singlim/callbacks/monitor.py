@@ -35,7 +35,7 @@ from torch_singlim.observe import (
     verdict,
     window_scalars,
 )
-from torch_singlim.theory import CustomNoise, NoiseSystem, SGDSettings, parts, with_measured_order
+from torch_singlim.theory import CustomNoise, NoiseSystem, SGDSettings, check_derivatives, parts, with_measured_order
 
 __all__ = ["SingularLimitMonitor", "probe_starts"]
 
@@ -185,6 +185,7 @@ class SingularLimitMonitor(Callback):
         noise, reasons = detect_noise(self._problem, descent.weight_decay, injected)
         self._noise = self.noise if self.noise is not None else noise
         self._noise.check(self._problem)
+        check_derivatives(self._problem, self._noise)
         if any(isinstance(part, CustomNoise) for part in parts(self._noise)):
             foot = nearest_point(self._problem, self._problem.weights(), rtol=1e-2)
             self._noise = with_measured_order(

@@ -1,5 +1,6 @@
 """The paper and its extensions, one function per formula."""
 
+from torch_singlim.theory.derivatives import check_derivatives
 from torch_singlim.theory.descent import SGDSettings, stationary_variance, time_scale
 from torch_singlim.theory.distance import ExpectedDistance, expected_distance
 from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction, has_effective_flow
@@ -61,6 +62,8 @@ __all__ = [
     "Langevin",
     "Minibatch",
     "CustomNoise",
+    # whether torch differentiates the network rightly
+    "check_derivatives",
     # order 1: the effective potential
     "potential",
     "Potential",

@@ -49,6 +49,7 @@ def resnet(shape: tuple[int, ...]) -> nn.Module:
 NETWORKS = {"cnn": cnn, "resnet": resnet}
 # float32: in float64 its gradients take three times as long, and few small eigenvalues are asked for
 _RESNET = Plan(clean=1_500, steps=900, window=600, batch_size=32, lr=0.01, num_draws=8, dtype=torch.float32)
+# samples and plan
 FULL = {
     "cnn": (256, Plan(clean=3_000, steps=900, window=600, batch_size=32, lr=0.1)),
     "resnet": (256, _RESNET),
@@ -102,8 +103,8 @@ def main(
         loss: mse on one-hot targets, or cross-entropy with label smoothing 0.1.
         noise: which one; dropout is a layer of the network, minibatch is none, the others are injected.
         level: rate of dropout or label flips, standard deviation of the others; default: one for each.
-        samples: training images; default: 256, quick: 96, with the ResNet 24.
-        epochs: passes over them with noise; default: about 110.
+        samples: training images; default: 256; quick: 96, with the ResNet 24.
+        epochs: passes over them with noise; default: 900 steps, quick: 700, with the ResNet 350.
         lr: step size of SGD; default: 0.1, with the ResNet 0.01.
         quick: a smaller experiment.
         accelerator: Lightning's: auto, cpu, gpu, ...

@@ -48,13 +48,14 @@ def cnn(shape: tuple[int, ...]) -> nn.Module:
 
 
 NETWORKS = {"mlp": mlp, "cnn": cnn}
+# samples and plan
 FULL = {
-    "mlp": Plan(clean=4_000, steps=1_500, window=1_000, batch_size=100, lr=0.2),
-    "cnn": Plan(clean=4_000, steps=1_500, window=1_000, batch_size=100, lr=0.1),
+    "mlp": (1_000, Plan(clean=4_000, steps=1_500, window=1_000, batch_size=100, lr=0.2)),
+    "cnn": (1_000, Plan(clean=4_000, steps=1_500, window=1_000, batch_size=100, lr=0.1)),
 }
 QUICK = {
-    "mlp": Plan(clean=2_000, steps=1_000, window=600, batch_size=20, lr=0.2, reference=False),
-    "cnn": Plan(clean=2_000, steps=1_000, window=600, batch_size=20, lr=0.1, reference=False),
+    "mlp": (200, Plan(clean=2_000, steps=1_000, window=600, batch_size=20, lr=0.2, reference=False)),
+    "cnn": (100, Plan(clean=2_000, steps=1_000, window=600, batch_size=20, lr=0.1, reference=False)),
 }
 
 
@@ -96,8 +97,8 @@ def main(
         loss: mse on one-hot targets, or cross-entropy with label smoothing 0.1.
         noise: which one; dropout is a layer of the network, minibatch is none, the others are injected.
         level: rate of dropout or label flips, standard deviation of the others; default: one for each.
-        samples: training images; default: 1,000, quick: 200.
-        epochs: passes over them with noise; default: 150, quick: 100.
+        samples: training images; default: 1,000; quick: 200, with the convolutional network 100.
+        epochs: passes over them with noise; default: 1,500 steps, quick: 1,000.
         lr: step size of SGD; default: 0.2 for the MLP, 0.1 for the convolutional network.
         quick: a smaller experiment.
         accelerator: Lightning's: auto, cpu, gpu, ...
@@ -106,8 +107,9 @@ def main(
         check: fail unless the last window agrees with the theory, where the noise is strong enough to be seen.
     """
     L.seed_everything(seed)
-    samples = samples or (200 if quick else 1_000)
-    plan = (QUICK if quick else FULL)[network].adjusted(samples, epochs, lr)
+    default, plan = (QUICK if quick else FULL)[network]
+    samples = samples or default
+    plan = plan.adjusted(samples, epochs, lr)
     images, labels = first_images(source(data_dir, download=download), samples, where=data_dir)
     data = as_dataset(images, labels, one_hot=loss == "mse")
     net = NETWORKS[network](tuple(images.shape[1:]))

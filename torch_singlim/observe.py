@@ -152,6 +152,8 @@ class Observation:
         limit: the singular limit's prediction at the foot point (None where the theory does not cover the training, or
             its expansion of the noise does not hold).
         finite_noise: how far that expansion holds at these weights (order 1 alone).
+        subset: whether training uses more samples than were probed. The Gamma of some samples contains that of all:
+            distances are then lower bounds.
     """
 
     step: int
@@ -166,6 +168,7 @@ class Observation:
     num_separated: int | None
     limit: LimitPrediction | None = field(repr=False)
     finite_noise: FiniteNoise | None
+    subset: bool
 
     @property
     def withdrawn(self) -> str | None:
@@ -193,6 +196,7 @@ def observe(
     rtol: float = 2e-2,
     max_steps: int = 12,
     max_dense: int = 4096,
+    subset: bool = False,
     generator: torch.Generator | None = None,
 ) -> Observation:
     """Distance, tangent space and the limit's prediction at weights w ``[P]``.
@@ -210,6 +214,7 @@ def observe(
         rtol: of the nearest point; the distance, stationary there, is then right to about rtol^2.
         max_steps: most linearisations for the nearest point; early in training it is far and may not be found.
         max_dense: up to this many residuals the geometry is exact; above, the linearised distance and Lanczos.
+        subset: whether training uses samples that the problem does not have; noted in the record.
         generator: of random directions.
     """
     exact = problem.num_residuals <= max_dense
@@ -246,6 +251,7 @@ def observe(
         num_separated=count,
         limit=limit,
         finite_noise=expansion,
+        subset=subset,
     )
 
 

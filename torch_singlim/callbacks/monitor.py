@@ -193,6 +193,7 @@ class SingularLimitMonitor(Callback):
             )
         self._variance = self._noise.variance(self._problem)
         self._sgd = descent.sgd
+        self._is_subset = probe.is_subset
         if probe.is_subset:
             reasons += (
                 f"the probe set has {len(probe.inputs)} of {probe.train_size} training samples: the distance is a "
@@ -252,18 +253,32 @@ class SingularLimitMonitor(Callback):
     # --- one probe -------------------------------------------------------------------------------------------------
 
     def _probe(self, trainer: Trainer) -> None:
-        """Observe the weights; where a window ends here, compare it; where one begins, open it."""
-        try:
-            with self._aside():
-                self._observe(trainer)
-        except Exception as error:  # a probe may not end the training: it says what happened, once, and goes on
-            self._open = None
-            if not self._warned:
-                rank_zero_warn(
-                    f"torch_singlim: the probe at step {trainer.global_step} failed and was left out, "
-                    f"training goes on: {type(error).__name__}: {error}"
-                )
-            self._warned = True
+        """Observe the weights; where a window ends here, compare it; where one begins, open it.
+
+        A probe may not end the training: out of memory it tries again with fewer samples at once, and what does not
+        work is left out, with a warning.
+        """
+        while True:
+            try:
+                with self._aside():
+                    self._observe(trainer)
+                return
+            except Exception as error:
+                if _out_of_memory(error) and self._problem.batch_size > 1:
+                    self._problem.batch_size = (self._problem.batch_size + 1) // 2
+                    rank_zero_info(
+                        f"torch_singlim: out of memory at step {trainer.global_step}, the probe tries again with "
+                        f"{self._problem.batch_size} samples at once"
+                    )
+                    continue
+                self._open = None
+                if not self._warned:
+                    rank_zero_warn(
+                        f"torch_singlim: the probe at step {trainer.global_step} failed and was left out, "
+                        f"training goes on: {type(error).__name__}: {error}"
+                    )
+                self._warned = True
+                return
 
     def _observe(self, trainer: Trainer) -> None:
         step = trainer.global_step
@@ -283,6 +298,7 @@ class SingularLimitMonitor(Callback):
             carried=carried,
             num_draws=self.num_draws,
             separation=self.separation,
+            subset=self._is_subset,
             generator=self._generator,
         )
         self._withdraw(observation.withdrawn)
@@ -318,7 +334,7 @@ class SingularLimitMonitor(Callback):
 
     def _withdraw(self, reason: str | None) -> None:
         """Say why a prediction is not given, and keep it for the verdict."""
-        if reason is not None:
+        if reason is not None and reason not in self.withdrawn:
             self.withdrawn.append(reason)
             rank_zero_info(f"torch_singlim: prediction withdrawn: {reason}")
 
@@ -367,6 +383,13 @@ class SingularLimitMonitor(Callback):
     @property
     def _device_type(self) -> str:
         return self._problem.device.type if hasattr(self, "_problem") else "cpu"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on an accelerator or the CPU, whose allocator has no exception of its own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _in_words(scalars: dict[str, float]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from torch_singlim.linalg import FactoredOperator, Solution, cholesky, minimum_norm, preconditioned_solve
+from torch_singlim.linalg import DenseFactored, FactoredOperator, Solution, cholesky, minimum_norm, preconditioned_solve
 from torch_singlim.problem import Linearization, ZeroLossProblem
 
 __all__ = ["FootPoint", "TangentSpace", "nearest_point", "tangent_space"]
@@ -70,18 +72,23 @@ class FootPoint:
     Args:
         point: ``[P]``.
         distance: |w - point|, in units of the weights' norm. An upper bound of the distance where `converged` is False.
-        linearised_distance: |B^+ b|, from the linearisation at w alone: right to first order in the distance.
+        linearised: B^+ b, the displacement from Gamma by the linearisation at w alone ``[P]``: right to first order.
         converged: the point is on Gamma and stationary to the tolerance asked for.
         residual: |b(point)|, the root of about twice the loss gap that is left.
         steps: linearisations used.
     """
 
-    point: Tensor
+    point: Tensor = field(repr=False)
     distance: float
-    linearised_distance: float
+    linearised: Tensor = field(repr=False)
     converged: bool
     residual: float
     steps: int
+
+    @property
+    def linearised_distance(self) -> float:
+        """|B^+ b|, in units of the weights' norm."""
+        return torch.linalg.vector_norm(self.linearised).item()
 
 
 def nearest_point(
@@ -92,6 +99,7 @@ def nearest_point(
     max_steps: int = 20,
     max_dense: int = 4096,
     krylov_steps: int = 500,
+    hessian: FactoredOperator | None = None,
 ) -> FootPoint:
     """The nearest point of Gamma to w, by Gauss-Newton steps on the constraint b(v) = 0 with v - w kept shortest.
 
@@ -108,6 +116,7 @@ def nearest_point(
         max_dense: up to this many residuals B B^T is formed and factored, once as a rule: its factor preconditions the
             later solves; above, Lanczos with `krylov_steps` products.
         krylov_steps: most products per linearisation on that path.
+        hessian: ``problem.gauss_newton(w)``, if it is there already: K need then not be formed at all.
 
     Raises:
         ValueError: weights or outputs that are not finite.
@@ -127,32 +136,29 @@ def nearest_point(
     at = problem.linearize(w)
     initial = torch.linalg.vector_norm(at.residual).item()
 
-    factor: Tensor | None = None  # of the last K that was formed: it preconditions those nearby
+    # the inverse of the last K that was decomposed: it preconditions those nearby
+    inverse: Callable[[Tensor], Tensor] | None = None
+    if isinstance(hessian, DenseFactored) and hessian.rank == problem.num_residuals:
+        inverse = functools.partial(hessian.gram_function, torch.reciprocal)
 
     def shortest(linearization: Linearization, rhs: Tensor) -> Solution:
-        nonlocal factor
+        nonlocal inverse
         B = linearization.operator
-        if factor is not None:
-            near = factor
-            inner = preconditioned_solve(
-                B.gram_product,
-                rhs,
-                lambda r: torch.cholesky_solve(r[:, None], near)[:, 0],
-                rtol=0.01 * rtol,
-                max_steps=_MOST_PRECONDITIONED,
-            )
+        if inverse is not None:
+            inner = preconditioned_solve(B.gram_product, rhs, inverse, rtol=0.01 * rtol, max_steps=_MOST_PRECONDITIONED)
             if inner.status == "converged":
                 return Solution(B.rmatvec(inner.x), "converged", inner.steps, inner.residual)
         gram = linearization.gram() if problem.num_residuals <= max_dense else None
         factor = None if gram is None else cholesky(gram)
+        inverse = None if factor is None else lambda r: torch.cholesky_solve(r[:, None], factor)[:, 0]
         return minimum_norm(B, gram, rhs, rtol=0.1 * rtol, max_steps=krylov_steps)
 
-    v, residual, linearised, converged, steps = w, initial, 0.0, initial <= rounding, 0
+    v, residual, linearised, converged, steps = w, initial, torch.zeros_like(w), initial <= rounding, 0
     while not converged and steps < max_steps:
         steps += 1
         target = w + shortest(at, at.operator.matvec(v - w) - at.residual).x
         if steps == 1:
-            linearised = torch.linalg.vector_norm(target - w).item()
+            linearised = w - target
         # near Gamma a step along it may raise |b| by its square: residuals this small count as feasible
         feasible = 1e-3 * initial
         share = 1.0

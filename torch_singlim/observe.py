@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_singlim.geometry import FootPoint, TangentSpace, nearest_point, separation_level
-from torch_singlim.linalg import Estimate
+from torch_singlim.linalg import Estimate, VectorEstimate
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory import (
     LimitPrediction,
@@ -21,7 +21,9 @@ from torch_singlim.theory import (
     WindowPrediction,
     averaged_gradient,
     effective_flow,
+    expected_distance,
     finite_window,
+    gradient_noise,
     has_effective_flow,
     potential,
     simulate,
@@ -33,10 +35,12 @@ __all__ = [
     "FiniteNoise",
     "History",
     "Observation",
+    "Scatter",
     "Spread",
     "WindowObservation",
     "compare",
     "finite_noise",
+    "jackknife",
     "noise_ceiling",
     "noise_pull",
     "observation_scalars",
@@ -86,6 +90,37 @@ def compare(measured: Tensor, predicted: Tensor) -> Agreement:
     )
 
 
+@dataclass(frozen=True)
+class Scatter:
+    """Standard errors of an agreement's cosine and speed ratio, from equal parts of the window."""
+
+    cosine: float
+    speed_ratio: float
+
+
+def jackknife(measured: Tensor, predicted: Tensor) -> Scatter:
+    """Standard errors from the displacements over n parts of a window ``[n, P]``, one part left out at a time.
+
+        s^2 = (n-1)/n sum_j (a_j - mean a)^2,      a_j the agreement without part j        (Efron & Stein 1981)
+
+    Parts are taken as independent; nan for fewer than two.
+
+    >>> m = torch.tensor([[1.0, 0.1], [1.0, -0.1]])
+    >>> jackknife(m, torch.tensor([[1.0, 0.0], [1.0, 0.0]])).speed_ratio
+    0.0
+    """
+    n = len(measured)
+    if n < 2:
+        return Scatter(math.nan, math.nan)
+    without = [compare(measured.sum(0) - m, predicted.sum(0) - q) for m, q in zip(measured, predicted, strict=True)]
+
+    def error(values: list[float]) -> float:
+        mean = sum(values) / n
+        return math.sqrt((n - 1) / n * sum((value - mean) ** 2 for value in values))
+
+    return Scatter(error([a.cosine for a in without]), error([a.speed_ratio for a in without]))
+
+
 def noise_ceiling(runs: Sequence[Tensor]) -> float:
     """The best cosine that any deterministic prediction can have with one run: sqrt(mean cosine between runs).
 
@@ -106,32 +141,35 @@ class FiniteNoise:
     Args:
         cosine: between grad V and E_eta grad Lhat - grad L.
         norm_ratio: |grad V| over the other's norm; far from 1: the expansion does not hold at this noise.
+        stderr: sampling error of the two, relative to their norms.
     """
 
     cosine: float
     norm_ratio: float
+    stderr: float
 
     @property
-    def holds(self) -> bool:
-        """Whether the expansion can be believed: direction and norm right to about a quarter."""
-        return math.isnan(self.cosine) or (self.cosine >= 0.9 and 0.8 <= self.norm_ratio <= 1.25)
+    def fails(self) -> bool:
+        """Whether the expansion clearly does not hold: cosine or norm off by more than 0.15 and the sampling error."""
+        return abs(self.norm_ratio - 1) > 0.15 + self.stderr or self.cosine < 0.85 - self.stderr
 
 
 def finite_noise(
     problem: ZeroLossProblem,
     w: Tensor,
     noise: NoiseSystem,
+    averaged: VectorEstimate,
     *,
     num_draws: int,
     generator: torch.Generator | None = None,
 ) -> FiniteNoise:
-    """Compare grad V with the averaged gradient at w ``[P]``, both from independent draws, sampling error taken out."""
-    averaged = averaged_gradient(noise, problem, w, num_draws=num_draws, generator=generator)
+    """Compare grad V at w ``[P]`` with the averaged gradient there, from other draws, sampling error taken out."""
     expanded = potential(noise, problem, w, num_draws=num_draws, generator=generator).gradient
     a, b = averaged.norm, expanded.norm
     if a * b == 0:
-        return FiniteNoise(math.nan, math.nan)
-    return FiniteNoise(torch.dot(averaged.mean, expanded.mean).item() / (a * b), b / a)
+        return FiniteNoise(math.nan, math.nan, math.nan)
+    cosine = torch.dot(averaged.mean, expanded.mean).item() / (a * b)
+    return FiniteNoise(cosine, b / a, math.hypot(averaged.stderr / a, expanded.stderr / b))
 
 
 @dataclass(frozen=True)
@@ -146,12 +184,15 @@ class Observation:
         loss_gap: L(w).
         foot: the nearest point of Gamma.
         tangent: the tangent space there.
-        separated: measured distance along the separated modes alone (None without a covered step size).
+        separated: distance along the separated modes at w: the part of B^+ b, the linearised displacement, along modes
+            of H with alpha lambda step >= c (None without a covered step size).
         expected: the same by the theory, root mean square (None without a prediction).
+        direction: cosine between that part and the mean offset which the theory expects (nan at order 2).
         num_separated: how many modes that is.
         limit: the singular limit's prediction at the foot point (None where the theory does not cover the training, or
             its expansion of the noise does not hold).
         finite_noise: how far that expansion holds at these weights (order 1 alone).
+        moves: whether the noise drives a motion along Gamma on one of the two clocks.
         subset: whether training uses more samples than were probed. The Gamma of some samples contains that of all:
             distances are then lower bounds.
     """
@@ -165,15 +206,17 @@ class Observation:
     tangent: TangentSpace = field(repr=False)
     separated: float | None
     expected: float | None
+    direction: float
     num_separated: int | None
     limit: LimitPrediction | None = field(repr=False)
     finite_noise: FiniteNoise | None
+    moves: bool
     subset: bool
 
     @property
     def withdrawn(self) -> str | None:
         """Why the limit's prediction is not given, where the expansion that it rests on fails."""
-        if self.finite_noise is None or self.finite_noise.holds:
+        if self.finite_noise is None or not self.finite_noise.fails:
             return None
         return (
             f"the noise is too large for the second-order expansion that the singular limit rests on: at step "
@@ -218,26 +261,60 @@ def observe(
         generator: of random directions.
     """
     exact = problem.num_residuals <= max_dense
+    # the separated modes are those of H at w: there the loss and the noise pull against one another
+    settled = TangentSpace(problem.gauss_newton(w, max_dense=max_dense, rtol=1e-3, max_steps=100))
     foot = nearest_point(
-        problem, w, rtol=rtol, max_steps=max_steps if exact else 1, max_dense=max_dense, krylov_steps=100
+        problem,
+        w,
+        rtol=rtol,
+        max_steps=max_steps if exact else 1,
+        max_dense=max_dense,
+        krylov_steps=100,
+        hessian=settled.hessian,
     )
-    hessian = problem.gauss_newton(foot.point, max_dense=max_dense, rtol=1e-3, max_steps=100)
-    tangent = TangentSpace(hessian)
+    tangent = TangentSpace(problem.gauss_newton(foot.point, max_dense=max_dense, rtol=1e-3, max_steps=100))
     drifting = w if carried is None else w - carried
-    separated = expected = count = limit = expansion = None
+    separated = expected = count = limit = pull = expansion = None
+    direction = math.nan
     if noise is not None and noise.order == 1:
-        expansion = finite_noise(problem, drifting, noise, num_draws=num_draws, generator=generator)
+        pull = averaged_gradient(noise, problem, drifting, num_draws=num_draws, generator=generator)
+        expansion = finite_noise(problem, drifting, noise, pull, num_draws=num_draws, generator=generator)
     if sgd is not None:
         alpha = sgd.effective_lr
         level = separation_level(alpha, step, separation)
-        part = tangent.separated(w - foot.point, lr=alpha, steps=step, threshold=separation)
+        part = settled.separated(foot.linearised, lr=alpha, steps=step, threshold=separation)
         separated = torch.linalg.vector_norm(part).item()
-        count = tangent.num_separated(lr=alpha, steps=step, threshold=separation)
-        if noise is not None and (expansion is None or expansion.holds):
-            limit = singular_limit(
-                problem, foot.point, noise, sgd, num_draws=num_draws, hessian=hessian, generator=generator
+        count = settled.num_separated(lr=alpha, steps=step, threshold=separation)
+        if noise is not None:
+            if expansion is None or not expansion.fails:
+                limit = singular_limit(
+                    problem,
+                    foot.point,
+                    noise,
+                    sgd,
+                    num_draws=num_draws,
+                    hessian=tangent.hessian,
+                    generator=generator,
+                )
+            expectation = expected_distance(
+                settled.hessian,
+                pull or VectorEstimate(torch.zeros_like(w)[None]),
+                gradient_noise(
+                    noise,
+                    problem,
+                    w,
+                    batch_size=sgd.batch(problem.num_samples),
+                    num_draws=num_draws,
+                    generator=generator,
+                ),
+                sgd=sgd,
+                order=noise.order,
+                smallest=level,
+                num_draws=4,
+                generator=generator,
             )
-            expected = limit.distance_on(hessian, sgd, smallest=level).rms
+            expected = expectation.rms
+            direction = compare(part, expectation.offset.mean).cosine
     return Observation(
         step=step,
         slow_time=slow_time,
@@ -248,9 +325,11 @@ def observe(
         tangent=tangent,
         separated=separated,
         expected=expected,
+        direction=direction,
         num_separated=count,
         limit=limit,
         finite_noise=expansion,
+        moves=noise is not None and noise.order is not None,
         subset=subset,
     )
 
@@ -281,6 +360,7 @@ class WindowObservation:
         prediction: descent on the effective loss by `finite_window` (None where the noise has none); followed step by
             step where the window is short or the long steps are not accurate.
         drift: measured against it.
+        scatter: standard errors of that agreement, from parts of the window (nan without weights in between).
         flow: the same followed step by step, `effective_flow`, where it was asked for.
         reference: measured against that.
         null: measured against descent on L alone, the control that must be lower.
@@ -297,6 +377,7 @@ class WindowObservation:
     displacement: Tensor = field(repr=False)
     prediction: WindowPrediction | None = field(repr=False)
     drift: Agreement | None
+    scatter: Scatter
     flow: WindowPrediction | None = field(repr=False)
     reference: Agreement | None
     null: Agreement
@@ -328,6 +409,7 @@ def observe_window(
     sgd: SGDSettings,
     replicas: int = 0,
     reference: bool = False,
+    between: Mapping[int, Tensor] | None = None,
     velocity: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> WindowObservation:
@@ -342,19 +424,27 @@ def observe_window(
         sgd: settings over the window (lr: its mean, under a schedule).
         replicas: independent runs of the window for the ceiling; 0: none.
         reference: follow the effective flow step by step, too.
+        between: what drifted at some steps in between, step -> ``[P]``, for standard errors.
         velocity: the optimizer's momentum at the start ``[P]``.
         generator: of noise and batches.
     """
     steps, origin = stop - start.step, start.drifting
     measured = w - origin
+    seen = {**(between or {}), stop: w}
+    marks = [step - start.step for step in seen]
+    path = torch.stack([v - origin for v in seen.values()])
 
     def stepwise(system: NoiseSystem) -> WindowPrediction:
-        return effective_flow(problem, origin, system, sgd, steps=steps, velocity=velocity, generator=generator)
+        return effective_flow(
+            problem, origin, system, sgd, steps=steps, marks=marks, velocity=velocity, generator=generator
+        )
 
     def predicted(system: NoiseSystem) -> WindowPrediction:
         if steps <= _SHORT:
             return stepwise(system)
-        window = finite_window(problem, origin, system, sgd, steps=steps, velocity=velocity, generator=generator)
+        window = finite_window(
+            problem, origin, system, sgd, steps=steps, marks=marks, velocity=velocity, generator=generator
+        )
         return window if window.status == "ok" else stepwise(system)
 
     null = predicted(Minibatch())
@@ -380,6 +470,7 @@ def observe_window(
         displacement=measured,
         prediction=prediction,
         drift=None if prediction is None else compare(measured, prediction.displacement),
+        scatter=jackknife(_parts(path), _parts(path if prediction is None else prediction.path)),
         flow=flow,
         reference=None if flow is None else compare(measured, flow.displacement),
         null=compare(measured, null.displacement),
@@ -392,6 +483,11 @@ def observe_window(
         ceiling=noise_ceiling(runs),
         products=sum(each.products for each in (null, prediction, flow) if each is not None),
     )
+
+
+def _parts(path: Tensor) -> Tensor:
+    """Displacements between the points of a path that starts at 0  ``[n, P]``."""
+    return path.diff(dim=0, prepend=torch.zeros_like(path[:1]))
 
 
 def noise_pull(runs: Sequence[Tensor], flow: Tensor, null: Tensor) -> Estimate:
@@ -432,16 +528,19 @@ def observation_scalars(o: Observation) -> dict[str, float]:
         if o.num_separated:
             scalars["distance/separated"] = o.separated
             scalars["distance/predicted"] = math.nan if o.expected is None else o.expected
+            scalars["distance/cosine"] = o.direction
+    if o.expected is not None and o.moves:
+        scalars["clock/slow_time"] = o.slow_time
     if o.finite_noise is not None:
         scalars |= {
             "drift/finite_noise_cosine": o.finite_noise.cosine,
             "drift/finite_noise_ratio": o.finite_noise.norm_ratio,
+            "drift/finite_noise_stderr": o.finite_noise.stderr,
         }
     if o.limit is not None and o.limit.order is not None:
         scalars |= {
             "potential": o.limit.potential.mean,
             "potential_stderr": o.limit.potential.stderr,
-            "clock/slow_time": o.slow_time,
             "clock/time_scale": o.limit.time_scale,
         }
     return _finite(scalars)
@@ -459,7 +558,9 @@ def window_scalars(window: WindowObservation) -> dict[str, float]:
     if window.drift is not None and window.prediction is not None and window.withdrawn is None:
         scalars |= {
             "drift/cosine": window.drift.cosine,
+            "drift/cosine_stderr": window.scatter.cosine,
             "drift/speed_ratio": window.drift.speed_ratio,
+            "drift/speed_ratio_stderr": window.scatter.speed_ratio,
             "drift/residual_ratio": window.drift.residual_ratio,
             "drift/predicted": window.drift.predicted,
             "quality/stderr": window.prediction.stderr,

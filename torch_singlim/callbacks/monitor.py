@@ -39,6 +39,9 @@ from torch_singlim.theory import CustomNoise, NoiseSystem, SGDSettings, check_de
 
 __all__ = ["SingularLimitMonitor", "probe_starts"]
 
+# equal parts of a window, whose scatter gives the standard errors
+_PARTS = 4
+
 
 def probe_starts(window: int, every_n_steps: int | None, total: int | None) -> Iterator[int]:
     """Optimizer steps at which windows begin: 0, then every n steps; or at window times powers of two.
@@ -132,6 +135,8 @@ class SingularLimitMonitor(Callback):
         self.every_n_steps, self.window, self.replicas, self.reference = every_n_steps, window, replicas, reference
         self.num_draws, self.separation, self.dtype, self.batch_size = num_draws, separation, dtype, batch_size
         self.seed = seed
+        # steps of a window at which the weights are kept, for standard errors
+        self._marks = {round(window * part / _PARTS) for part in range(1, _PARTS)} - {0, window}
         self.history: dict[int, dict[str, float]] = {}
         self.last_observation: Observation | None = None
         self.last_window: WindowObservation | None = None
@@ -150,6 +155,7 @@ class SingularLimitMonitor(Callback):
         self._warned = False
         self._slow_time = self._step_lengths = 0.0
         self._open: tuple[Observation, Tensor | None, float] | None = None  # start, momentum, sum of lr so far
+        self._between: dict[int, Tensor] = {}  # what drifted at some steps of the open window
         with self._aside():
             self._generator = torch.Generator().manual_seed(self.seed)
             probe = given_probe_set(trainer, *self.data) if self.data else read_probe_set(trainer, self.num_samples)
@@ -231,7 +237,9 @@ class SingularLimitMonitor(Callback):
         ends = self._open is not None and step == self._open[0].step + self.window
         if (step in self._starts or ends) and not self._seen(step):
             self._probe(trainer)
-        elif step in self._loss_gap_steps and step not in self.history:
+        elif self._open is not None and step - self._open[0].step in self._marks:
+            self._between[step] = self._drifting(trainer)
+        if step in self._loss_gap_steps and step not in self.history:
             with self._aside():
                 self._log(trainer, {"singlim/loss_gap": self._problem.loss(self._problem.weights()).item()})
 
@@ -316,6 +324,7 @@ class SingularLimitMonitor(Callback):
                 sgd=replace(self._sgd, lr=mean_lr),
                 replicas=self.replicas,
                 reference=self.reference,
+                between=self._between,
                 velocity=velocity,
                 generator=self._generator,
             )
@@ -325,7 +334,7 @@ class SingularLimitMonitor(Callback):
             line += f", drift over {self.window} steps: {_in_words(scalars)}"
         self._open = None
         if covered and step in self._starts:
-            self._open = (observation, self._velocity(trainer), self._step_lengths)
+            self._open, self._between = (observation, self._velocity(trainer), self._step_lengths), {}
         self.last_observation = observation
         elapsed = time.perf_counter() - self._began
         scalars["singlim/cost/overhead"] = (self._probing + time.perf_counter() - self._entered) / elapsed
@@ -350,6 +359,12 @@ class SingularLimitMonitor(Callback):
         memories = [each.memory for each in trainer.callbacks if isinstance(each, InjectNoise)]  # type: ignore[attr-defined]
         carried = [memory for memory in memories if memory is not None]
         return self._problem.function.flatten(carried) if carried else None
+
+    def _drifting(self, trainer: Trainer) -> Tensor:
+        """The weights without what they carry for a step ``[P]``."""
+        carried = self._carried(trainer)
+        w = self._problem.weights()
+        return w if carried is None else w - carried
 
     def _velocity(self, trainer: Trainer) -> Tensor | None:
         """The optimizer's momentum buffers ``[P]``, where they exist."""

@@ -9,6 +9,7 @@ and nothing of the large dimension squared is ever formed.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ from torch_singlim.linalg.krylov import Solution, krylov_function, krylov_solve,
 from torch_singlim.linalg.operator import LinearOperator
 
 __all__ = ["DenseFactored", "FactoredOperator", "KrylovFactored", "cholesky", "gram_cutoff", "minimum_norm"]
+
+
+# Lanczos steps of a quadrature, which has then 2 * 40 moments of the spectrum right
+_QUADRATURE = 40
 
 
 def gram_cutoff(rows: int, dtype: torch.dtype) -> float:
@@ -40,6 +45,10 @@ class FactoredOperator(ABC):
     @abstractmethod
     def gram_function(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
         """psi(K) u on the range of K (zero on its kernel).  psi maps eigenvalues elementwise; u ``[m]`` -> ``[m]``."""
+
+    @abstractmethod
+    def gram_form(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> float:
+        """u^T psi(K) u on the range of K.  psi as above, u ``[m]``."""
 
     @abstractmethod
     def spectrum(self) -> Tensor:
@@ -107,6 +116,9 @@ class DenseFactored(FactoredOperator):
     def gram_function(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
         return self.eigenvectors @ (psi(self.eigenvalues) * (self.eigenvectors.T @ u))
 
+    def gram_form(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> float:
+        return torch.dot(psi(self.eigenvalues), (self.eigenvectors.T @ u).square()).item()
+
 
 @dataclass(frozen=True)
 class KrylovFactored(FactoredOperator):
@@ -152,12 +164,21 @@ class KrylovFactored(FactoredOperator):
         """
         return self._ritz[1]
 
-    def gram_function(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
-        def on_range(values: Tensor) -> Tensor:
-            kept = values > self.cutoff * values.max()
-            return torch.where(kept, psi(values.where(kept, 1)), 0)
+    def _on_range(self, psi: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        kept = values > self.cutoff * values.max()
+        return torch.where(kept, psi(values.where(kept, 1)), 0)
 
+    def gram_function(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+        on_range = functools.partial(self._on_range, psi)
         return krylov_function(self.operator.gram_product, on_range, u, rtol=self.rtol, max_steps=self.max_steps).x
+
+    def gram_form(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> float:
+        """By Gauss quadrature, which is right for a number long before the vector psi(K) u is."""
+        form, most = 0.0, min(self.max_steps, _QUADRATURE)
+        for space in lanczos(self.operator.gram_product, u, max_steps=most, stride=most):
+            values, vectors, _ = space.ritz()
+            form = torch.dot(vectors[0].square(), self._on_range(psi, values)).item() * torch.dot(u, u).item()
+        return form
 
 
 def cholesky(gram: Tensor) -> Tensor | None:

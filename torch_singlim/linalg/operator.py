@@ -39,6 +39,10 @@ class LinearOperator:
         """K u with K = B B^T.  u ``[m]`` -> ``[m]``."""
         return self.matvec(self.rmatvec(u))  # u -> B^T u -> B B^T u
 
+    def normal_product(self, v: Tensor) -> Tensor:
+        """H v with H = B^T B.  v ``[n]`` -> ``[n]``."""
+        return self.rmatvec(self.matvec(v))  # v -> B v -> B^T B v
+
     def rows(self, like: Tensor) -> Tensor:
         """The dense matrix B ``[m, n]``, one row a product; for small problems.  `like` gives dtype and device."""
         identity = torch.eye(self.shape[0], dtype=like.dtype, device=like.device)

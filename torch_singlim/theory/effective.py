@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,7 +17,7 @@ from torch_singlim.theory.noise import Covariance, NoiseSystem, Sum, draw_noise,
 from torch_singlim.theory.potential import noisy_gradient
 from torch_singlim.theory.second_order import row_gradient
 
-__all__ = ["EffectiveLoss", "WindowPrediction", "has_effective_flow"]
+__all__ = ["EffectiveLoss", "WindowPrediction", "check_marks", "has_effective_flow"]
 
 Gradient = Callable[[Tensor], Tensor]
 
@@ -26,7 +27,7 @@ class WindowPrediction:
     """Predicted displacement of the weights over a window of K optimizer steps.
 
     Args:
-        displacement: w(K) - w(0) ``[P]``.
+        path: w(k) - w(0) at the steps that were asked for, the last of them K  ``[marks, P]``.
         stderr: norm of its sampling error; 0 for a deterministic flow, nan from a single noisy path.
         error: estimated norm of the integration error; 0 where every step was followed, nan where it is not known.
         products: gradients of the whole probe set that it took; a product with H counts as one.
@@ -35,11 +36,24 @@ class WindowPrediction:
             displacement is that of the part done.
     """
 
-    displacement: Tensor = field(repr=False)
+    path: Tensor = field(repr=False)
     stderr: float
     error: float
     products: int
     status: Literal["ok", "diverged", "inaccurate"]
+
+    @property
+    def displacement(self) -> Tensor:
+        """w(K) - w(0)  ``[P]``."""
+        return self.path[-1]
+
+
+def check_marks(marks: Sequence[int], steps: int) -> tuple[int, ...]:
+    """Steps at which a path is kept, ascending within 1..K, the last of them K; default: K alone."""
+    marks = tuple(marks) or (steps,)
+    if steps < 1 or marks[0] < 1 or marks[-1] != steps or any(a >= b for a, b in itertools.pairwise(marks)):
+        raise ValueError(f"marks must ascend from at least 1 to steps={steps}, got {marks}")
+    return marks
 
 
 def has_effective_flow(noise: NoiseSystem, problem: ZeroLossProblem) -> bool:

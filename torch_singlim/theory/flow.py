@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_singlim.linalg import VectorEstimate
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.descent import SGDSettings
-from torch_singlim.theory.effective import EffectiveLoss, Gradient, WindowPrediction
+from torch_singlim.theory.effective import EffectiveLoss, Gradient, WindowPrediction, check_marks
 from torch_singlim.theory.noise import NoiseSystem
 from torch_singlim.theory.potential import noisy_gradient, random_direction, second_order_gradient
 
@@ -27,17 +27,21 @@ _RUNAWAY = 100.0
 
 
 def _descend(
-    w: Tensor, velocity: Tensor | None, sgd: SGDSettings, gradients: Iterator[Gradient]
+    w: Tensor, velocity: Tensor | None, sgd: SGDSettings, gradients: Iterator[Gradient], marks: tuple[int, ...]
 ) -> tuple[Tensor, int, bool]:
-    """Displacement after one step for each gradient function, steps taken, and whether it stayed bounded."""
+    """Displacement at some of the steps, one for each gradient function, steps taken, whether it stayed bounded."""
     at, start, steps = w, torch.linalg.vector_norm(w).item(), 0
+    path = w.new_empty(len(marks), w.numel())
     for gradient in gradients:
         at, velocity = sgd.step(at, velocity, gradient(at))
         steps += 1
         # nan compares false, so this catches it too
         if not torch.linalg.vector_norm(at - w).item() <= _RUNAWAY * max(start, 1.0):
-            return at - w, steps, False
-    return at - w, steps, True
+            path[sum(mark < steps for mark in marks) :] = at - w
+            return path, steps, False
+        if steps in marks:
+            path[marks.index(steps)] = at - w
+    return path, steps, True
 
 
 def effective_flow(
@@ -49,6 +53,7 @@ def effective_flow(
     steps: int,
     expansion: Expansion = "averaged",
     replicas: int = 2,
+    marks: Sequence[int] = (),
     velocity: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> WindowPrediction:
@@ -70,6 +75,7 @@ def effective_flow(
         steps: K.
         expansion: how the noise average is taken.
         replicas: independent paths, averaged (one where nothing is random).
+        marks: steps at which the path is kept, the last of them K; default: K alone.
         velocity: the optimizer's momentum at the start ``[P]``, where it has some.
         generator: of the draws.
 
@@ -88,6 +94,7 @@ def effective_flow(
         raise ValueError(f"expansion must be 'averaged' or 'second_order', got {expansion!r}")
     if steps < 1 or replicas < 1:
         raise ValueError(f"steps and replicas must be at least 1, got {steps} and {replicas}")
+    marks = check_marks(marks, steps)
     effective = EffectiveLoss(problem, noise, sgd, generator=generator)
     first, stride = effective.first, max(1, steps // _REFRESHES)
 
@@ -113,10 +120,11 @@ def effective_flow(
     cost = (2 if expanded else 1) + (2 / stride if effective.second else 0)
     paths, products, bounded = [], 0, True
     for _ in range(replicas if effective.is_random else 1):
-        path, taken, ok = _descend(w, velocity, sgd, gradients())
+        path, taken, ok = _descend(w, velocity, sgd, gradients(), marks)
         paths.append(path)
         products += round(cost * taken)
         bounded = bounded and ok
-    mean = VectorEstimate(torch.stack(paths))
-    stderr = math.nan if effective.is_random and replicas == 1 else mean.stderr
-    return WindowPrediction(mean.mean, stderr, 0.0, products, "ok" if bounded else "diverged")
+    mean = torch.stack(paths).mean(0)
+    end = VectorEstimate(torch.stack([path[-1] for path in paths]))
+    stderr = math.nan if effective.is_random and replicas == 1 else end.stderr
+    return WindowPrediction(mean, stderr, 0.0, products, "ok" if bounded else "diverged")

@@ -157,12 +157,12 @@ class GradientNoise:
         for _ in range(num_draws):
             like = hessian.spectrum()
             z = rademacher((m,), generator=generator, like=like)
-            term = torch.dot(z, hessian.gram_function(closed, z))
+            term = hessian.gram_form(closed, z)
             if root is not None:  # Cov(root z) = G
                 z = (root @ z.reshape(*root.shape[:2], 1)).reshape(-1)
-                term = term + torch.dot(z, hessian.gram_function(lambda values: chi(values) * values, z))
+                term += hessian.gram_form(lambda values: chi(values) * values, z)
             terms.append(term)
-        return Estimate.from_draws(torch.stack(terms))
+        return Estimate.from_draws(torch.tensor(terms))
 
 
 def gradient_noise(

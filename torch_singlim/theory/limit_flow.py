@@ -69,4 +69,4 @@ def limit_flow(
     for _ in range(substeps):
         middle = retract(at + 0.5 * h * drift(at))
         at = retract(at + h * drift(middle))
-    return WindowPrediction(at - point, math.sqrt(squared), math.nan, passes, "ok")
+    return WindowPrediction((at - point)[None], math.sqrt(squared), math.nan, passes, "ok")

@@ -12,7 +12,7 @@ from torch.func import grad, grad_and_value, jvp
 
 from torch_singlim.linalg import Estimate, VectorEstimate, rademacher
 from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory.noise import NoiseSystem, draw_noise, noisy_loss, parts
+from torch_singlim.theory.noise import NoiseSystem, noisy_loss, parts, stratified_noise
 
 __all__ = [
     "Potential",
@@ -199,7 +199,8 @@ def averaged_gradient(
         system: the noise.
         problem: loss and probe set.
         w: weights ``[P]``.
-        num_draws: draws of the noise, at least 2, rounded up to a multiple of four (one where nothing is random).
+        num_draws: draws of the noise, at least 2, in up to four stratified blocks (see `stratified_noise`), which are
+            rounded up to a prime number of draws each.
         generator: of the draws.
     """
     system.check(problem)
@@ -210,6 +211,7 @@ def averaged_gradient(
     each = math.ceil(num_draws / groups) if is_random else 1
     quiet, means = problem.gradient(w), []
     for _ in range(groups):
-        draws = (draw_noise(system, problem, problem.num_samples, generator=generator) for _ in range(each))
-        means.append(sum((noisy_gradient(system, problem, w, eta) for eta in draws), start=torch.zeros_like(w)) / each)
+        draws = list(stratified_noise(system, problem, problem.num_samples, strata=each, generator=generator))
+        total = sum((noisy_gradient(system, problem, w, eta) for eta in draws), start=torch.zeros_like(w))
+        means.append(total / len(draws))
     return VectorEstimate(torch.stack(means) - quiet)

@@ -35,7 +35,8 @@ class LimitPrediction:
         dimension: of Gamma: the number of tangent directions.
         normal_variance: trace of the covariance across Gamma.
         mean_offset_norm: norm of the mean of w minus its nearest point; at order 2, where the variance leads, 0.
-        distance: expected root mean square distance to Gamma, every mode settled: sqrt(offset^2 + normal variance).
+        distance: expected root mean square distance to Gamma, every mode settled: sqrt(offset^2 + normal variance);
+            nan, like the two above, where H was too large to be decomposed.
         passes: derivative passes over the probe set that V took.
         noise: the system, the order of its parts settled.
     """
@@ -162,7 +163,12 @@ def singular_limit(
     Sigma = gradient_noise(noise, problem, point, batch_size=batch_size, num_draws=num_draws, generator=generator)
     # noise of order 1 is normal to Gamma, up to rounding and sampling
     along = Sigma.diffusion(hessian, num_weights=problem.num_weights) if order == 2 else Sigma.closed.identity
-    expected = expected_distance(hessian, V.gradient, Sigma, sgd=sgd, order=order, generator=generator)
+    # over all modes, which are known only where H was decomposed
+    expected = ExpectedDistance(
+        VectorEstimate(torch.full_like(V.gradient.groups[:1], math.nan)), Estimate(math.nan, 0.0)
+    )
+    if hessian.exact:
+        expected = expected_distance(hessian, V.gradient, Sigma, sgd=sgd, order=order, generator=generator)
     return LimitPrediction(
         order=order,
         time_scale=time_scale(sgd, order, noise.variance(problem)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch_singlim.linalg import VectorEstimate, descent_norm, linear_descent
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.descent import SGDSettings
-from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction
+from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction, check_marks
 from torch_singlim.theory.noise import NoiseSystem
 
 __all__ = ["finite_window"]
@@ -38,6 +40,7 @@ def finite_window(
     steps: int,
     rtol: float = 0.1,
     num_draws: int = 22,
+    marks: Sequence[int] = (),
     velocity: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> WindowPrediction:
@@ -67,6 +70,7 @@ def finite_window(
             half its sampling error. Where that takes more gradients than following every step, it is given up.
         num_draws: gradients of single draws in a sub-step (fewer where it spans fewer steps). With blocks of about
             1/p and more, what is linear in the noise cancels: one stratified draw is then worth several.
+        marks: steps at which the path is kept, the last of them K; default: K alone.
         velocity: the optimizer's momentum at the start ``[P]``, where it has some.
         generator: of the draws.
 
@@ -84,11 +88,17 @@ def finite_window(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    marks = check_marks(marks, steps)
+    path = w.new_empty(len(marks), w.numel())
     effective = EffectiveLoss(problem, noise, sgd, generator=generator)
     lag = sgd.lr * sgd.momentum / (1 - sgd.momentum) * (sgd.momentum if sgd.nesterov else 1)
     alpha, total = sgd.effective_lr, sgd.effective_lr * steps
     at = w if velocity is None or lag == 0 else w - lag * velocity
     time, h, products, variance, error = 0.0, total / _FIRST, 0.0, 0.0, 0.0
+
+    def failed(status: Literal["diverged", "inaccurate"]) -> WindowPrediction:
+        path[-1] = at - w
+        return WindowPrediction(path, math.nan, math.inf, round(products), status)
 
     def strata() -> int:
         return math.ceil(min(num_draws, h / alpha) / 2)
@@ -105,20 +115,17 @@ def finite_window(
         gradients = VectorEstimate(torch.stack([mean for mean, _ in blocks]))
         B = problem.linearize(middle).operator
 
-        def curved(v: Tensor, B=B) -> Tensor:
-            return B.rmatvec(B.matvec(v))
-
-        slope = gradients.mean + curved(at - middle)
+        slope = gradients.mean + B.normal_product(at - middle)
         descent = linear_descent(B, slope, time=h, rtol=_KRYLOV)
         u = descent.at(h)
         draw = effective.draw()
-        bend = draw(at) + draw(at + u) - 2 * draw(middle) - curved(2 * (at - middle) + u)
+        bend = draw(at) + draw(at + u) - 2 * draw(middle) - B.normal_product(2 * (at - middle) + u)
         local = descent_norm(B, bend, time=h) / 6
         # two products for the offset and the bend, three gradients for the bend, two short Lanczos runs
         products += sum(cost for _, cost in blocks) + descent.products + 2 + 3 + 2 * 3.5
         size = torch.linalg.vector_norm(u).item()
         if not math.isfinite(size + local):
-            return WindowPrediction(at - w, math.nan, math.inf, round(products), "diverged")
+            return failed("diverged")
         sampled = 0.0
         if len(blocks) == 2:  # half their difference is the error of their mean
             sampled = descent_norm(B, (blocks[0][0] - blocks[1][0]) / 2, time=h)
@@ -127,12 +134,16 @@ def finite_window(
         if local > allowed and h > alpha:
             h = wanted
             if products > steps:  # following every step would have been cheaper
-                return WindowPrediction(at - w, math.nan, math.inf, round(products), "inaccurate")
+                return failed("inaccurate")
             continue
         variance += sampled**2
         error = math.hypot(error, local)
+        for i, mark in enumerate(marks):
+            since = alpha * mark - time
+            if since > 0 and (since <= h or mark == steps):  # what is beyond h for K itself is overwritten later
+                since = min(since, h)
+                path[i] = at + descent.at(since) - w
+                if lag:  # w = z + c v, and v = -(z_k - z_{k-1})/lr
+                    path[i] -= lag / sgd.lr * (descent.at(since) - descent.at(since - min(alpha, since)))
         last, at, time, h = (at, descent, h), at + u, time + h, wanted
-    if lag:  # w = z + c v, and v = -(z_k - z_{k-1})/lr
-        _, descent, h = last
-        at = at - lag / sgd.lr * (descent.at(h) - descent.at(h - min(alpha, h)))
-    return WindowPrediction(at - w, math.sqrt(variance), error, round(products), "ok")
+    return WindowPrediction(path, math.sqrt(variance), error, round(products), "ok")

@@ -14,6 +14,7 @@ from torch_singlim.geometry import FootPoint, TangentSpace, nearest_point, separ
 from torch_singlim.linalg import Estimate, VectorEstimate
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory import (
+    EffectiveLoss,
     LimitPrediction,
     Minibatch,
     NoiseSystem,
@@ -274,11 +275,15 @@ def observe(
     )
     tangent = TangentSpace(problem.gauss_newton(foot.point, max_dense=max_dense, rtol=1e-3, max_steps=100))
     drifting = w if carried is None else w - carried
-    separated = expected = count = limit = pull = expansion = None
-    direction = math.nan
+    separated = expected = count = limit = expansion = None
+    direction, pull = math.nan, VectorEstimate(torch.zeros_like(w)[None])
     if noise is not None and noise.order == 1:
         pull = averaged_gradient(noise, problem, drifting, num_draws=num_draws, generator=generator)
         expansion = finite_noise(problem, drifting, noise, pull, num_draws=num_draws, generator=generator)
+    if noise is not None and sgd is not None and has_effective_flow(noise, problem):
+        effective = EffectiveLoss(problem, noise, sgd, generator=generator)
+        if effective.second:
+            pull = pull + VectorEstimate(torch.stack([effective.pull_of_order_two(drifting) for _ in range(4)]))
     if sgd is not None:
         alpha = sgd.effective_lr
         level = separation_level(alpha, step, separation)
@@ -298,7 +303,7 @@ def observe(
                 )
             expectation = expected_distance(
                 settled.hessian,
-                pull or VectorEstimate(torch.zeros_like(w)[None]),
+                pull,
                 gradient_noise(
                     noise,
                     problem,
@@ -308,7 +313,6 @@ def observe(
                     generator=generator,
                 ),
                 sgd=sgd,
-                order=noise.order,
                 smallest=level,
                 num_draws=4,
                 generator=generator,

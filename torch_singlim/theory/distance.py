@@ -38,22 +38,20 @@ def expected_distance(
     noise: GradientNoise,
     *,
     sgd: SGDSettings,
-    order: int | None,
     smallest: float = 0.0,
     num_draws: int = 16,
     generator: torch.Generator | None = None,
 ) -> ExpectedDistance:
     """Where the iterate settles around Gamma, over the modes with lambda >= smallest.
 
-        offset    = -H^+ grad V  (order 1; at order 2 it is alpha times that, and the variance leads)
+        offset    = -H^+ g,      g = alpha^(order-1) grad V
         variance  = sum_i alpha Sigma_ii / (2 l_i - alpha l_i^2)        (see `stationary_variance` for momentum)
 
     Args:
         hessian: H = B^T B at the point of Gamma.
-        gradient: grad V there ``[P]``.
+        gradient: g there ``[P]``.
         noise: Sigma there.
         sgd: step size and momentum.
-        order: of the noise.
         smallest: modes below do not count; below 1 / (alpha steps) they have not had the time to settle.
         num_draws: random vectors for the variance where H is not decomposed.
         generator: of those.
@@ -64,6 +62,6 @@ def expected_distance(
     def inverse(values: Tensor) -> Tensor:
         return (values >= smallest).to(values.dtype) / values
 
-    offset = gradient.map(lambda g: -hessian.normal_function(inverse, g) if order == 1 else torch.zeros_like(g))
+    offset = gradient.map(lambda g: -hessian.normal_function(inverse, g))
     variance = noise.normal_variance(hessian, sgd, smallest=smallest, num_draws=num_draws, generator=generator)
     return ExpectedDistance(offset, variance)

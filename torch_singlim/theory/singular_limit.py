@@ -11,8 +11,8 @@ from torch import Tensor
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.descent import SGDSettings, time_scale
-from torch_singlim.theory.distance import ExpectedDistance, expected_distance
-from torch_singlim.theory.gradient_noise import GradientNoise, gradient_noise, noise_factor
+from torch_singlim.theory.distance import expected_distance
+from torch_singlim.theory.gradient_noise import gradient_noise, noise_factor
 from torch_singlim.theory.noise import Covariance, NoiseSystem, Sum, parts
 from torch_singlim.theory.order import with_measured_order
 from torch_singlim.theory.potential import Potential, potential
@@ -53,8 +53,6 @@ class LimitPrediction:
     distance: float
     passes: int
     noise: NoiseSystem = field(repr=False)
-    gradient: VectorEstimate = field(repr=False)
-    gradient_noise: GradientNoise = field(repr=False)
 
     @property
     def degenerate(self) -> bool:
@@ -64,17 +62,6 @@ class LimitPrediction:
     def spread(self, steps: int) -> float:
         """Root mean square distance along Gamma that diffusion alone takes an ensemble apart in so many steps."""
         return math.sqrt(steps * self.diffusion * self.dimension)
-
-    def distance_on(self, hessian: FactoredOperator, sgd: SGDSettings, *, smallest: float) -> ExpectedDistance:
-        """The expected distance over the modes with lambda >= smallest alone: those that had the time to settle."""
-        return expected_distance(
-            hessian,
-            self.gradient,
-            self.gradient_noise,
-            sgd=sgd,
-            order=self.order,
-            smallest=smallest,
-        )
 
 
 def _leading(noise: NoiseSystem, order: int) -> tuple[NoiseSystem, ...]:
@@ -164,11 +151,12 @@ def singular_limit(
     # noise of order 1 is normal to Gamma, up to rounding and sampling
     along = Sigma.diffusion(hessian, num_weights=problem.num_weights) if order == 2 else Sigma.closed.identity
     # over all modes, which are known only where H was decomposed
-    expected = ExpectedDistance(
-        VectorEstimate(torch.full_like(V.gradient.groups[:1], math.nan)), Estimate(math.nan, 0.0)
-    )
+    offset, variance = math.nan, Estimate(math.nan, 0.0)
     if hessian.exact:
-        expected = expected_distance(hessian, V.gradient, Sigma, sgd=sgd, order=order, generator=generator)
+        # at order 2 the variance leads, the offset is of higher order
+        pull = V.gradient.map(lambda g: g if order == 1 else 0 * g)
+        expected = expected_distance(hessian, pull, Sigma, sgd=sgd, generator=generator)
+        offset, variance = expected.offset.norm, expected.variance
     return LimitPrediction(
         order=order,
         time_scale=time_scale(sgd, order, noise.variance(problem)),
@@ -177,11 +165,9 @@ def singular_limit(
         drift_stderr=drift.stderr,
         diffusion=alpha**2 * along,
         dimension=problem.num_weights - hessian.rank,
-        normal_variance=expected.variance,
-        mean_offset_norm=expected.offset.norm,
-        distance=expected.rms,
+        normal_variance=variance,
+        mean_offset_norm=offset,
+        distance=math.sqrt(offset**2 + variance.mean),
         passes=V.passes,
         noise=noise,
-        gradient=V.gradient,
-        gradient_noise=Sigma,
     )

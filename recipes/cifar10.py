@@ -11,9 +11,9 @@ from typing import Literal
 
 import lightning as L
 import torch
-from common import Loss, Noise, Plan, as_dataset, command, conclude, first_images, image_bars, train
+from common import Loss, Noise, Plan, as_dataset, command, conclude, first_images, image_bars, image_folder, train
 from torch import nn
-from torchvision.datasets import CIFAR10, ImageFolder, VisionDataset
+from torchvision.datasets import CIFAR10, VisionDataset
 from torchvision.models.resnet import BasicBlock, ResNet
 
 
@@ -74,7 +74,7 @@ QUICK = {
 def source(data_dir: Path, *, download: bool) -> VisionDataset:
     """CIFAR-10's training set in torchvision's format, or any folder that has one folder of images for each class."""
     if any(path.is_dir() and path.name != CIFAR10.base_folder for path in data_dir.glob("*")):
-        return ImageFolder(str(data_dir))
+        return image_folder(data_dir)
     try:
         return CIFAR10(str(data_dir), train=True, download=download)
     except RuntimeError as error:

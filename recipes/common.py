@@ -106,6 +106,14 @@ def as_dataset(images: Tensor, labels: Tensor, *, one_hot: bool) -> TensorDatase
     return TensorDataset(images, F.one_hot(labels, 10).float() if one_hot else labels)
 
 
+def image_folder(where: Path) -> ImageFolder:
+    """A folder that has one folder of images for each class."""
+    try:
+        return ImageFolder(str(where))
+    except FileNotFoundError as error:
+        raise SystemExit(f"no images in {where}, or in one of its folders: {error}") from error
+
+
 def first_images(dataset: VisionDataset, samples: int, *, where: Path) -> tuple[Tensor, Tensor]:
     """The first images of a data set ``[n, channels, height, width]`` and their labels ``[n]``, read into memory.
 

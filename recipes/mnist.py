@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import lightning as L
-from common import Loss, Noise, Plan, as_dataset, command, conclude, first_images, image_bars, train
+from common import Loss, Noise, Plan, as_dataset, command, conclude, first_images, image_bars, image_folder, train
 from torch import nn
-from torchvision.datasets import MNIST, ImageFolder, VisionDataset
+from torchvision.datasets import MNIST, VisionDataset
 
 
 def mlp(shape: tuple[int, ...]) -> nn.Module:
@@ -62,7 +62,7 @@ QUICK = {
 def source(data_dir: Path, *, download: bool) -> VisionDataset:
     """MNIST's training set in torchvision's format, or any folder that has one folder of images for each class."""
     if any(path.is_dir() and path.name != "MNIST" for path in data_dir.glob("*")):
-        return ImageFolder(str(data_dir))
+        return image_folder(data_dir)
     try:
         return MNIST(str(data_dir), train=True, download=download)
     except RuntimeError as error:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.problems import make
-from torch_singlim import AntiCorrelated, Langevin, SGDSettings
-from torch_singlim.observe import noise_pull, observe, observe_window, verdict, window_scalars
+from torch_singlim import AntiCorrelated, Langevin, SGDSettings, compare
+from torch_singlim.observe import jackknife, noise_pull, observe, observe_window, verdict, window_scalars
 
 
 def test_the_pull_of_the_noise_is_its_share_of_the_motion():
@@ -65,3 +65,21 @@ def test_a_verdict_without_drift_is_a_table_still():
         },
     }
     assert "| 0-10 | - | - | - | - | - | - | - |" in verdict(history)
+
+
+def test_the_jackknife_tells_the_scatter_of_repetitions():
+    """Parts with independent errors of known size: its mean over many windows is the true standard deviation."""
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.randn(8, 50, generator=generator, dtype=torch.float64) + 1
+    found, speeds, cosines = [], [], []
+    for _ in range(300):
+        measured = predicted + 2 * torch.randn(8, 50, generator=generator, dtype=torch.float64)
+        found.append(jackknife(measured, predicted))
+        whole = compare(measured.sum(0), predicted.sum(0))
+        speeds.append(whole.speed_ratio)
+        cosines.append(whole.cosine)
+    told = math.sqrt(sum(f.speed_ratio**2 for f in found) / len(found))
+    assert told == pytest.approx(torch.tensor(speeds).std().item(), rel=0.3)
+    told = math.sqrt(sum(f.cosine**2 for f in found) / len(found))
+    assert 0.7 < told / torch.tensor(cosines).std().item() < 3  # conservative: a part is a shorter window
+    assert math.isnan(jackknife(measured[:1], predicted[:1]).cosine)

@@ -55,9 +55,14 @@ class TangentSpace:
         smallest = separation_level(lr, steps, threshold)
         return self.hessian.normal_function(lambda values: (values >= smallest).to(values.dtype), v)
 
-    def num_separated(self, *, lr: float, steps: float, threshold: float = 1.0) -> int:
-        """Number of normal modes with lr lambda steps >= threshold."""
-        return int((self.spectrum() >= separation_level(lr, steps, threshold)).sum())
+    def num_separated(self, *, lr: float, steps: float, threshold: float = 1.0) -> float:
+        """Number of normal modes with lr lambda steps >= threshold; estimated where H was not decomposed."""
+        return self.hessian.count(separation_level(lr, steps, threshold))
+
+    @property
+    def num_modes(self) -> int:
+        """Number of normal modes: the rank; where H was not decomposed, the number of residuals, which bounds it."""
+        return self.rank if self.exact else self.hessian.operator.shape[0]
 
 
 def separation_level(lr: float, steps: float, threshold: float) -> float:

@@ -189,7 +189,8 @@ class Observation:
             of H with alpha lambda step >= c (None without a covered step size).
         expected: the same by the theory, root mean square (None without a prediction).
         direction: cosine between that part and the mean offset which the theory expects (nan at order 2).
-        num_separated: how many modes that is.
+        num_separated: how many modes that is; where H is too large to be decomposed, an estimate, or nan.
+        num_modes: how many modes there are; then the number of residuals, which bounds it.
         limit: the singular limit's prediction at the foot point (None where the theory does not cover the training, or
             its expansion of the noise does not hold).
         finite_noise: how far that expansion holds at these weights (order 1 alone).
@@ -208,7 +209,8 @@ class Observation:
     separated: float | None
     expected: float | None
     direction: float
-    num_separated: int | None
+    num_separated: float | None
+    num_modes: int
     limit: LimitPrediction | None = field(repr=False)
     finite_noise: FiniteNoise | None
     moves: bool
@@ -331,6 +333,7 @@ def observe(
         expected=expected,
         direction=direction,
         num_separated=count,
+        num_modes=settled.num_modes,
         limit=limit,
         finite_noise=expansion,
         moves=noise is not None and noise.order is not None,
@@ -528,7 +531,7 @@ def observation_scalars(o: Observation) -> dict[str, float]:
         "quality/converged": float(o.foot.converged),
     }
     if o.separated is not None and o.num_separated is not None:
-        scalars["separation"] = o.num_separated / max(o.tangent.rank, 1)
+        scalars["separation"] = o.num_separated / max(o.num_modes, 1)
         if o.num_separated:
             scalars["distance/separated"] = o.separated
             scalars["distance/predicted"] = math.nan if o.expected is None else o.expected

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from torch_singlim import Dropout, SingularLimitMonitor, WeightDecay
 from torch_singlim.callbacks.detect import read_probe_set
-from torch_singlim.callbacks.monitor import probe_starts
+from torch_singlim.callbacks.monitor import _out_of_memory, probe_starts
+from torch_singlim.observe import FiniteNoise, observe
 
 
 class Recorder(Logger):
@@ -124,6 +125,7 @@ def test_no_arguments_logs_every_tag_and_a_verdict(tmp_path):
             "quality/residual",
             "quality/converged",
             "quality/stderr",
+            "quality/error",
             "drift/cosine",
             "drift/speed_ratio",
             "drift/residual_ratio",
@@ -137,6 +139,10 @@ def test_no_arguments_logs_every_tag_and_a_verdict(tmp_path):
             "drift/window",
             "drift/finite_noise_cosine",
             "drift/finite_noise_ratio",
+            "drift/finite_noise_stderr",
+            "drift/cosine_stderr",
+            "drift/speed_ratio_stderr",
+            "distance/cosine",
             "limit/cosine",
             "limit/speed_ratio",
             "limit/measured",
@@ -380,6 +386,69 @@ def test_a_failing_probe_does_not_end_the_run(monkeypatch):
         trained, _ = fit(model, SingularLimitMonitor(window=5), steps=15)
     assert len([w for w in caught if "out of luck" in str(w.message)]) == 1
     assert torch.equal(weights(plain), weights(trained))
+
+
+def test_out_of_memory_takes_fewer_samples_at_once(monkeypatch):
+    sizes = []
+
+    def hungry(problem, w, **options):
+        sizes.append(problem.batch_size)
+        if problem.batch_size > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return observe(problem, w, **options)
+
+    monkeypatch.setattr("torch_singlim.callbacks.monitor.observe", hungry)
+    model = seeded(Net)
+    plain, _ = fit(model, steps=10)
+    monitor = SingularLimitMonitor(window=5)
+    trained, _ = fit(model, monitor, steps=10)
+    assert sizes[:3] == [20, 10, 5]
+    assert set(sizes[2:]) == {5}
+    assert monitor.last_window is not None
+    assert torch.equal(weights(plain), weights(trained))
+
+
+def test_memory_that_never_suffices_is_a_warning(monkeypatch):
+    def hungry(problem, w, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch_singlim.callbacks.monitor.observe", hungry)
+    with pytest.warns(UserWarning, match="left out, training goes on: OutOfMemoryError"):
+        fit(seeded(Net), SingularLimitMonitor(window=5), steps=10)
+
+
+def test_a_layer_that_torch_differentiates_wrongly_is_refused(monkeypatch):
+    class Normalised(Net):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Dropout(0.2), nn.Linear(32, 32), nn.LayerNorm(32))
+
+    monitor = SingularLimitMonitor(window=5)
+    fit(seeded(Normalised), monitor, steps=5)  # taken apart: measured as any other
+    assert monitor.history
+    monkeypatch.setattr("torch_singlim.functional._DecomposedLayerNorm", lambda layer: layer)
+    recorder = Recorder()
+    with pytest.raises(ValueError, match="the layer responsible is LayerNorm"):
+        fit(seeded(Normalised), SingularLimitMonitor(window=5), steps=5, logger=recorder)
+    assert not [tag for _, metrics in recorder.points for tag in metrics if tag.startswith("singlim/")]
+
+
+def test_what_counts_as_out_of_memory():
+    assert _out_of_memory(MemoryError())
+    assert _out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+    assert not _out_of_memory(RuntimeError("out of luck"))
+
+
+def test_a_failing_expansion_is_withdrawn_with_its_reason(monkeypatch):
+    found = FiniteNoise(cosine=0.98, norm_ratio=1.3, stderr=0.02)
+    monkeypatch.setattr("torch_singlim.observe.finite_noise", lambda *args, **options: found)
+    monitor = SingularLimitMonitor(window=10)
+    fit(seeded(Net), monitor, steps=20)
+    assert "Prediction withdrawn: the noise is too large for the second-order expansion" in monitor.verdict
+    assert "cosine 0.98 and 1.30 times the norm" in monitor.verdict
+    logged = {tag for point in monitor.history.values() for tag in point}
+    assert not {tag for tag in logged if tag.startswith("singlim/limit/") or tag == "singlim/potential"}
+    assert {"singlim/drift/cosine", "singlim/distance/predicted", "singlim/drift/finite_noise_ratio"} <= logged
 
 
 def test_diverging_training_is_survived():

@@ -1,5 +1,7 @@
 """H = B^T B through its Gram matrix, dense and Krylov, against dense linear algebra on H."""
 
+import math
+
 import pytest
 import torch
 
@@ -55,6 +57,31 @@ def test_spectrum_and_functions(kind, way):
     torch.testing.assert_close(H.normal_function(torch.sqrt, v), truth, rtol=0, atol=1e-9)
     u = B @ v
     torch.testing.assert_close(H.pseudo_inverse(u), torch.linalg.pinv(B) @ u, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "way"), GRID)
+def test_forms_are_those_of_the_vector(kind, way):
+    B = matrix(kind)
+    H = factored(B, way)
+    u = torch.randn(8, generator=torch.Generator().manual_seed(8), dtype=DTYPE)
+    values, vectors = torch.linalg.eigh(B @ B.T)
+    kept = values > 1e-10
+    truth = (values[kept].sqrt() * (vectors[:, kept].T @ u).square()).sum().item()
+    assert H.gram_form(torch.sqrt, u) == pytest.approx(truth, rel=1e-8, abs=1e-12)
+
+
+def test_counting_at_size():
+    """A spectrum over six decades: the estimate against the count of every eigenvalue."""
+    generator = torch.Generator().manual_seed(9)
+    B = torch.randn(400, 500, generator=generator, dtype=DTYPE) * torch.logspace(0, -3, 400, dtype=DTYPE)[:, None]
+    values = torch.linalg.eigvalsh(B @ B.T)
+    dense = DenseFactored.from_gram(LinearOperator.from_matrix(B), B @ B.T)
+    krylov = KrylovFactored(dense.operator, like=B[0], rtol=1e-3, max_steps=60, cutoff=gram_cutoff(400, DTYPE))
+    for smallest in (10.0, 1.0, 0.3):
+        true = int((values >= smallest).sum())
+        assert dense.count(smallest) == true
+        assert krylov.count(smallest) == pytest.approx(true, abs=0.1 * 400)
+    assert math.isnan(krylov.count(1e-6))  # 60 products do not reach that far
 
 
 @pytest.mark.parametrize("kind", ["full", "rank_deficient"])

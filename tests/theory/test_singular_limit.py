@@ -8,7 +8,7 @@ import torch
 from tests.problems import NAMES, lyapunov_trace, make
 from torch_singlim import Dropout, Minibatch, SGDSettings, WeightDecay, compare, singular_limit, tangent_space
 from torch_singlim.observe import finite_noise
-from torch_singlim.theory import averaged_gradient, potential
+from torch_singlim.theory import averaged_gradient, expected_distance, gradient_noise, potential
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,7 +77,7 @@ def test_averaged_gradient_is_the_mean_over_all_masks():
     assert torch.linalg.vector_norm(estimate.mean - truth) < 4 * estimate.stderr
     assert estimate.stderr < 0.05 * torch.linalg.vector_norm(truth)
     # on Gamma, small noise: grad V to leading order
-    small = finite_noise(dense.problem, w, Dropout(), num_draws=16_000, generator=generator)
+    small = finite_noise(dense.problem, w, Dropout(), estimate, num_draws=16_000, generator=generator)
     exact = compare(truth, dense.dropout_potential_gradient(w))
     assert small.cosine == pytest.approx(exact.cosine, abs=0.01)
     assert small.norm_ratio == pytest.approx(exact.predicted / exact.measured, rel=0.05)
@@ -99,9 +99,10 @@ def test_distance_on_the_separated_modes():
     dense, w = make("two_layers")
     sgd = SGDSettings(lr=0.05, batch_size=2)
     T = tangent_space(dense.problem, w)
-    limit = singular_limit(dense.problem, w, Dropout(), sgd, num_draws=1000, hessian=T.hessian)
+    noise = gradient_noise(Dropout(), dense.problem, w, batch_size=2)
+    gradient = potential(Dropout(), dense.problem, w, num_draws=1000).gradient
     level = T.spectrum()[3].item() * 0.999  # the four stiffest
-    part = limit.distance_on(T.hessian, sgd, smallest=level)
+    part = expected_distance(T.hessian, gradient, noise, sgd=sgd, smallest=level)
     values, vectors = torch.linalg.eigh(dense.gauss_newton(w))
     stiff, l = vectors[:, -4:], values[-4:]  # noqa: E741
     offset = -stiff @ ((stiff.T @ dense.dropout_potential_gradient(w)) / l)
@@ -109,7 +110,7 @@ def test_distance_on_the_separated_modes():
     variance = (0.05 * torch.diagonal(stiff.T @ S @ stiff) / (2 * l - 0.05 * l**2)).sum().item()
     torch.testing.assert_close(part.offset.mean, offset, rtol=0, atol=1e-6)
     assert part.variance.mean == pytest.approx(variance, rel=1e-8)
-    unstable = limit.distance_on(T.hessian, SGDSettings(lr=1e3), smallest=0.0)
+    unstable = expected_distance(T.hessian, gradient, noise, sgd=SGDSettings(lr=1e3))
     assert unstable.rms == math.inf
 
 

@@ -113,6 +113,8 @@ def finite_window(
         middle = last[0] + last[1].at(last[2] + h / 2)
         blocks = [_block_mean(effective, middle, strata()) for _ in range(2 if effective.is_random else 1)]
         gradients = VectorEstimate(torch.stack([mean for mean, _ in blocks]))
+        if not torch.isfinite(problem.outputs(middle)).all():
+            return failed("diverged")
         B = problem.linearize(middle).operator
 
         slope = gradients.mean + B.normal_product(at - middle)

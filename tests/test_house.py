@@ -16,11 +16,13 @@ ROOMS = {
     "problem": {"linalg", "loss", "functional"},
     "geometry": {"linalg", "problem"},
     "theory": {"linalg", "loss", "functional", "problem"},
-    "observe": {"linalg", "problem", "geometry", "theory"},
+    "agreement": {"linalg"},
+    "observe": {"linalg", "problem", "geometry", "theory", "agreement"},
+    "verdict": {"agreement", "observe"},
     "scaling": {"linalg"},
-    "report": {"observe", "scaling"},
-    "callbacks": {"linalg", "loss", "functional", "problem", "geometry", "theory", "observe"},
-    "__init__": {"linalg", "problem", "geometry", "theory", "observe", "callbacks"},
+    "report": {"observe", "scaling", "verdict"},
+    "callbacks": {"linalg", "loss", "functional", "problem", "geometry", "theory", "observe", "verdict"},
+    "__init__": {"linalg", "problem", "geometry", "theory", "agreement", "callbacks"},
 }
 HEAVY = {"lightning": "callbacks", "matplotlib": "report"}
 

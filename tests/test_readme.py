@@ -18,10 +18,10 @@ def test_code_blocks_run(block, capsys):
 def test_every_logged_tag_is_explained():
     import inspect
 
-    from torch_singlim import observe
+    from torch_singlim import verdict
     from torch_singlim.callbacks import monitor
 
-    scalars = inspect.getsource(observe.observation_scalars) + inspect.getsource(observe.window_scalars)
+    scalars = inspect.getsource(verdict.observation_scalars) + inspect.getsource(verdict.window_scalars)
     logged = set(re.findall(r'"([a-z_]+(?:/[a-z_]+)?)"', scalars)) - {"ok"}
     logged |= set(re.findall(r'"singlim/([a-z_/]+)"', inspect.getsource(monitor))) - {"verdict"}
     table = README.split("## What is logged")[1].split("## What to expect")[0]

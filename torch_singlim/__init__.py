@@ -6,9 +6,9 @@ arXiv 2404.12293.
 
 from typing import TYPE_CHECKING
 
+from torch_singlim.agreement import Agreement, compare
 from torch_singlim.geometry import FootPoint, TangentSpace, nearest_point, tangent_space
 from torch_singlim.linalg import Estimate
-from torch_singlim.observe import Agreement, compare
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory import (
     AntiCorrelated,

@@ -8,8 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from torch_singlim.observe import History, WindowObservation
+from torch_singlim.observe import WindowObservation
 from torch_singlim.scaling import Scaling
+from torch_singlim.verdict import History
 
 __all__ = ["drift_figure", "scaling_figure"]
 

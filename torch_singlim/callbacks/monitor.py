@@ -26,16 +26,9 @@ from torch_singlim.callbacks.detect import (
 from torch_singlim.callbacks.inject import InjectNoise, injected_noise
 from torch_singlim.geometry import nearest_point
 from torch_singlim.loss import SampleLoss
-from torch_singlim.observe import (
-    Observation,
-    WindowObservation,
-    observation_scalars,
-    observe,
-    observe_window,
-    verdict,
-    window_scalars,
-)
+from torch_singlim.observe import Observation, WindowObservation, observe, observe_window
 from torch_singlim.theory import CustomNoise, NoiseSystem, SGDSettings, check_derivatives, parts, with_measured_order
+from torch_singlim.verdict import observation_scalars, verdict, window_scalars
 
 __all__ = ["SingularLimitMonitor", "probe_starts"]
 

@@ -1,0 +1,114 @@
+"""How well a predicted displacement agrees with a measured one, and what could be the best."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_singlim.linalg import Estimate
+
+__all__ = ["Agreement", "Scatter", "compare", "jackknife", "noise_ceiling", "noise_pull"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a predicted displacement q agrees with a measured one m; nan where one of them is zero.
+
+    Args:
+        cosine: <m, q> / (|m| |q|).
+        speed_ratio: <m, q> / <q, q>; 1: as fast as predicted.
+        residual_ratio: |m - q| / |m|, the share of the motion that is not explained.
+        measured: |m|, in units of the weights' norm.
+        predicted: |q|.
+    """
+
+    cosine: float
+    speed_ratio: float
+    residual_ratio: float
+    measured: float
+    predicted: float
+
+
+def compare(measured: Tensor, predicted: Tensor) -> Agreement:
+    """Cosine, speed ratio and unexplained share of two displacements ``[P]``.
+
+    >>> compare(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0]))
+    Agreement(cosine=1.0, speed_ratio=2.0, residual_ratio=0.5, measured=2.0, predicted=1.0)
+    """
+    if measured.shape != predicted.shape:
+        raise ValueError(f"displacements of different weights: {tuple(measured.shape)} and {tuple(predicted.shape)}")
+    m, q = torch.linalg.vector_norm(measured).item(), torch.linalg.vector_norm(predicted).item()
+    inner = torch.dot(measured, predicted).item()
+    gap = torch.linalg.vector_norm(measured - predicted).item()
+    return Agreement(
+        cosine=inner / (m * q) if m * q > 0 else math.nan,
+        speed_ratio=inner / q**2 if q > 0 else math.nan,
+        residual_ratio=gap / m if m > 0 else math.nan,
+        measured=m,
+        predicted=q,
+    )
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Standard errors of an agreement's cosine and speed ratio, from equal parts of the window."""
+
+    cosine: float
+    speed_ratio: float
+
+
+def jackknife(measured: Tensor, predicted: Tensor) -> Scatter:
+    """Standard errors from the displacements over n parts of a window ``[n, P]``, one part left out at a time.
+
+        s^2 = (n-1)/n sum_j (a_j - mean a)^2,      a_j the agreement without part j        (Efron & Stein 1981)
+
+    Parts are taken as independent; nan for fewer than two.
+
+    >>> m = torch.tensor([[1.0, 0.1], [1.0, -0.1]])
+    >>> jackknife(m, torch.tensor([[1.0, 0.0], [1.0, 0.0]])).speed_ratio
+    0.0
+    """
+    n = len(measured)
+    if n < 2:
+        return Scatter(math.nan, math.nan)
+    without = [compare(measured.sum(0) - m, predicted.sum(0) - q) for m, q in zip(measured, predicted, strict=True)]
+
+    def error(values: list[float]) -> float:
+        mean = sum(values) / n
+        return math.sqrt((n - 1) / n * sum((value - mean) ** 2 for value in values))
+
+    return Scatter(error([a.cosine for a in without]), error([a.speed_ratio for a in without]))
+
+
+def noise_ceiling(runs: Sequence[Tensor]) -> float:
+    """The best cosine that any deterministic prediction can have with one run: sqrt(mean cosine between runs).
+
+    A run is mean + fluctuation; the mean itself has that cosine with it. Runs ``[P]`` are independent, from the same
+    weights over the same window; nan for fewer than two.
+
+    >>> noise_ceiling([torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0])])
+    0.0
+    """
+    cosines = [compare(a, b).cosine for a, b in itertools.combinations(runs, 2)]
+    return math.sqrt(max(sum(cosines) / len(cosines), 0.0)) if cosines else math.nan
+
+
+def noise_pull(runs: Sequence[Tensor], flow: Tensor, null: Tensor) -> Estimate:
+    """How much of the noise's predicted pull a run shows, beyond what the loss alone does: 1 as predicted, 0 none.
+
+        <run - null, flow - null> / |flow - null|^2
+
+    The first run ``[P]`` is the measured one; the standard error is the standard deviation of all of them, independent
+    runs of the same window (nan for a single one). Well below 1: the pull stands out.
+    """
+    pull = flow - null
+    size = pull.square().sum().item()
+    if size == 0:
+        return Estimate(math.nan, math.nan)
+    shares = torch.stack([torch.dot(run - null, pull) / size for run in runs])
+    return Estimate(shares[0].item(), shares.std().item() if len(runs) > 1 else math.nan)

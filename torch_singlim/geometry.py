@@ -138,6 +138,8 @@ def nearest_point(
         raise ValueError("the weights contain nan or infinity: training has probably diverged")
 
     rounding = 100 * torch.finfo(w.dtype).eps
+    # relative residual of the inner solves; less than 1e4 eps conjugate gradients may not reach on a wide spectrum
+    inner_rtol = max(0.01 * rtol, 1e4 * torch.finfo(w.dtype).eps)
     at = problem.linearize(w)
     initial = torch.linalg.vector_norm(at.residual).item()
 
@@ -150,7 +152,7 @@ def nearest_point(
         nonlocal inverse
         B = linearization.operator
         if inverse is not None:
-            inner = preconditioned_solve(B.gram_product, rhs, inverse, rtol=0.01 * rtol, max_steps=_MOST_PRECONDITIONED)
+            inner = preconditioned_solve(B.gram_product, rhs, inverse, rtol=inner_rtol, max_steps=_MOST_PRECONDITIONED)
             if inner.status == "converged":
                 return Solution(B.rmatvec(inner.x), "converged", inner.steps, inner.residual)
         gram = linearization.gram() if problem.num_residuals <= max_dense else None

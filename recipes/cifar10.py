@@ -6,6 +6,7 @@ and the null control. --quick runs a smaller experiment in minutes on two cores.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 

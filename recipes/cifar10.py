@@ -63,7 +63,7 @@ FULL = {
 }
 QUICK = {
     "cnn": (96, Plan(clean=1_500, steps=700, window=400, batch_size=16, lr=0.1, reference=False)),
-    "resnet": (16, replace(_RESNET, clean=200, steps=350, window=250, batch_size=8, reference=False)),
+    "resnet": (16, replace(_RESNET, clean=200, steps=300, window=200, batch_size=8, reference=False)),
 }
 
 
@@ -106,7 +106,7 @@ def main(
         noise: which one; dropout is a layer of the network, minibatch is none, the others are injected.
         level: rate of dropout or label flips, standard deviation of the others; default: one for each.
         samples: training images; default: 256; quick: 96, with the ResNet 16.
-        epochs: passes over them with noise; default: 900 steps, quick: 700, with the ResNet 350.
+        epochs: passes over them with noise; default: 900 steps, quick: 700, with the ResNet 300.
         lr: step size of SGD; default: 0.1, with the ResNet 0.05.
         quick: a smaller experiment.
         accelerator: Lightning's: auto, cpu, gpu, ...

@@ -242,6 +242,8 @@ def observe(
 
 # optimizer steps up to which following each of them costs less than long steps with their error estimate
 _SHORT = 200
+# estimated error of long steps, relative to the displacement, up to which they are believed
+_ACCURATE = 0.2
 
 
 @dataclass(frozen=True)
@@ -351,7 +353,9 @@ def observe_window(
         window = finite_window(
             problem, origin, system, sgd, steps=steps, marks=marks, velocity=velocity, generator=generator
         )
-        return window if window.status == "ok" else stepwise(system)
+        size = torch.linalg.vector_norm(window.displacement).item()
+        accurate = window.status == "ok" and math.hypot(window.stderr, window.error) <= _ACCURATE * size
+        return window if accurate else stepwise(system)
 
     null = predicted(Minibatch())
     prediction = flow = None

@@ -188,6 +188,16 @@ def set_dropout(net: nn.Module, rate: float) -> None:
             module.p = rate
 
 
+def set_up(noise: Noise, level: float | None, seed: int) -> tuple[float, str, list[L.Callback]]:
+    """Rate of the dropout layers, the noise in words, and the callbacks that inject what is no layer."""
+    if noise in INJECTED:
+        system, default = INJECTED[noise]
+        injected = system(default if level is None else level)
+        return 0.0, str(injected), [InjectNoise(injected, seed=seed)]
+    rate = (DROPOUT_RATE if level is None else level) if noise == "dropout" else 0.0
+    return rate, (f"dropout {rate:g}" if rate else "minibatches alone"), []
+
+
 def train(
     net: nn.Module,
     data: TensorDataset,
@@ -226,13 +236,8 @@ def train(
     set_dropout(net, 0.0)
     if plan.clean:
         fit(plan.clean, "clean", [])
-    rate = (DROPOUT_RATE if level is None else level) if noise == "dropout" else 0.0
+    rate, shown, callbacks = set_up(noise, level, seed)
     set_dropout(net, rate)
-    shown, callbacks = (f"dropout {rate:g}" if rate else "minibatches alone"), []
-    if noise in INJECTED:
-        system, default = INJECTED[noise]
-        injected = system(default if level is None else level)
-        shown, callbacks = str(injected), [InjectNoise(injected, seed=seed)]
     monitor = SingularLimitMonitor(
         num_samples=len(data),
         window=plan.window,  # the last one ends with the run
@@ -251,13 +256,15 @@ def train(
 def what_was_seen(monitor: SingularLimitMonitor) -> tuple[bool, str]:
     """Whether the noise's own pull stood out in the last window, and that in words, with the slow clock."""
     window, observation = monitor.last_window, monitor.last_observation
-    if window is None or observation is None or observation.limit is None:
+    if window is None or observation is None:
         return False, "no window was completed"
     limit = observation.limit
-    if limit.order is None:
+    if not observation.moves:
         return False, "no motion along the zero-loss set on either clock, what moves is the approach"
-    percent = 0.01 * (observation.weights.norm() / limit.drift.norm()).item()
-    clock = f"order {limit.order}, the singular limit moves the weights by 1 % in {percent:.2g} steps"
+    clock = "too large for the singular limit"
+    if limit is not None:
+        percent = 0.01 * (observation.weights.norm() / limit.drift.norm()).item()
+        clock = f"order {limit.order}, the singular limit moves the weights by 1 % in {percent:.2g} steps"
     if window.spread is not None:
         return True, f"{clock}, but diffusion hides that: only the length of the motion can be predicted"
     pull, share, length = window.pull, window.pull_share, window.stop - window.start

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from common import DROPOUT_RATE, INJECTED, Classifier, Noise, as_dataset, command, conclude
+from common import Classifier, Noise, as_dataset, command, conclude, set_up
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from torch_singlim import InjectNoise, SingularLimitMonitor
+from torch_singlim import SingularLimitMonitor
 from torch_singlim.observe import WindowObservation
 from torch_singlim.report import drift_figure
 
@@ -94,14 +94,9 @@ def main(
     data = digits(samples, one_hot=noise != "label_flips")
     # shuffled passes over the data, one after another, as one long epoch: one progress bar for the whole run
     loader = DataLoader(data, batch_size=batch_size, sampler=RandomSampler(data, num_samples=steps * batch_size))
-    rate = (DROPOUT_RATE if level is None else level) if noise == "dropout" else 0.0
+    rate, shown, callbacks = set_up(noise, level, seed)
     lr = STEP_SIZE.get(noise, 0.5) if lr is None else lr
     model = Classifier(network(hidden, rate), lr)
-    shown, callbacks = (f"dropout {rate:g}" if rate else "minibatches alone"), []
-    if noise in INJECTED:
-        system, default = INJECTED[noise]
-        injected = system(default if level is None else level)
-        shown, callbacks = str(injected), [InjectNoise(injected, seed=seed)]
     monitor = SingularLimitMonitor(
         every_n_steps=window, window=window, replicas=replicas, reference=True, num_draws=hidden
     )

@@ -347,21 +347,21 @@ def observe_window(
             problem, origin, system, sgd, steps=steps, marks=marks, velocity=velocity, generator=generator
         )
 
-    def predicted(system: NoiseSystem) -> WindowPrediction:
+    def long_steps(system: NoiseSystem) -> WindowPrediction | None:
         if steps <= _SHORT:
-            return stepwise(system)
+            return None
         window = finite_window(
             problem, origin, system, sgd, steps=steps, marks=marks, velocity=velocity, generator=generator
         )
         size = torch.linalg.vector_norm(window.displacement).item()
         accurate = window.status == "ok" and math.hypot(window.stderr, window.error) <= _ACCURATE * size
-        return window if accurate else stepwise(system)
+        return window if accurate else None
 
-    null = predicted(Minibatch())
+    null = long_steps(Minibatch()) or stepwise(Minibatch())
     prediction = flow = None
     if has_effective_flow(noise, problem):
-        prediction = predicted(noise)
         flow = stepwise(noise) if reference else None
+        prediction = long_steps(noise) or flow or stepwise(noise)
     runs = [measured]
     if replicas:
         ensemble = simulate(
@@ -391,7 +391,7 @@ def observe_window(
         limit=limit,
         spread=spread,
         ceiling=noise_ceiling(runs),
-        products=sum(each.products for each in (null, prediction, flow) if each is not None),
+        products=sum({id(each): each.products for each in (null, prediction, flow) if each is not None}.values()),
     )
 
 

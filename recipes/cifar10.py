@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import lightning as L
 import torch
-from common import Loss, Noise, Plan, as_dataset, command, conclude, first_images, image_bars, image_folder, train
+from common import Loss, Noise, Plan, command, train_and_compare
 from torch import nn
-from torchvision.datasets import CIFAR10, VisionDataset
+from torchvision.datasets import CIFAR10
 from torchvision.models.resnet import BasicBlock, ResNet
 
 
@@ -67,19 +66,6 @@ QUICK = {
 }
 
 
-def source(data_dir: Path, *, download: bool) -> VisionDataset:
-    """CIFAR-10's training set in torchvision's format, or any folder that has one folder of images for each class."""
-    if any(path.is_dir() and path.name != CIFAR10.base_folder for path in data_dir.glob("*")):
-        return image_folder(data_dir)
-    try:
-        return CIFAR10(str(data_dir), train=True, download=download)
-    except RuntimeError as error:
-        raise SystemExit(
-            f"no CIFAR-10 in {data_dir}: {error}; pass --download true, or --data-dir with a folder that holds "
-            f"{CIFAR10.base_folder} or one folder of images for each class"
-        ) from error
-
-
 def main(
     data_dir: Path = Path("data"),
     download: bool = True,
@@ -114,18 +100,23 @@ def main(
         out: folder for TensorBoard's event files and the figure.
         check: fail unless the last window agrees with the theory, where the noise is strong enough to be seen.
     """
-    L.seed_everything(seed)
     default, plan = (QUICK if quick else FULL)[network]
     samples = samples or default
-    plan = plan.adjusted(samples, epochs, lr)
-    images, labels = first_images(source(data_dir, download=download), samples, where=data_dir)
-    data = as_dataset(images, labels, one_hot=loss == "mse")
-    net = NETWORKS[network](tuple(images.shape[1:]))
-    title = f"{samples} CIFAR-10 images, {network.upper()}, {loss}, SGD {plan.lr:g}, batch {plan.batch_size}"
-    monitor, shown, figure = train(
-        net, data, plan, noise=noise, level=level, seed=seed, out=out, accelerator=accelerator, title=title
+    train_and_compare(
+        CIFAR10,
+        NETWORKS[network],
+        samples,
+        plan.adjusted(samples, epochs, lr),
+        data_dir=data_dir,
+        download=download,
+        loss=loss,
+        noise=noise,
+        level=level,
+        accelerator=accelerator,
+        seed=seed,
+        out=out,
+        check=check,
     )
-    conclude(monitor, image_bars, shown=shown, figure=figure, logs=out, always=noise == "dropout", check=check)
 
 
 if __name__ == "__main__":

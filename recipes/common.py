@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-from torchvision.datasets import ImageFolder, VisionDataset
+from torchvision.datasets import CIFAR10, MNIST, ImageFolder, VisionDataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from torch_singlim import (
@@ -106,12 +106,27 @@ def as_dataset(images: Tensor, labels: Tensor, *, one_hot: bool) -> TensorDatase
     return TensorDataset(images, F.one_hot(labels, 10).float() if one_hot else labels)
 
 
-def image_folder(where: Path) -> ImageFolder:
-    """A folder that has one folder of images for each class."""
+def open_images(known: type[MNIST | CIFAR10], where: Path, *, download: bool) -> VisionDataset:
+    """A training set that torchvision knows, in its format, or any folder that has one folder of images for each class.
+
+    Args:
+        known: torchvision's class.
+        where: the folder; one that has other folders than the data set's own is taken as a folder of images.
+        download: fetch it if it is not there.
+    """
+    own = "MNIST" if known is MNIST else CIFAR10.base_folder
+    if any(path.is_dir() and path.name != own for path in where.glob("*")):
+        try:
+            return ImageFolder(str(where))
+        except FileNotFoundError as error:
+            raise SystemExit(f"no images in {where}, or in one of its folders: {error}") from error
     try:
-        return ImageFolder(str(where))
-    except FileNotFoundError as error:
-        raise SystemExit(f"no images in {where}, or in one of its folders: {error}") from error
+        return known(str(where), train=True, download=download)
+    except RuntimeError as error:
+        raise SystemExit(
+            f"no {known.__name__} in {where}: {error}; pass --download true, or --data-dir with a folder that holds "
+            f"{own} or one folder of images for each class"
+        ) from error
 
 
 def first_images(dataset: VisionDataset, samples: int, *, where: Path) -> tuple[Tensor, Tensor]:
@@ -198,61 +213,6 @@ def set_up(noise: Noise, level: float | None, seed: int) -> tuple[float, str, li
     return rate, (f"dropout {rate:g}" if rate else "minibatches alone"), []
 
 
-def train(
-    net: nn.Module,
-    data: TensorDataset,
-    plan: Plan,
-    *,
-    noise: Noise,
-    level: float | None,
-    seed: int,
-    out: Path,
-    accelerator: str,
-    title: str,
-) -> tuple[SingularLimitMonitor, str, Path]:
-    """Train without noise, then with it under the monitor; the monitor, the noise in words, the figure's path."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data lies in memory
-    smoothing = 0.0 if noise == "label_flips" else SMOOTHING
-    if noise == "label_flips" and data.tensors[1].is_floating_point():
-        raise SystemExit("label flips are for cross-entropy on class labels: pass --loss cross_entropy")
-    model = Classifier(net, plan.lr, smoothing)
-
-    def fit(steps: int, folder: str, callbacks: list[L.Callback]) -> L.Trainer:
-        # shuffled passes over the data, one after another, as one long epoch: one progress bar for the whole phase
-        sampler = RandomSampler(data, num_samples=steps * plan.batch_size)
-        trainer = L.Trainer(
-            max_steps=steps,
-            accelerator=accelerator,
-            devices=1,
-            logger=TensorBoardLogger(out, name=folder, default_hp_metric=False),
-            callbacks=[*callbacks, TQDMProgressBar(refresh_rate=50)],
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            log_every_n_steps=50,
-        )
-        trainer.fit(model, DataLoader(data, batch_size=plan.batch_size, sampler=sampler))
-        return trainer
-
-    set_dropout(net, 0.0)
-    if plan.clean:
-        fit(plan.clean, "clean", [])
-    rate, shown, callbacks = set_up(noise, level, seed)
-    set_dropout(net, rate)
-    monitor = SingularLimitMonitor(
-        num_samples=len(data),
-        window=plan.window,  # the last one ends with the run
-        replicas=plan.replicas,
-        reference=plan.reference,
-        num_draws=plan.num_draws,
-        dtype=plan.dtype,
-    )
-    trainer = fit(plan.steps, "noisy", [*callbacks, monitor])
-    figure = Path(trainer.log_dir or out) / "drift.png"
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    drift_figure(monitor.history, monitor.last_window, title=f"{title}, {shown}").savefig(figure)
-    return monitor, shown, figure
-
-
 def what_was_seen(monitor: SingularLimitMonitor) -> tuple[bool, str]:
     """Whether the noise's own pull stood out in the last window, and that in words, with the slow clock."""
     window, observation = monitor.last_window, monitor.last_observation
@@ -331,3 +291,74 @@ def image_bars(window: WindowObservation) -> dict[str, bool]:
         "speed ratio within 0.85 to 1.15": 0.85 <= window.drift.speed_ratio <= 1.15,
         "null cosine at least 0.3 lower": window.null.cosine <= window.drift.cosine - 0.3,
     }
+
+
+def train_and_compare(
+    known: type[MNIST | CIFAR10],
+    network: Callable[[tuple[int, ...]], nn.Module],
+    samples: int,
+    plan: Plan,
+    *,
+    data_dir: Path,
+    download: bool,
+    loss: Loss,
+    noise: Noise,
+    level: float | None,
+    accelerator: str,
+    seed: int,
+    out: Path,
+    check: bool,
+) -> None:
+    """An image recipe: train on the first images without noise, then with it under the monitor; conclude.
+
+    Args:
+        known: torchvision's class of the data set.
+        network: shape of an image -> the network, with a dropout layer where it has one.
+        samples: training images.
+        plan: how long to train.
+        data_dir: and the others: see the recipes.
+    """
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data lies in memory
+    if noise == "label_flips" and loss == "mse":
+        raise SystemExit("label flips are for cross-entropy on class labels: pass --loss cross_entropy")
+    L.seed_everything(seed)
+    images, labels = first_images(open_images(known, data_dir, download=download), samples, where=data_dir)
+    data = as_dataset(images, labels, one_hot=loss == "mse")
+    net = network(tuple(images.shape[1:]))
+    model = Classifier(net, plan.lr, smoothing=0.0 if noise == "label_flips" else SMOOTHING)
+
+    def fit(steps: int, folder: str, callbacks: list[L.Callback]) -> L.Trainer:
+        # shuffled passes over the data, one after another, as one long epoch: one progress bar for the whole phase
+        sampler = RandomSampler(data, num_samples=steps * plan.batch_size)
+        trainer = L.Trainer(
+            max_steps=steps,
+            accelerator=accelerator,
+            devices=1,
+            logger=TensorBoardLogger(out, name=folder, default_hp_metric=False),
+            callbacks=[*callbacks, TQDMProgressBar(refresh_rate=50)],
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            log_every_n_steps=50,
+        )
+        trainer.fit(model, DataLoader(data, batch_size=plan.batch_size, sampler=sampler))
+        return trainer
+
+    set_dropout(net, 0.0)
+    if plan.clean:
+        fit(plan.clean, "clean", [])
+    rate, shown, callbacks = set_up(noise, level, seed)
+    set_dropout(net, rate)
+    monitor = SingularLimitMonitor(
+        num_samples=len(data),
+        window=plan.window,  # the last one ends with the run
+        replicas=plan.replicas,
+        reference=plan.reference,
+        num_draws=plan.num_draws,
+        dtype=plan.dtype,
+    )
+    trainer = fit(plan.steps, "noisy", [*callbacks, monitor])
+    figure = Path(trainer.log_dir or out) / "drift.png"
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    title = f"{samples} {known.__name__} images, {network.__name__}, {loss}, SGD {plan.lr:g}, batch {plan.batch_size}"
+    drift_figure(monitor.history, monitor.last_window, title=f"{title}, {shown}").savefig(figure)
+    conclude(monitor, image_bars, shown=shown, figure=figure, logs=out, always=noise == "dropout", check=check)

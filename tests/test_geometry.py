@@ -5,6 +5,8 @@ import torch
 
 from tests.problems import DTYPE, NAMES, make
 from torch_singlim import nearest_point, tangent_space
+from torch_singlim.geometry import TangentSpace
+from torch_singlim.linalg import KrylovFactored, LinearOperator
 
 
 def displaced(w, size, seed=0):
@@ -38,10 +40,22 @@ def test_separated_part_is_the_spectral_filter():
     T = tangent_space(dense.problem, w)
     v = displaced(torch.zeros_like(w), 1.0)
     values, vectors = torch.linalg.eigh(dense.gauss_newton(w))
-    fast = vectors[:, values >= 2.0 / (0.1 * 300)]
-    torch.testing.assert_close(T.separated(v, lr=0.1, steps=300, threshold=2.0), fast @ (fast.T @ v), atol=1e-9, rtol=0)
-    assert T.num_separated(lr=0.1, steps=300, threshold=2.0) == fast.shape[1]
+    level = 2.0 / (0.1 * 300)
+    share = torch.where(values > 1e-11 * values[-1], 1 / (1 + (level / values) ** 4), 0)
+    part = T.separated(v, lr=0.1, steps=300, threshold=2.0)
+    torch.testing.assert_close(part, vectors @ (share * (vectors.T @ v)), atol=1e-9, rtol=0)
+    assert T.num_separated(lr=0.1, steps=300, threshold=2.0) == (values >= level).sum()
     assert not T.separated(v, lr=0.1, steps=0).any()
+
+
+def test_the_separation_filter_is_within_reach_of_lanczos():
+    values = torch.logspace(0, -6, 1500, dtype=DTYPE)
+    B = torch.diag(values.sqrt())
+    H = KrylovFactored(LinearOperator.from_matrix(B), like=values, rtol=1e-4, max_steps=100, cutoff=1e-12)
+    v = torch.randn(1500, dtype=DTYPE, generator=torch.Generator().manual_seed(0))
+    level = 1e-2
+    part = TangentSpace(H).separated(v, lr=1.0, steps=1 / level)
+    torch.testing.assert_close(part, v / (1 + (level / values) ** 4), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

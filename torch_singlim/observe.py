@@ -92,6 +92,8 @@ class Observation:
         num_modes: how many modes there are; then the number of residuals, which bounds it.
         limit: the singular limit's prediction at the foot point (None where the theory does not cover the training, or
             its expansion of the noise does not hold).
+        tangent_steps: 1 / (alpha d^T H d / d^T d) for the limit's drift d: over fewer steps it is as good as tangent,
+            whatever Lanczos has left of normal directions in it (nan where H was decomposed, and without a drift).
         finite_noise: how far that expansion holds at these weights (order 1 alone).
         moves: whether the noise drives a motion along Gamma on one of the two clocks.
         subset: whether training uses more samples than were probed. The Gamma of some samples contains that of all:
@@ -111,6 +113,7 @@ class Observation:
     num_separated: float | None
     num_modes: int
     limit: LimitPrediction | None = field(repr=False)
+    tangent_steps: float
     finite_noise: FiniteNoise | None
     moves: bool
     subset: bool
@@ -164,7 +167,7 @@ def observe(
     """
     exact = problem.num_residuals <= max_dense
     # the separated modes are those of H at w: there the loss and the noise pull against one another
-    settled = TangentSpace(problem.gauss_newton(w, max_dense=max_dense, rtol=1e-3, max_steps=100))
+    settled = TangentSpace(problem.gauss_newton(w, max_dense=max_dense, rtol=1e-2, max_steps=200))
     foot = nearest_point(
         problem,
         w,
@@ -177,7 +180,8 @@ def observe(
     tangent = TangentSpace(problem.gauss_newton(foot.point, max_dense=max_dense, rtol=1e-3, max_steps=100))
     drifting = w if carried is None else w - carried
     separated = expected = count = limit = expansion = None
-    direction, pull = math.nan, VectorEstimate(torch.zeros_like(w)[None])
+    direction, tangent_steps = math.nan, math.nan
+    pull = VectorEstimate(torch.zeros_like(w)[None])
     if noise is not None and noise.order == 1:
         pull = averaged_gradient(noise, problem, drifting, num_draws=num_draws, generator=generator)
         expansion = finite_noise(problem, drifting, noise, pull, num_draws=num_draws, generator=generator)
@@ -202,6 +206,8 @@ def observe(
                     hessian=tangent.hessian,
                     generator=generator,
                 )
+            if limit is not None and not tangent.exact and limit.drift.any():
+                tangent_steps = 1 / (alpha * tangent.curvature(limit.drift))
             expectation = expected_distance(
                 settled.hessian,
                 pull,
@@ -214,7 +220,7 @@ def observe(
                     generator=generator,
                 ),
                 sgd=sgd,
-                smallest=level,
+                level=level,
                 num_draws=4,
                 generator=generator,
             )
@@ -234,6 +240,7 @@ def observe(
         num_separated=count,
         num_modes=settled.num_modes,
         limit=limit,
+        tangent_steps=tangent_steps,
         finite_noise=expansion,
         moves=noise is not None and noise.order is not None,
         subset=subset,

@@ -28,6 +28,8 @@ def observation_scalars(o: Observation) -> dict[str, float]:
         "distance/linearised": o.foot.linearised_distance,
         "quality/residual": o.foot.residual,
         "quality/converged": float(o.foot.converged),
+        "quality/unresolved": o.tangent.unresolved,
+        "quality/tangent_steps": o.tangent_steps,
     }
     if o.separated is not None and o.num_separated is not None:
         scalars["separation"] = o.num_separated / max(o.num_modes, 1)

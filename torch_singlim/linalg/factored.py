@@ -67,6 +67,11 @@ class FactoredOperator(ABC):
         """Whether the spectrum and the projections are complete up to rounding."""
 
     @property
+    @abstractmethod
+    def unresolved(self) -> float:
+        """Share of K's m eigenvalues that are known no better than to a tenth of themselves; 0: all are."""
+
+    @property
     def rank(self) -> int:
         """Number of nonzero eigenvalues of H; a lower bound where `exact` is False."""
         return self.spectrum().numel()
@@ -117,6 +122,10 @@ class DenseFactored(FactoredOperator):
     def exact(self) -> bool:
         return True
 
+    @property
+    def unresolved(self) -> float:
+        return 0.0
+
     def spectrum(self) -> Tensor:
         return self.eigenvalues
 
@@ -151,17 +160,19 @@ class KrylovFactored(FactoredOperator):
     seed: int = 0
 
     @cached_property
-    def _ritz(self) -> tuple[Tensor, bool]:
+    def _ritz(self) -> tuple[Tensor, bool, float]:
+        """Eigenvalues resolved, whether they are all, and the weight of those that are not."""
         generator = torch.Generator().manual_seed(self.seed)
         start = rademacher((self.operator.shape[0],), generator=generator, like=self.like)
         spaces = list(lanczos(self.operator.gram_product, start, max_steps=self.max_steps, stride=self.max_steps))
         if not spaces:
-            return self.like.new_zeros(0), True
+            return self.like.new_zeros(0), True, 0.0
         space = spaces[-1]
-        values, _, bounds = space.ritz()
+        values, vectors, bounds = space.ritz()
         largest = values[-1].clamp_min(0)
         resolved = (values > self.cutoff * largest) & (bounds <= self.rtol * largest)
-        return values[resolved].flip(0), space.beta == 0.0
+        blurred = (values > self.cutoff * largest) & (bounds > 0.1 * values)
+        return values[resolved].flip(0), space.beta == 0.0, vectors[0][blurred].square().sum().item()
 
     def spectrum(self) -> Tensor:
         return self._ritz[0]
@@ -173,6 +184,11 @@ class KrylovFactored(FactoredOperator):
         A repeated eigenvalue is found once (a random start vector sees one direction of its eigenspace).
         """
         return self._ritz[1]
+
+    @property
+    def unresolved(self) -> float:
+        """The quadrature weight of the Ritz values in question, from one random vector."""
+        return self._ritz[2]
 
     def _on_range(self, psi: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
         kept = values > self.cutoff * values.max()

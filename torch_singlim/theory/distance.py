@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_singlim.geometry import separation_filter
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.theory.descent import SGDSettings
 from torch_singlim.theory.gradient_noise import GradientNoise
@@ -38,21 +39,21 @@ def expected_distance(
     noise: GradientNoise,
     *,
     sgd: SGDSettings,
-    smallest: float = 0.0,
+    level: float = 0.0,
     num_draws: int = 16,
     generator: torch.Generator | None = None,
 ) -> ExpectedDistance:
-    """Where the iterate settles around Gamma, over the modes with lambda >= smallest.
+    """Where the iterate settles around Gamma, over the modes that are separated at a level.
 
-        offset    = -H^+ g,      g = alpha^(order-1) grad V
-        variance  = sum_i alpha Sigma_ii / (2 l_i - alpha l_i^2)        (see `stationary_variance` for momentum)
+        offset    = -f(H) H^+ g,      g = alpha^(order-1) grad V,      f: `separation_filter`
+        variance  = sum_i f(l_i)^2 alpha Sigma_ii / (2 l_i - alpha l_i^2)     (with momentum: `stationary_variance`)
 
     Args:
         hessian: H = B^T B at the point of Gamma.
         gradient: g there ``[P]``.
         noise: Sigma there.
         sgd: step size and momentum.
-        smallest: modes below do not count; below 1 / (alpha steps) they have not had the time to settle.
+        level: modes below do not count; below 1 / (alpha steps) they have not had the time to settle. 0: all modes.
         num_draws: random vectors for the variance where H is not decomposed.
         generator: of those.
 
@@ -60,8 +61,8 @@ def expected_distance(
     """
 
     def inverse(values: Tensor) -> Tensor:
-        return (values >= smallest).to(values.dtype) / values
+        return separation_filter(values, level) / values
 
     offset = gradient.map(lambda g: -hessian.normal_function(inverse, g))
-    variance = noise.normal_variance(hessian, sgd, smallest=smallest, num_draws=num_draws, generator=generator)
+    variance = noise.normal_variance(hessian, sgd, level=level, num_draws=num_draws, generator=generator)
     return ExpectedDistance(offset, variance)

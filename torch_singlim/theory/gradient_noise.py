@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
+from torch_singlim.geometry import separation_filter
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, rademacher
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.descent import SGDSettings, stationary_variance
@@ -109,26 +110,28 @@ class GradientNoise:
         hessian: FactoredOperator,
         sgd: SGDSettings,
         *,
-        smallest: float = 0.0,
+        level: float = 0.0,
         num_draws: int = 16,
         generator: torch.Generator | None = None,
     ) -> Estimate:
-        """Trace of the stationary covariance across Gamma, over the modes with lambda >= smallest.
+        """Trace of the stationary covariance across Gamma, over the modes that are separated at a level.
 
-            H X + X H - alpha H X H = alpha Sigma   =>   tr X = sum_i chi(l_i) Sigma_ii,   chi = alpha/(2 l - alpha l^2)
+            H X + X H - alpha H X H = alpha Sigma   =>   tr f X f = sum_i f(l_i)^2 chi(l_i) Sigma_ii
+            chi = alpha / (2 l - alpha l^2),      f: `separation_filter`
 
         Under momentum chi is that of the whole recursion, see `stationary_variance`. Infinite where a mode is unstable.
         """
         stiffest = hessian.spectrum()[:1]
         noisy = self.gram is not None or self.draws is not None or self.closed != Covariance()
-        if noisy and bool((stationary_variance(sgd, stiffest).isinf() & (stiffest >= smallest)).any()):
+        if noisy and bool((stationary_variance(sgd, stiffest).isinf() & (stiffest >= level)).any()):
             return Estimate(math.inf, 0.0)
 
         def kept(values: Tensor) -> Tensor:
-            return (values >= smallest).to(values.dtype)
+            return separation_filter(values, level).square()
 
         def chi(values: Tensor) -> Tensor:
-            return torch.where(values >= smallest, stationary_variance(sgd, values), 0.0) if noisy else 0 * values
+            share = kept(values)
+            return torch.where(share > 0, share * stationary_variance(sgd, values), 0.0) if noisy else 0 * values
 
         def closed(values: Tensor) -> Tensor:  # c_H H + c_I I, and what is carried, mode by mode
             return chi(values) * (self.closed.hessian * values + self.closed.identity) + self.carried * kept(values)

@@ -52,11 +52,61 @@ def test_residual_is_linearised_by_B(name):
     assert problem.residual(near).square().sum().item() == pytest.approx(2 * problem.loss(near).item(), rel=1e-2)
 
 
-def test_gram_in_several_row_blocks(monkeypatch):
-    dense, w = make("two_layers")
-    whole = dense.problem.linearize(w).gram()
-    monkeypatch.setattr("torch_singlim.problem._ROW_BYTES", 1)
-    torch.testing.assert_close(dense.problem.linearize(w).gram(), whole, atol=1e-14, rtol=0)
+@pytest.mark.parametrize("way", ["layers", "pushing", "rows", "rows in blocks"])
+@pytest.mark.parametrize("name", ["two_layers", "cross_entropy"])
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_every_way_to_the_gram_matrix(name, way, batch_size, monkeypatch):
+    dense, w = make(name)
+    w = off_gamma(w)
+    problem = ZeroLossProblem(dense.net, dense.loss, dense.inputs, dense.targets, batch_size=batch_size)
+    if way == "rows in blocks":
+        monkeypatch.setattr("torch_singlim.gram._ROW_BYTES", 1)
+    monkeypatch.setattr("torch_singlim.gram._flops", lambda problem: {way.split()[0]: 1.0})
+    monkeypatch.setattr("torch_singlim.gram._BLOCK", 4)
+    K = problem.linearize(w).gram()
+    H = dense.gauss_newton(w)
+    values = torch.linalg.eigvalsh(K)[-3:]
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(H)[-3:], atol=1e-12, rtol=1e-9)
+    B = problem.linearize(w).operator.rows(w)
+    torch.testing.assert_close(K, B @ B.T, atol=1e-13, rtol=1e-9)
+
+
+class Tied(nn.Module):
+    """Its one weight is used twice, once without its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return nn.functional.linear(self.encode(x).tanh(), self.encode.weight.T)
+
+
+class Sequences(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x[:, None]).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("net", "layers"),
+    [
+        (nn.Linear(3, 3), [(3, 3)]),
+        (nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(inplace=True), nn.Linear(4, 3)), [(3, 4), (4, 3)]),
+        (nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.Tanh(), nn.Linear(4, 3)), [(4, 3)]),
+        (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 3)), []),
+        (Tied(), []),
+        (nn.Sequential(*[nn.Linear(3, 3)] * 2), []),
+        (Sequences(nn.Linear(3, 3)), []),
+    ],
+)
+def test_which_networks_consist_of_linear_layers(net, layers):
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(4, 3, generator=generator), torch.randn(4, 3, generator=generator)
+    problem = ZeroLossProblem(net, "mse", x, y)
+    assert problem.linear_layers == layers
+    at = problem.linearize(problem.weights())
+    B = at.operator.rows(problem.weights())
+    torch.testing.assert_close(at.gram(), B @ B.T, atol=1e-13, rtol=1e-9)
 
 
 def test_custom_loss_equals_the_named_one():

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ActivationSite", "FunctionalModule", "structural_copy"]
+__all__ = ["ActivationSite", "FunctionalModule", "LinearCall", "structural_copy"]
 
 # dimensions after the channel that one mask value covers
 _DROPOUT_KINDS: dict[type[nn.Module], int] = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
@@ -34,6 +35,23 @@ class ActivationSite:
     def variance(self) -> float:
         """sigma^2 = p / (1 - p): the variance of eta where the activation is multiplied by 1 + eta."""
         return self.rate / (1 - self.rate)
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """A linear layer in one pass: the gradient of anything in its weight is the sum of outer products g_n a_n^T.
+
+    Args:
+        input: a ``[n, fan_in]``.
+        probe: a zero that was added to its output ``[n, fan_out]``: g is the gradient in it.
+        weight: name of its weight, None if that is not trained.
+        bias: of its bias, None if there is none that is trained.
+    """
+
+    input: Tensor
+    probe: Tensor
+    weight: str | None
+    bias: str | None
 
 
 class _Tape:
@@ -253,6 +271,49 @@ class FunctionalModule:
             for hook in hooks:
                 hook.remove()
         return [(copy.deepcopy(layer).to(self.dtype), value) for layer, value in called]
+
+    def linear_calls(self, w: Tensor, x: Tensor) -> tuple[Tensor, list[LinearCall]]:
+        """Outputs ``[n, C]`` at weights w, inputs x, and every call of a linear layer on a matrix ``[n, fan_in]``."""
+        calls: list[LinearCall] = []
+
+        def visit(prefix: str, layer: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            weight, bias = (n if n in self.names else None for n in (f"{prefix}weight", f"{prefix}bias"))
+            if args[0].ndim != 2 or (weight is None and bias is None):
+                return out
+            probe = torch.zeros_like(out, requires_grad=True)
+            calls.append(LinearCall(args[0].detach(), probe, weight, bias))
+            return out + probe
+
+        hooks = [
+            layer.register_forward_hook(partial(visit, f"{name}." if name else ""))
+            for name, layer in self._copy.named_modules()
+            if type(layer) is nn.Linear
+        ]
+        try:
+            return self(w, x), calls
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def linear_layers(self, x: Tensor) -> list[tuple[int, int]]:
+        """(fan_in, fan_out) of the linear layers, if every weight belongs to one that is called once on a matrix.
+
+        Else empty. That no weight is used in another way besides, as a tied one is, is seen from the gradient on x.
+        """
+        w = self.weights().requires_grad_()
+        out, calls = self.linear_calls(w, x)
+        if sorted(n for call in calls for n in (call.weight, call.bias) if n is not None) != sorted(self.names):
+            return []
+        cotangent = torch.arange(1.0, 1 + out.numel(), dtype=out.dtype, device=out.device).cos().view_as(out)
+        gradient, *pulled = torch.autograd.grad(out, [w, *(call.probe for call in calls)], cotangent)
+        parts: dict[str | None, Tensor] = {}
+        for call, g in zip(calls, pulled, strict=True):
+            parts |= {call.weight: g.T @ call.input, call.bias: g.sum(0)}
+        assembled = torch.cat([parts[name].reshape(-1) for name in self.names])
+        scale = torch.linalg.vector_norm(gradient)
+        if torch.linalg.vector_norm(assembled - gradient) > 1e3 * torch.finfo(out.dtype).eps * scale:
+            return []
+        return [(call.input.shape[1], call.probe.shape[1]) for call in calls]
 
     @property
     def normalises_over_batch(self) -> bool:

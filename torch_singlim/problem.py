@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, jvp, vjp
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_singlim.functional import ActivationSite, FunctionalModule
+from torch_singlim.gram import gram_matrix
 from torch_singlim.linalg import DenseFactored, FactoredOperator, KrylovFactored, LinearOperator, gram_cutoff
 from torch_singlim.loss import SampleLoss, resolve_loss
 
@@ -25,11 +26,6 @@ with warnings.catch_warnings():
     jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 _Product = Callable[[Tensor], Tensor]
-
-# Jacobian rows held at once while a Gram matrix is formed
-_ROW_BYTES = 2**30
-# directions pushed through the network side by side
-_PUSHED = 10
 
 
 def check_samples(inputs: Tensor, targets: Tensor) -> None:
@@ -133,6 +129,7 @@ class ZeroLossProblem:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.function(self.weights(), example)
         self.flops = counter.get_total_flops() / len(example)
+        self.linear_layers = self.function.linear_layers(example)
         self.targets = self.sample_loss.prepare(targets.detach().to(self.device), outputs)
         self.num_residuals = self.num_samples * self.sample_loss.num_rows(self.num_outputs)
         if self.num_weights < self.num_residuals:
@@ -288,47 +285,7 @@ class ZeroLossProblem:
 
         operator = LinearOperator((self.num_residuals, self.num_weights), matvec, rmatvec)
         residual = self.sample_loss.residual(f, self.targets).reshape(-1) * scale
-        return Linearization(operator, residual, lambda: self._gram(w, f, operator))
-
-    def samples_at_once(self, rows: int) -> int:
-        """Samples whose Jacobian rows, so many each, are held in memory at once: bounded by 1 GiB."""
-        return max(1, _ROW_BYTES // (rows * self.num_weights * self.dtype.itemsize))
-
-    def _rows(self, w: Tensor, f: Tensor, part: slice) -> Tensor:
-        """Rows of B that belong to some samples ``[n rows, P]``: one vector-Jacobian product per residual."""
-
-        def sample_rows(x_i: Tensor, R_i: Tensor) -> Tensor:
-            pull = vjp(lambda v: self.function(v, x_i[None])[0], w)[1]
-            return vmap(lambda r: pull(r)[0])(R_i)  # R_i J_i  [rows, P]
-
-        R = self.output_factor(f, part)
-        return vmap(sample_rows)(self.inputs[part], R).reshape(-1, self.num_weights) / math.sqrt(self.num_samples)
-
-    def _gram(self, w: Tensor, f: Tensor, operator: LinearOperator) -> Tensor:
-        """K = B B^T  ``[M, M]``, a bounded number of columns at a time.
-
-        Two ways, by operations: N C pushes of a row of B through all samples, each about twice a forward pass, or the
-        product of all rows, (N C)^2 P. The first is for weights that are used once (linear layers), the second for
-        those that are used at every pixel.
-        """
-        rows = self.num_residuals // self.num_samples
-        pushing = 2 * self.flops < rows * self.num_weights
-        # a pushed vector holds the tangent of every sample's activations beside its own P numbers
-        size = max(1, self.samples_at_once(rows) // (4 if pushing else 1))
-        parts = [slice(i, min(i + size, self.num_samples)) for i in range(0, self.num_samples, size)]
-        K = f.new_empty(self.num_residuals, self.num_residuals)
-        for i, left in enumerate(parts):
-            B_left = self._rows(w, f, left)
-            at = slice(left.start * rows, left.stop * rows)
-            if pushing:
-                K[:, at] = vmap(operator.matvec, out_dims=1, chunk_size=_PUSHED)(B_left)
-                continue
-            K[at, at] = B_left @ B_left.T
-            for right in parts[i + 1 :]:
-                across = slice(right.start * rows, right.stop * rows)
-                K[at, across] = B_left @ self._rows(w, f, right).T
-                K[across, at] = K[at, across].T
-        return (K + K.T) / 2
+        return Linearization(operator, residual, lambda: gram_matrix(self, w, f, operator))
 
     def gauss_newton(
         self, w: Tensor, *, max_dense: int = 4096, rtol: float = 1e-6, max_steps: int = 300

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
+from torch_singlim.gram import samples_at_once
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, VectorEstimate, rademacher
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.noise import Covariance
@@ -107,7 +108,7 @@ def row_gradient(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> tuple[Tensor
     y = problem.targets
     u = problem.sample_loss.unwhiten(problem.sample_loss.optimum(y), y, z)  # R^T z  [N, C]
     # one gradient [P] for each sample is held at once: bounded by the chunk that Jacobian rows have too
-    size = problem.samples_at_once(1)
+    size = samples_at_once(problem, 1)
     totals, square = torch.zeros_like(w), w.new_zeros(())
     for start in range(0, problem.num_samples, size):
         part = slice(start, start + size)

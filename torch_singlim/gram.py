@@ -1,0 +1,131 @@
+"""K = B B^T, the Gram matrix of the residuals' gradients, by the cheapest of three ways.
+
+layers     K = (1/N) sum_l (A_l A_l^T + 1) o (G_l G_l^T)     linear layers, from their inputs A and gradients G
+pushing    K = B B^T column by column                        M products with B
+rows       K = B B^T block by block                          the rows of B themselves
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from torch_singlim.functional import LinearCall
+from torch_singlim.linalg import LinearOperator
+
+if TYPE_CHECKING:
+    from torch_singlim.problem import ZeroLossProblem
+
+__all__ = ["gram_flops", "gram_matrix", "samples_at_once"]
+
+# Jacobian rows held at once
+_ROW_BYTES = 2**30
+# directions pushed through the network side by side
+_PUSHED = 10
+# rows of K that are formed at once
+_BLOCK = 1024
+
+
+def samples_at_once(problem: ZeroLossProblem, rows: int) -> int:
+    """Samples whose Jacobian rows, so many each, are held in memory at once: bounded by 1 GiB."""
+    return max(1, _ROW_BYTES // (rows * problem.num_weights * problem.dtype.itemsize))
+
+
+def _flops(problem: ZeroLossProblem) -> dict[str, float]:
+    """Operations of each way that is open, counted as in flops of a forward pass (two for a multiplication)."""
+    N, M = problem.num_samples, problem.num_residuals
+    ways = {"pushing": 2 * problem.flops * N * M, "rows": float(M) ** 2 * problem.num_weights}
+    if problem.linear_layers:
+        ways = {"layers": sum(2.0 * N**2 * fan_in + 2.0 * M**2 * fan_out for fan_in, fan_out in problem.linear_layers)}
+    return ways
+
+
+def gram_flops(problem: ZeroLossProblem) -> float:
+    """Operations that `gram_matrix` takes, about."""
+    return min(_flops(problem).values())
+
+
+def gram_matrix(problem: ZeroLossProblem, w: Tensor, outputs: Tensor, operator: LinearOperator) -> Tensor:
+    """K = B B^T  ``[M, M]`` at weights w ``[P]``.
+
+    Args:
+        problem: of N samples with `rows` residuals each, M = N rows.
+        w: weights.
+        outputs: f(w) ``[N, C]``.
+        operator: B.
+    """
+    ways = _flops(problem)
+    cheapest = min(ways, key=lambda way: ways[way])
+    if cheapest == "layers":
+        return _from_layers(problem, w, outputs)
+    return _from_rows(problem, w, outputs, operator, pushing=cheapest == "pushing")
+
+
+def _from_layers(problem: ZeroLossProblem, w: Tensor, f: Tensor) -> Tensor:
+    """The gradient of residual i in a linear layer's weights is g_i a_i^T, and that in its bias g_i: no row is formed.
+
+    A ``[N, fan_in]`` are the layer's inputs, G ``[M, fan_out]`` the residuals' derivatives in its outputs.
+    """
+    rows = problem.num_residuals // problem.num_samples
+    inputs: list[list[Tensor]] = []
+    gradients: list[list[Tensor]] = []
+    calls: list[LinearCall] = []
+    for part in problem.chunks():
+        out, calls = problem.function.linear_calls(w, problem.inputs[part])
+        R = problem.output_factor(f, part)  # [n, rows, C]
+        probes = [call.probe for call in calls]
+        pulled = [torch.autograd.grad(out, probes, row, retain_graph=True) for row in R.unbind(1)]
+        inputs.append([call.input for call in calls])
+        gradients.append([torch.stack(g, 1).flatten(0, 1) for g in zip(*pulled, strict=True)])  # [n rows, fan_out]
+    K = f.new_zeros(problem.num_residuals, problem.num_residuals)
+    width = max(1, _BLOCK // rows)  # samples
+    for layer, call in enumerate(calls):
+        A = torch.cat([chunk[layer] for chunk in inputs])
+        G = torch.cat([chunk[layer] for chunk in gradients])
+        for i in range(0, problem.num_samples, width):
+            at = slice(i * rows, (i + width) * rows)
+            block = G[at] @ G.T  # [n rows, M]
+            inner = A[i : i + width] @ A.T if call.weight else block.new_zeros(1, 1)
+            if call.bias:
+                inner = inner + 1
+            K[at] += block.view(-1, rows, problem.num_samples, rows).mul_(inner[:, None, :, None]).view_as(block)
+    return K / problem.num_samples
+
+
+def _rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, part: slice) -> Tensor:
+    """Rows of B that belong to some samples ``[n rows, P]``: one vector-Jacobian product per residual."""
+
+    def sample_rows(x_i: Tensor, R_i: Tensor) -> Tensor:
+        pull = vjp(lambda v: problem.function(v, x_i[None])[0], w)[1]
+        return vmap(lambda r: pull(r)[0])(R_i)  # R_i J_i  [rows, P]
+
+    R = problem.output_factor(f, part)
+    return vmap(sample_rows)(problem.inputs[part], R).reshape(-1, problem.num_weights) / math.sqrt(problem.num_samples)
+
+
+def _from_rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, operator: LinearOperator, *, pushing: bool) -> Tensor:
+    """A bounded number of rows at a time: pushed through all samples, or multiplied with one another.
+
+    The first is for weights that are used once, the second for those that are used at every pixel.
+    """
+    rows = problem.num_residuals // problem.num_samples
+    # a pushed vector holds the tangent of every sample's activations beside its own P numbers
+    size = max(1, samples_at_once(problem, rows) // (4 if pushing else 1))
+    parts = [slice(i, min(i + size, problem.num_samples)) for i in range(0, problem.num_samples, size)]
+    K = f.new_empty(problem.num_residuals, problem.num_residuals)
+    for i, left in enumerate(parts):
+        B_left = _rows(problem, w, f, left)
+        at = slice(left.start * rows, left.stop * rows)
+        if pushing:
+            K[:, at] = vmap(operator.matvec, out_dims=1, chunk_size=_PUSHED)(B_left)
+            continue
+        K[at, at] = B_left @ B_left.T
+        for right in parts[i + 1 :]:
+            across = slice(right.start * rows, right.stop * rows)
+            K[at, across] = B_left @ _rows(problem, w, f, right).T
+            K[across, at] = K[at, across].T
+    return (K + K.T) / 2

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from torch_singlim.linalg import DenseFactored, FactoredOperator, Solution, cholesky, minimum_norm, preconditioned_solve
+from torch_singlim.linalg import FactoredOperator, Solution, cholesky, minimum_norm, preconditioned_solve
 from torch_singlim.problem import Linearization, ZeroLossProblem
 
 __all__ = ["FootPoint", "TangentSpace", "nearest_point", "separation_filter", "separation_level", "tangent_space"]
@@ -141,8 +139,8 @@ def nearest_point(
         w: weights ``[P]``.
         rtol: converged when the last step is at most rtol times the distance (or rounding, next to Gamma).
         max_steps: most linearisations.
-        max_dense: up to this many residuals B B^T is formed and factored, once as a rule: its factor preconditions the
-            later solves; above, Lanczos with `krylov_steps` products.
+        max_dense: up to this many residuals, and where that is cheap, B B^T is formed and factored, once as a rule: its
+            factor preconditions the later solves; else Lanczos with `krylov_steps` products.
         krylov_steps: most products per linearisation on that path.
         hessian: ``problem.gauss_newton(w)``, if it is there already: K need then not be formed at all.
 
@@ -167,9 +165,7 @@ def nearest_point(
     initial = torch.linalg.vector_norm(at.residual).item()
 
     # the inverse of the last K that was decomposed: it preconditions those nearby
-    inverse: Callable[[Tensor], Tensor] | None = None
-    if isinstance(hessian, DenseFactored) and hessian.rank == problem.num_residuals:
-        inverse = functools.partial(hessian.gram_function, torch.reciprocal)
+    inverse = None if hessian is None else hessian.inverse
 
     def shortest(linearization: Linearization, rhs: Tensor) -> Solution:
         nonlocal inverse
@@ -178,8 +174,11 @@ def nearest_point(
             inner = preconditioned_solve(B.gram_product, rhs, inverse, rtol=inner_rtol, max_steps=_MOST_PRECONDITIONED)
             if inner.status == "converged":
                 return Solution(B.rmatvec(inner.x), "converged", inner.steps, inner.residual)
-        gram = linearization.gram() if problem.num_residuals <= max_dense else None
+        decomposed = problem.num_residuals <= max_dense
+        gram = linearization.gram() if decomposed or linearization.cheap_gram else None
         factor = None if gram is None else cholesky(gram)
+        if factor is None and not decomposed:
+            gram = None  # its eigenvectors would take too long
         inverse = None if factor is None else lambda r: torch.cholesky_solve(r[:, None], factor)[:, 0]
         return minimum_norm(B, gram, rhs, rtol=0.1 * rtol, max_steps=krylov_steps)
 

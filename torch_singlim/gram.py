@@ -20,12 +20,14 @@ from torch_singlim.linalg import LinearOperator
 if TYPE_CHECKING:
     from torch_singlim.problem import ZeroLossProblem
 
-__all__ = ["gram_flops", "gram_matrix", "samples_at_once"]
+__all__ = ["gram_matrix", "samples_at_once", "worth_factoring"]
 
 # Jacobian rows held at once
 _ROW_BYTES = 2**30
 # directions pushed through the network side by side
 _PUSHED = 10
+# residuals up to which K and a factor are kept, about a gigabyte each
+_MOST_FACTORED = 12_000
 # rows of K that are formed at once
 _BLOCK = 1024
 
@@ -44,9 +46,10 @@ def _flops(problem: ZeroLossProblem) -> dict[str, float]:
     return ways
 
 
-def gram_flops(problem: ZeroLossProblem) -> float:
-    """Operations that `gram_matrix` takes, about."""
-    return min(_flops(problem).values())
+def worth_factoring(problem: ZeroLossProblem) -> bool:
+    """Whether forming K takes no longer than its Cholesky factorisation, a few seconds, and both fit into memory."""
+    M = problem.num_residuals
+    return M <= _MOST_FACTORED and min(_flops(problem).values()) <= float(M) ** 3
 
 
 def gram_matrix(problem: ZeroLossProblem, w: Tensor, outputs: Tensor, operator: LinearOperator) -> Tensor:

@@ -161,18 +161,19 @@ def observe(
         separation: a mode counts as separated at alpha lambda step >= this.
         rtol: of the nearest point; the distance, stationary there, is then right to about rtol^2.
         max_steps: most linearisations for the nearest point; early in training it is far and may not be found.
-        max_dense: up to this many residuals the geometry is exact; above, the linearised distance and Lanczos.
+        max_dense: up to this many residuals the geometry is exact; above, Lanczos, and unless B B^T is cheap to factor
+            the linearised distance.
         subset: whether training uses samples that the problem does not have; noted in the record.
         generator: of random directions.
     """
-    exact = problem.num_residuals <= max_dense
     # the separated modes are those of H at w: there the loss and the noise pull against one another
     settled = TangentSpace(problem.gauss_newton(w, max_dense=max_dense, rtol=1e-2, max_steps=200))
+    factored = settled.exact or settled.hessian.inverse is not None
     foot = nearest_point(
         problem,
         w,
         rtol=rtol,
-        max_steps=max_steps if exact else 1,
+        max_steps=max_steps if factored else 1,
         max_dense=max_dense,
         krylov_steps=100,
         hessian=settled.hessian,

@@ -14,8 +14,16 @@ from torch.func import grad, jvp, vjp
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_singlim.functional import ActivationSite, FunctionalModule
-from torch_singlim.gram import gram_matrix
-from torch_singlim.linalg import DenseFactored, FactoredOperator, KrylovFactored, LinearOperator, gram_cutoff
+from torch_singlim.gram import gram_matrix, worth_factoring
+from torch_singlim.linalg import (
+    CholeskyFactored,
+    DenseFactored,
+    FactoredOperator,
+    KrylovFactored,
+    LinearOperator,
+    cholesky,
+    gram_cutoff,
+)
 from torch_singlim.loss import SampleLoss, resolve_loss
 
 __all__ = ["Linearization", "ZeroLossProblem", "check_samples"]
@@ -52,11 +60,13 @@ class Linearization:
         operator: B, with the products v -> B v and u -> B^T u; shape [M, P].
         residual: b ``[M]``, samples first.
         gram: forms K = B B^T ``[M, M]``.
+        cheap_gram: whether that and a factorisation take seconds.
     """
 
     operator: LinearOperator
     residual: Tensor
     gram: Callable[[], Tensor] = field(repr=False)
+    cheap_gram: bool
 
 
 class ZeroLossProblem:
@@ -285,7 +295,7 @@ class ZeroLossProblem:
 
         operator = LinearOperator((self.num_residuals, self.num_weights), matvec, rmatvec)
         residual = self.sample_loss.residual(f, self.targets).reshape(-1) * scale
-        return Linearization(operator, residual, lambda: gram_matrix(self, w, f, operator))
+        return Linearization(operator, residual, lambda: gram_matrix(self, w, f, operator), worth_factoring(self))
 
     def gauss_newton(
         self, w: Tensor, *, max_dense: int = 4096, rtol: float = 1e-6, max_steps: int = 300
@@ -294,17 +304,15 @@ class ZeroLossProblem:
 
         Args:
             w: weights ``[P]``.
-            max_dense: up to this many residuals K is formed and decomposed (exact); above, Lanczos.
+            max_dense: up to this many residuals K is formed and decomposed (exact); above, Lanczos, and where K is
+                cheap to form its Cholesky factor for the projections.
             rtol: relative accuracy of each Lanczos product.
             max_steps: most products with K in each.
         """
         linearization = self.linearize(w)
         if self.num_residuals <= max_dense:
             return DenseFactored.from_gram(linearization.operator, linearization.gram())
-        return KrylovFactored(
-            linearization.operator,
-            like=linearization.residual,
-            rtol=rtol,
-            max_steps=max_steps,
-            cutoff=gram_cutoff(self.num_residuals, self.dtype),
-        )
+        cutoff = gram_cutoff(self.num_residuals, self.dtype)
+        lanczos = (linearization.operator, linearization.residual, rtol, max_steps, cutoff)
+        factor = cholesky(linearization.gram()) if linearization.cheap_gram else None
+        return KrylovFactored(*lanczos) if factor is None else CholeskyFactored(*lanczos, factor=factor)

@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 
-from torch_singlim.linalg import DenseFactored, KrylovFactored, LinearOperator, gram_cutoff, minimum_norm
+from torch_singlim.linalg import (
+    CholeskyFactored,
+    DenseFactored,
+    KrylovFactored,
+    LinearOperator,
+    gram_cutoff,
+    minimum_norm,
+)
 
 DTYPE = torch.float64
 
@@ -26,10 +33,13 @@ def factored(B: torch.Tensor, way: str):
     operator = LinearOperator.from_matrix(B)
     if way == "dense":
         return DenseFactored.from_gram(operator, B @ B.T)
-    return KrylovFactored(operator, like=B[0], rtol=1e-12, max_steps=50, cutoff=gram_cutoff(len(B), DTYPE))
+    lanczos = (operator, B[0], 1e-12, 50, gram_cutoff(len(B), DTYPE))
+    if way == "cholesky":
+        return CholeskyFactored(*lanczos, factor=torch.linalg.cholesky(B @ B.T))
+    return KrylovFactored(*lanczos)
 
 
-GRID = [(k, w) for k in ("full", "rank_deficient", "zero") for w in ("dense", "krylov")]
+GRID = [(k, w) for k in ("full", "rank_deficient", "zero") for w in ("dense", "krylov")] + [("full", "cholesky")]
 
 
 @pytest.mark.parametrize(("kind", "way"), GRID)
@@ -58,6 +68,9 @@ def test_spectrum_and_functions(kind, way):
     torch.testing.assert_close(H.normal_function(torch.sqrt, v), truth, rtol=0, atol=1e-9)
     u = B @ v
     torch.testing.assert_close(H.pseudo_inverse(u), torch.linalg.pinv(B) @ u, rtol=0, atol=1e-9)
+    if H.inverse is not None:
+        torch.testing.assert_close(H.inverse(u), torch.linalg.inv(B @ B.T) @ u, rtol=0, atol=1e-9)
+    assert (H.inverse is None) == (kind != "full" or way == "krylov")
 
 
 @pytest.mark.parametrize(("kind", "way"), GRID)

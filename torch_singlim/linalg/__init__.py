@@ -3,6 +3,7 @@
 from torch_singlim.linalg.estimate import Estimate, VectorEstimate, rademacher
 from torch_singlim.linalg.exponential import LinearDescent, descent_norm, linear_descent, phi1, phi2
 from torch_singlim.linalg.factored import (
+    CholeskyFactored,
     DenseFactored,
     FactoredOperator,
     KrylovFactored,
@@ -26,6 +27,7 @@ __all__ = [
     # H = B^T B through K = B B^T
     "FactoredOperator",
     "DenseFactored",
+    "CholeskyFactored",
     "KrylovFactored",
     "minimum_norm",
     "cholesky",

@@ -23,7 +23,15 @@ from torch_singlim.linalg.estimate import rademacher
 from torch_singlim.linalg.krylov import Solution, krylov_function, krylov_solve, lanczos
 from torch_singlim.linalg.operator import LinearOperator
 
-__all__ = ["DenseFactored", "FactoredOperator", "KrylovFactored", "cholesky", "gram_cutoff", "minimum_norm"]
+__all__ = [
+    "CholeskyFactored",
+    "DenseFactored",
+    "FactoredOperator",
+    "KrylovFactored",
+    "cholesky",
+    "gram_cutoff",
+    "minimum_norm",
+]
 
 
 # Lanczos steps of a quadrature, which has then 2 * 40 moments of the spectrum right
@@ -69,7 +77,12 @@ class FactoredOperator(ABC):
     @property
     @abstractmethod
     def unresolved(self) -> float:
-        """Share of K's m eigenvalues that are known no better than to a tenth of themselves; 0: all are."""
+        """Share of K's m eigenvalues that a projection resolves no better than to a tenth of themselves; 0: all."""
+
+    @property
+    @abstractmethod
+    def inverse(self) -> Callable[[Tensor], Tensor] | None:
+        """The product u -> K^-1 u ``[m]``, where K has full rank and was factored."""
 
     @property
     def rank(self) -> int:
@@ -84,7 +97,7 @@ class FactoredOperator(ABC):
     def project_kernel(self, v: Tensor) -> Tensor:
         """P_T v = v - B^T K^+ B v: the orthogonal projection on ker H.  v ``[n]`` -> ``[n]``.
 
-        Where H was decomposed it is applied twice: the second pass removes what rounding left of the range.
+        Where H was factored it is applied twice: the second pass removes what rounding left of the range.
         """
         for _ in range(2 if isinstance(self, DenseFactored) else 1):
             v = v - self.normal_function(torch.ones_like, v)
@@ -125,6 +138,10 @@ class DenseFactored(FactoredOperator):
     @property
     def unresolved(self) -> float:
         return 0.0
+
+    @property
+    def inverse(self) -> Callable[[Tensor], Tensor] | None:
+        return functools.partial(self.gram_function, torch.reciprocal) if self.rank == self.operator.shape[0] else None
 
     def spectrum(self) -> Tensor:
         return self.eigenvalues
@@ -190,6 +207,10 @@ class KrylovFactored(FactoredOperator):
         """The quadrature weight of the Ritz values in question, from one random vector."""
         return self._ritz[2]
 
+    @property
+    def inverse(self) -> Callable[[Tensor], Tensor] | None:
+        return None
+
     def _on_range(self, psi: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
         kept = values > self.cutoff * values.max()
         return torch.where(kept, psi(values.where(kept, 1)), 0)
@@ -222,6 +243,45 @@ class KrylovFactored(FactoredOperator):
             values, vectors, _ = space.ritz()
             form = torch.dot(vectors[0].square(), self._on_range(psi, values)).item() * torch.dot(u, u).item()
         return form
+
+
+@dataclass(frozen=True)
+class CholeskyFactored(KrylovFactored):
+    """H = B^T B with the Cholesky factor of a K of full rank: projections and K^-1 exact, what else by Lanczos.
+
+    A factor takes a thirtieth of the time of all eigenvectors.
+
+    >>> B = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]], dtype=torch.float64)
+    >>> L = torch.linalg.cholesky(B @ B.T)
+    >>> H = CholeskyFactored(LinearOperator.from_matrix(B), B[0], rtol=1e-3, max_steps=9, cutoff=1e-12, factor=L)
+    >>> H.rank, H.project_kernel(torch.ones(3, dtype=torch.float64))
+    (2, tensor([0., 0., 1.], dtype=torch.float64))
+    """
+
+    factor: Tensor = field(repr=False, kw_only=True)
+
+    @property
+    def rank(self) -> int:
+        return self.factor.shape[0]
+
+    @property
+    def unresolved(self) -> float:
+        return 0.0
+
+    @property
+    def inverse(self) -> Callable[[Tensor], Tensor] | None:
+        return self._solve
+
+    def _solve(self, u: Tensor) -> Tensor:
+        return torch.cholesky_solve(u[:, None], self.factor)[:, 0]
+
+    def project_kernel(self, v: Tensor) -> Tensor:
+        for _ in range(2):  # the second pass removes what rounding left of the range
+            v = v - self.pseudo_inverse(self.operator.matvec(v))
+        return v
+
+    def pseudo_inverse(self, u: Tensor) -> Tensor:
+        return self.operator.rmatvec(self._solve(u))
 
 
 def cholesky(gram: Tensor) -> Tensor | None:

@@ -62,7 +62,7 @@ FULL = {
 }
 QUICK = {
     "cnn": (96, Plan(clean=1_500, steps=700, window=400, batch_size=16, lr=0.1, reference=False)),
-    "resnet": (16, replace(_RESNET, clean=200, steps=300, window=200, batch_size=8, reference=False)),
+    "resnet": (16, replace(_RESNET, clean=600, steps=300, window=200, batch_size=8, reference=False)),
 }
 
 

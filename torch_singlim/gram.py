@@ -8,6 +8,7 @@ rows       K = B B^T block by block                          the rows of B thems
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from torch_singlim.functional import LinearCall
-from torch_singlim.linalg import LinearOperator
 
 if TYPE_CHECKING:
     from torch_singlim.problem import ZeroLossProblem
@@ -52,20 +52,20 @@ def worth_factoring(problem: ZeroLossProblem) -> bool:
     return M <= _MOST_FACTORED and min(_flops(problem).values()) <= float(M) ** 3
 
 
-def gram_matrix(problem: ZeroLossProblem, w: Tensor, outputs: Tensor, operator: LinearOperator) -> Tensor:
+def gram_matrix(problem: ZeroLossProblem, w: Tensor, outputs: Tensor, push: Callable[[Tensor], Tensor]) -> Tensor:
     """K = B B^T  ``[M, M]`` at weights w ``[P]``.
 
     Args:
         problem: of N samples with `rows` residuals each, M = N rows.
         w: weights.
         outputs: f(w) ``[N, C]``.
-        operator: B.
+        push: the product v -> B v, one that vmap can batch.
     """
     ways = _flops(problem)
     cheapest = min(ways, key=lambda way: ways[way])
     if cheapest == "layers":
         return _from_layers(problem, w, outputs)
-    return _from_rows(problem, w, outputs, operator, pushing=cheapest == "pushing")
+    return _from_rows(problem, w, outputs, push if cheapest == "pushing" else None)
 
 
 def _from_layers(problem: ZeroLossProblem, w: Tensor, f: Tensor) -> Tensor:
@@ -110,21 +110,21 @@ def _rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, part: slice) -> Tensor
     return vmap(sample_rows)(problem.inputs[part], R).reshape(-1, problem.num_weights) / math.sqrt(problem.num_samples)
 
 
-def _from_rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, operator: LinearOperator, *, pushing: bool) -> Tensor:
+def _from_rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, push: Callable[[Tensor], Tensor] | None) -> Tensor:
     """A bounded number of rows at a time: pushed through all samples, or multiplied with one another.
 
     The first is for weights that are used once, the second for those that are used at every pixel.
     """
     rows = problem.num_residuals // problem.num_samples
     # a pushed vector holds the tangent of every sample's activations beside its own P numbers
-    size = max(1, samples_at_once(problem, rows) // (4 if pushing else 1))
+    size = max(1, samples_at_once(problem, rows) // (4 if push else 1))
     parts = [slice(i, min(i + size, problem.num_samples)) for i in range(0, problem.num_samples, size)]
     K = f.new_empty(problem.num_residuals, problem.num_residuals)
     for i, left in enumerate(parts):
         B_left = _rows(problem, w, f, left)
         at = slice(left.start * rows, left.stop * rows)
-        if pushing:
-            K[:, at] = vmap(operator.matvec, out_dims=1, chunk_size=_PUSHED)(B_left)
+        if push is not None:
+            K[:, at] = vmap(push, out_dims=1, chunk_size=_PUSHED)(B_left)
             continue
         K[at, at] = B_left @ B_left.T
         for right in parts[i + 1 :]:

@@ -250,7 +250,7 @@ def observe(
 
 # optimizer steps up to which following each of them costs less than long steps with their error estimate
 _SHORT = 200
-# estimated error of long steps, relative to the displacement, up to which they are believed
+# estimated error of a prediction, relative to the displacement, that is put up with: 2 % of the cosine
 _ACCURATE = 0.2
 
 
@@ -352,7 +352,15 @@ def observe_window(
 
     def stepwise(system: NoiseSystem) -> WindowPrediction:
         return effective_flow(
-            problem, origin, system, sgd, steps=steps, marks=marks, velocity=velocity, generator=generator
+            problem,
+            origin,
+            system,
+            sgd,
+            steps=steps,
+            rtol=_ACCURATE,
+            marks=marks,
+            velocity=velocity,
+            generator=generator,
         )
 
     def long_steps(system: NoiseSystem) -> WindowPrediction | None:

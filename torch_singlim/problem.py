@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp, vjp
+from torch.func import grad, jvp
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_singlim.functional import ActivationSite, FunctionalModule
@@ -25,6 +25,7 @@ from torch_singlim.linalg import (
     gram_cutoff,
 )
 from torch_singlim.loss import SampleLoss, resolve_loss
+from torch_singlim.products import JacobianProducts
 
 __all__ = ["Linearization", "ZeroLossProblem", "check_samples"]
 
@@ -32,8 +33,6 @@ with warnings.catch_warnings():
     # torch loads its forward-mode rules on first use, and some versions warn there about torch itself
     warnings.simplefilter("ignore")
     jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
-
-_Product = Callable[[Tensor], Tensor]
 
 
 def check_samples(inputs: Tensor, targets: Tensor) -> None:
@@ -259,9 +258,8 @@ class ZeroLossProblem:
     def linearize(self, w: Tensor) -> Linearization:
         """b(w) and B = N^{-1/2} [R_i J_i] at w.
 
-        With one chunk the pass through the network is made once and kept: J^T u by a kept reverse pass, and J v by the
-        transpose of that (u -> J^T u is linear), each about half a gradient. With several chunks both are recomputed
-        chunk by chunk, which bounds memory.
+        With one chunk the pass through the network is made once and kept, each product is then about half a gradient.
+        With several chunks it is made again chunk by chunk, which bounds memory.
 
         Raises:
             ValueError: outputs that are not finite.
@@ -270,32 +268,34 @@ class ZeroLossProblem:
         if not torch.isfinite(f).all():
             raise ValueError("the network's outputs are not finite at these weights: training has probably diverged")
         scale = 1 / math.sqrt(self.num_samples)
-        kept: list[tuple[_Product, _Product]] = []
+        whole = self.batch_size == self.num_samples
+        kept: JacobianProducts | None = None
 
-        def products(part: slice) -> tuple[_Product, _Product]:
+        def jacobian(part: slice) -> JacobianProducts:
+            nonlocal kept
+
             def at(v: Tensor) -> Tensor:
                 return self.function(v, self.inputs[part])
 
-            if self.batch_size < self.num_samples:
-                return (lambda v: jvp(at, (w,), (v,))[1]), (lambda g: vjp(at, w)[1](g)[0])  # type: ignore[return-value]
-            if not kept:
-                pull = vjp(at, w)[1]
-                push = vjp(lambda g: pull(g)[0], torch.zeros_like(f))[1]
-                kept.append((lambda v: push(v)[0], lambda g: pull(g)[0]))
-            return kept[0]
+            if not whole:
+                return JacobianProducts(at, w, tangent=False)
+            if kept is None:
+                kept = JacobianProducts(at, w, tangent=not self.linear_layers)
+            return kept
 
         def matvec(v: Tensor) -> Tensor:  # v -> J v -> R J v
-            Jv = torch.cat([products(part)[0](v) for part in self.chunks()])  # [N, C]
-            return self.whiten(f, Jv)
+            return self.whiten(f, torch.cat([jacobian(part).push(v) for part in self.chunks()]))
+
+        def batched(v: Tensor) -> Tensor:
+            return self.whiten(f, torch.cat([jacobian(part).transposed(v) for part in self.chunks()]))
 
         def rmatvec(u: Tensor) -> Tensor:  # u -> R^T u -> J^T R^T u
             g = scale * self.sample_loss.unwhiten(f, self.targets, u.reshape(self.num_samples, -1))  # [N, C]
-            pulled = [products(part)[1](g[part]) for part in self.chunks()]
-            return torch.stack(pulled).sum(0)
+            return torch.stack([jacobian(part).pull(g[part]) for part in self.chunks()]).sum(0)
 
         operator = LinearOperator((self.num_residuals, self.num_weights), matvec, rmatvec)
         residual = self.sample_loss.residual(f, self.targets).reshape(-1) * scale
-        return Linearization(operator, residual, lambda: gram_matrix(self, w, f, operator), worth_factoring(self))
+        return Linearization(operator, residual, lambda: gram_matrix(self, w, f, batched), worth_factoring(self))
 
     def gauss_newton(
         self, w: Tensor, *, max_dense: int = 4096, rtol: float = 1e-6, max_steps: int = 300

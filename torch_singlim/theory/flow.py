@@ -53,6 +53,8 @@ def effective_flow(
     steps: int,
     expansion: Expansion = "averaged",
     replicas: int = 2,
+    rtol: float = math.inf,
+    max_replicas: int = 6,
     marks: Sequence[int] = (),
     velocity: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -75,6 +77,8 @@ def effective_flow(
         steps: K.
         expansion: how the noise average is taken.
         replicas: independent paths, averaged (one where nothing is random).
+        rtol: more of them are taken while the sampling error exceeds rtol times the displacement,
+        max_replicas: up to so many.
         marks: steps at which the path is kept, the last of them K; default: K alone.
         velocity: the optimizer's momentum at the start ``[P]``, where it has some.
         generator: of the draws.
@@ -118,13 +122,16 @@ def effective_flow(
             yield whole
 
     cost = (2 if expanded else 1) + (2 / stride if effective.second else 0)
-    paths, products, bounded = [], 0, True
-    for _ in range(replicas if effective.is_random else 1):
+    paths, products, bounded, end = [], 0, True, VectorEstimate(w[None])
+
+    def unclear() -> bool:
+        return len(paths) < max_replicas and bounded and end.stderr > rtol * torch.linalg.vector_norm(end.mean).item()
+
+    while not paths or (effective.is_random and (len(paths) < replicas or unclear())):
         path, taken, ok = _descend(w, velocity, sgd, gradients(), marks)
         paths.append(path)
         products += round(cost * taken)
         bounded = bounded and ok
-    mean = torch.stack(paths).mean(0)
-    end = VectorEstimate(torch.stack([path[-1] for path in paths]))
-    stderr = math.nan if effective.is_random and replicas == 1 else end.stderr
-    return WindowPrediction(mean, stderr, 0.0, products, "ok" if bounded else "diverged")
+        end = VectorEstimate(torch.stack([path[-1] for path in paths]))
+    stderr = math.nan if effective.is_random and len(paths) == 1 else end.stderr
+    return WindowPrediction(torch.stack(paths).mean(0), stderr, 0.0, products, "ok" if bounded else "diverged")

@@ -1,0 +1,62 @@
+"""Products with the Jacobian of a function at one point, the pass through the function made once and kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import jvp, linearize, vjp
+
+__all__ = ["JacobianProducts"]
+
+# products J v after which recording the tangent pass, ten to twenty gradients, pays
+_FEW = 30
+
+
+class JacobianProducts:
+    """J v and J^T u of a function at w, J its derivative ``[..., P]``.
+
+    J^T u is the kept backward pass. J v is the transpose of that (u -> J^T u is linear) for linear layers. Convolutions
+    are transposed slowly: there it is a tangent forward pass, at first made anew each time, then recorded with all that
+    depends on w alone folded in, when that pays.
+
+    Args:
+        function: w ``[P]`` -> outputs.
+        w: the point.
+        tangent: whether tangent passes are faster than the transpose.
+
+    >>> J = JacobianProducts(lambda w: w**2, torch.tensor([1.0, 2.0]), tangent=True)
+    >>> J.push(torch.ones(2)), J.pull(torch.ones(2))
+    (tensor([2., 4.]), tensor([2., 4.]))
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], w: Tensor, *, tangent: bool) -> None:
+        self._function, self._w = function, w
+        outputs, self._pull = vjp(function, w)  # type: ignore[misc]  # typed for auxiliary outputs, too
+        self._transpose = vjp(self.pull, torch.zeros_like(outputs))[1]
+        self._recorded: Callable[[Tensor], Tensor] | None = None
+        self._tangent, self._pushed = tangent, 0
+
+    def pull(self, u: Tensor) -> Tensor:
+        """J^T u  ``[P]``."""
+        return self._pull(u)[0]
+
+    def transposed(self, v: Tensor) -> Tensor:
+        """J v by the transpose of the backward pass; may be batched by vmap."""
+        return self._transpose(v)[0]
+
+    def push(self, v: Tensor) -> Tensor:
+        """J v in the outputs' shape."""
+        if not self._tangent:
+            return self.transposed(v)
+        self._pushed += 1
+        if self._pushed <= _FEW:
+            return jvp(self._function, (self._w,), (v,))[1]  # type: ignore[return-value]  # any number of outputs
+        if self._recorded is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # some versions of torch warn there about torch itself
+                self._recorded = linearize(self._function, self._w)[1]
+        with torch.no_grad():
+            return self._recorded(v)

@@ -1,6 +1,7 @@
 """The loss, its derivatives and the Gauss-Newton factor against dense brute force; refusals; no harm."""
 
 import copy
+import math
 import random
 
 import pytest
@@ -226,3 +227,17 @@ def test_diverged_weights_are_refused():
     dense, w = make("scalar")
     with pytest.raises(ValueError, match="not finite"):
         dense.problem.linearize(w * float("nan"))
+
+
+def test_a_recorded_tangent_pass_gives_the_same_products(monkeypatch):
+    monkeypatch.setattr("torch_singlim.products._FEW", 2)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.Linear(16, 3))
+    problem = ZeroLossProblem(net, "mse", torch.randn(5, 1, 4, 4), torch.randn(5, 3))
+    w = problem.weights()
+    operator = problem.linearize(w).operator
+    jacobian = math.sqrt(2 / 15) * torch.func.jacrev(lambda w: problem.function(w, problem.inputs).flatten())(w)
+    for seed in range(4):
+        v = torch.randn(w.shape, generator=torch.Generator().manual_seed(seed), dtype=w.dtype)
+        torch.testing.assert_close(operator.matvec(v), jacobian @ v, atol=1e-13, rtol=1e-9)
+        torch.testing.assert_close(operator.normal_product(v), jacobian.T @ (jacobian @ v), atol=1e-13, rtol=1e-9)

@@ -264,30 +264,27 @@ class ZeroLossProblem:
         Raises:
             ValueError: outputs that are not finite.
         """
-        f = self.outputs(w)
+
+        def at_chunk(part: slice) -> JacobianProducts:
+            return JacobianProducts(
+                lambda v: self.function(v, self.inputs[part]), w, tangent=whole and not self.linear_layers
+            )
+
+        whole = self.batch_size == self.num_samples
+        kept = at_chunk(slice(None)) if whole else None
+        f = self.outputs(w) if kept is None else kept.outputs
         if not torch.isfinite(f).all():
             raise ValueError("the network's outputs are not finite at these weights: training has probably diverged")
         scale = 1 / math.sqrt(self.num_samples)
-        whole = self.batch_size == self.num_samples
-        kept: JacobianProducts | None = None
 
         def jacobian(part: slice) -> JacobianProducts:
-            nonlocal kept
-
-            def at(v: Tensor) -> Tensor:
-                return self.function(v, self.inputs[part])
-
-            if not whole:
-                return JacobianProducts(at, w, tangent=False)
-            if kept is None:
-                kept = JacobianProducts(at, w, tangent=not self.linear_layers)
-            return kept
+            return at_chunk(part) if kept is None else kept
 
         def matvec(v: Tensor) -> Tensor:  # v -> J v -> R J v
             return self.whiten(f, torch.cat([jacobian(part).push(v) for part in self.chunks()]))
 
         def batched(v: Tensor) -> Tensor:
-            return self.whiten(f, torch.cat([jacobian(part).transposed(v) for part in self.chunks()]))
+            return self.whiten(f, torch.cat([jacobian(part).unrecorded(v) for part in self.chunks()]))
 
         def rmatvec(u: Tensor) -> Tensor:  # u -> R^T u -> J^T R^T u
             g = scale * self.sample_loss.unwhiten(f, self.targets, u.reshape(self.num_samples, -1))  # [N, C]

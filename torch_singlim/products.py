@@ -33,30 +33,30 @@ class JacobianProducts:
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], w: Tensor, *, tangent: bool) -> None:
-        self._function, self._w = function, w
+        self._function, self._w, self._pushed = function, w, 0
         outputs, self._pull = vjp(function, w)  # type: ignore[misc]  # typed for auxiliary outputs, too
-        self._transpose = vjp(self.pull, torch.zeros_like(outputs))[1]
+        self.outputs: Tensor = outputs.detach()
+        self._transpose = None if tangent else vjp(self.pull, torch.zeros_like(self.outputs))[1]
         self._recorded: Callable[[Tensor], Tensor] | None = None
-        self._tangent, self._pushed = tangent, 0
 
     def pull(self, u: Tensor) -> Tensor:
         """J^T u  ``[P]``."""
         return self._pull(u)[0]
 
-    def transposed(self, v: Tensor) -> Tensor:
-        """J v by the transpose of the backward pass; may be batched by vmap."""
-        return self._transpose(v)[0]
-
     def push(self, v: Tensor) -> Tensor:
         """J v in the outputs' shape."""
-        if not self._tangent:
-            return self.transposed(v)
         self._pushed += 1
-        if self._pushed <= _FEW:
-            return jvp(self._function, (self._w,), (v,))[1]  # type: ignore[return-value]  # any number of outputs
+        if self._transpose is not None or self._pushed <= _FEW:
+            return self.unrecorded(v)
         if self._recorded is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # some versions of torch warn there about torch itself
                 self._recorded = linearize(self._function, self._w)[1]
         with torch.no_grad():
             return self._recorded(v)
+
+    def unrecorded(self, v: Tensor) -> Tensor:
+        """J v, recording nothing: vmap may batch it."""
+        if self._transpose is not None:
+            return self._transpose(v)[0]
+        return jvp(self._function, (self._w,), (v,))[1]  # type: ignore[return-value]  # any number of outputs

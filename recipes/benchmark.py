@@ -1,0 +1,243 @@
+"""What the pieces cost, in units of one gradient, beside other ways to the same products.
+
+Prints one table a problem and writes JSON. The unit is the gradient of the loss over the whole probe set by plain
+autograd, in the same run on the same machine; times are medians. curvlinops is compared where it is installed
+(the extra "bench").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from common import command, first_images, open_images
+from mnist import cnn, mlp
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp
+from torch.nn import functional as F
+from torchvision.datasets import MNIST
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from torch_singlim import Dropout, SGDSettings, ZeroLossProblem, finite_window, nearest_point, tangent_space
+from torch_singlim.observe import observe
+
+# name, call, whether it takes so long that once is enough
+Row = tuple[str, Callable[[], object], bool]
+_CLEAN_STEPS = 2_000  # of training before the projections: their difficulty depends on the spectrum
+_PATIENCE = 20.0  # a rival's solve is given up after so many times ours
+
+
+def resnet18(shape: tuple[int, ...]) -> nn.Module:
+    """torchvision's ResNet-18 with GroupNorm."""
+    return ResNet(BasicBlock, [2, 2, 2, 2], num_classes=10, norm_layer=lambda width: nn.GroupNorm(8, width))
+
+
+# network, shape of a sample, samples
+PROBLEMS: dict[str, tuple[Callable[[tuple[int, ...]], nn.Module], tuple[int, ...], int]] = {
+    "mlp": (mlp, (1, 28, 28), 1_000),
+    "cnn": (cnn, (1, 28, 28), 1_000),
+    "resnet18": (resnet18, (3, 32, 32), 64),
+}
+
+
+def seconds(call: Callable[[], object], *, once: bool, device: torch.device) -> float:
+    """Median time of a call, after a warm-up that is long enough for what is recorded in the course of it."""
+
+    def timed() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    if once:
+        return timed()
+    for _ in range(35):
+        timed()
+    return statistics.median(timed() for _ in range(15))
+
+
+def memory(call: Callable[[], object], device: torch.device) -> float:
+    """Memory that one call needs at most beyond what is there, in MiB; nan where that is not counted."""
+    if device.type != "cuda":
+        return math.nan
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def naive_product(net: nn.Module, x: Tensor, y: Tensor, v: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The Gauss-Newton product as one would write it: a tangent pass, the loss's curvature, a backward pass."""
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def outputs(p: dict[str, Tensor]) -> Tensor:
+        return functional_call(net, p, (x,))
+
+    f, Jv = jvp(outputs, (parameters,), (v,))  # type: ignore[misc]  # typed for auxiliary outputs, too
+    AJv = jvp(grad(lambda f: (f - y).square().mean()), (f,), (Jv,))[1]
+    return vjp(outputs, parameters)[1](AJv)[0]
+
+
+def products(net: nn.Module, problem: ZeroLossProblem, x: Tensor, y: Tensor) -> Iterator[Row]:
+    """Products with the Gauss-Newton matrix and the Hessian."""
+    w = problem.weights()
+    v = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w)
+    operator = problem.linearize(w).operator
+    named = problem.function.unflatten(v)
+    yield "Gauss-Newton product, kept", lambda: operator.normal_product(v), False
+    yield "Gauss-Newton product, anew", lambda: problem.linearize(w).operator.normal_product(v), False
+    yield "Gauss-Newton product, jvp + vjp", lambda: naive_product(net, x, y, named), False
+    yield "Hessian product", lambda: problem.hessian_product(w, v), False
+    try:
+        from curvlinops import GGNLinearOperator, HessianLinearOperator
+    except ImportError:
+        return
+    parameters = list(net.parameters())
+    for name, kind in (("Gauss-Newton", GGNLinearOperator), ("Hessian", HessianLinearOperator)):
+        rival: Any = kind(net, nn.MSELoss(), parameters, [(x, y)], check_deterministic=False)
+        yield f"{name} product, curvlinops", lambda rival=rival: rival @ v, False
+
+
+def rival_projection(net: nn.Module, x: Tensor, y: Tensor, v: Tensor, exact: Tensor, limit: float) -> dict[str, Any]:
+    """P_T v = v - z by conjugate gradients on H z = H v with curvlinops' H, stopped by the true error."""
+    from curvlinops import GGNLinearOperator
+
+    H: Any = GGNLinearOperator(net, nn.MSELoss(), list(net.parameters()), [(x, y)], check_deterministic=False)
+    z, r = torch.zeros_like(v), H @ v
+    direction, square, start, steps = r, torch.dot(r, r), time.perf_counter(), 0
+
+    def error() -> float:
+        return (torch.linalg.vector_norm(v - z - exact) / torch.linalg.vector_norm(exact)).item()
+
+    while error() > 1e-3 and time.perf_counter() - start < limit:
+        Hd = H @ direction
+        length = square / torch.dot(direction, Hd)
+        z, r = z + length * direction, r - length * Hd
+        square, before = torch.dot(r, r), square
+        direction = r + (square / before) * direction
+        steps += 1
+    return {"seconds": time.perf_counter() - start, "error": error(), "products": steps}
+
+
+def geometry(problem: ZeroLossProblem, num_draws: int) -> Iterator[Row]:
+    """What a probe consists of."""
+    w, sgd = problem.weights(), SGDSettings(lr=0.2, batch_size=100)
+    generator = torch.Generator().manual_seed(0)
+    yield "tangent projection", lambda: tangent_space(problem, w).project(torch.ones_like(w)), True
+    yield "distance", lambda: nearest_point(problem, w, rtol=2e-2, max_steps=12), True
+    yield "finite_window, 1,000 steps", lambda: finite_window(problem, w, Dropout(), sgd, steps=1_000), True
+    yield (
+        "probe",
+        lambda: observe(problem, w, step=1_000, noise=Dropout(), sgd=sgd, num_draws=num_draws, generator=generator),
+        True,
+    )
+
+
+def trained(net: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Near the zero-loss set, where probes are made."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_CLEAN_STEPS):
+        index = torch.randint(len(x), (100,), generator=generator).to(x.device)
+        optimizer.zero_grad()
+        F.mse_loss(net(x[index]), y[index]).backward()
+        optimizer.step()
+
+
+def table(rows: list[dict[str, Any]], unit: float) -> str:
+    """A markdown table."""
+    lines = ["| | seconds | gradients | MiB |", "|---|---:|---:|---:|"]
+    for row in rows:
+        peak = "-" if math.isnan(row["MiB"]) else f"{row['MiB']:.0f}"
+        lines.append(f"| {row['name']} | {row['seconds']:.3g} | {row['seconds'] / unit:.3g} | {peak} |")
+    return "\n".join(lines)
+
+
+def main(
+    problems: str = "mlp,cnn,resnet18",
+    dtype: Literal["float32", "float64"] = "float32",
+    data_dir: Path | None = None,
+    samples: int | None = None,
+    deep: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    out: Path = Path("runs/benchmark.json"),
+) -> None:
+    """Measure what products, projections and probes cost.
+
+    Args:
+        problems: which, separated by commas: mlp, cnn, resnet18.
+        dtype: of weights and data.
+        data_dir: folder with MNIST, for the MLP and the convolutional network; default: random images, which leave
+            the products' times as they are and make the projections easier.
+        samples: default: 1,000; ResNet-18: 64.
+        deep: also projection, distance, a window and a whole probe of the MLP, on trained weights.
+        device: cpu, cuda, ...
+        threads: of torch.
+        out: JSON file.
+    """
+    warnings.filterwarnings("ignore")  # rivals warn about torch itself
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where, kind = torch.device(device), getattr(torch, dtype)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    results: dict[str, Any] = {"device": name, "torch": torch.__version__, "dtype": dtype}
+    for problem_name in problems.split(","):
+        build, shape, default = PROBLEMS[problem_name]
+        torch.manual_seed(0)
+        count = samples or default
+        x, labels = torch.randn(count, *shape), torch.randint(10, (count,))
+        if data_dir is not None and shape[0] == 1:
+            x, labels = first_images(open_images(MNIST, data_dir, download=True), count, where=data_dir)
+            x = (x - x.mean()) / x.std()
+        x, y = x.to(where, kind), F.one_hot(labels, 10).to(where, kind)
+        net = build(shape).to(where, kind)
+        for module in net.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.1
+        net.eval()
+        deeper = deep and problem_name == "mlp"
+        if deeper:
+            trained(net, x, y)
+        problem = ZeroLossProblem(net, "mse", x, y, dtype=kind)
+        parameters = list(net.parameters())
+
+        def gradient(net=net, x=x, y=y, parameters=parameters) -> object:
+            return torch.autograd.grad(F.mse_loss(net(x), y), parameters)
+
+        unit = seconds(gradient, once=False, device=where)
+        rows: list[dict[str, Any]] = [{"name": "gradient", "seconds": unit, "MiB": memory(gradient, where)}]
+        calls = [*products(net, problem, x, y), *(geometry(problem, num_draws=32) if deeper else [])]
+        for row, call, once in calls:
+            peak = memory(call, where)
+            rows.append({"name": row, "seconds": seconds(call, once=once, device=where), "MiB": peak})
+            print(f"{problem_name}: {row}: {rows[-1]['seconds']:.3g} s", flush=True)
+        if deeper and kind == torch.float64:
+            w = problem.weights()
+            v = torch.ones_like(w)
+            ours = next(row["seconds"] for row in rows if row["name"] == "tangent projection")
+            exact = tangent_space(problem, w).project(v)
+            rival = rival_projection(net, x, y, v, exact, _PATIENCE * ours)
+            results["projection"] = {"ours": ours, "curvlinops": rival}
+            print(f"projection: ours {ours:.3g} s, curvlinops and conjugate gradients {rival}")
+        results[problem_name] = {"N": count, "P": problem.num_weights, "rows": rows}
+        print(f"\n{problem_name}: N = {count}, P = {problem.num_weights}, {dtype}, {name}\n\n{table(rows, unit)}\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1))
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torch_singlim.gram import MAX_DENSE
 from torch_singlim.linalg import FactoredOperator, Solution, cholesky, minimum_norm, preconditioned_solve
 from torch_singlim.problem import Linearization, ZeroLossProblem
 
@@ -123,7 +124,7 @@ def nearest_point(
     *,
     rtol: float = 1e-6,
     max_steps: int = 20,
-    max_dense: int = 4096,
+    max_dense: int = MAX_DENSE,
     krylov_steps: int = 500,
     hessian: FactoredOperator | None = None,
 ) -> FootPoint:
@@ -214,7 +215,7 @@ def nearest_point(
 
 
 def tangent_space(
-    problem: ZeroLossProblem, w: Tensor, *, max_dense: int = 4096, rtol: float = 1e-6, max_steps: int = 300
+    problem: ZeroLossProblem, w: Tensor, *, max_dense: int = MAX_DENSE, rtol: float = 1e-6, max_steps: int = 300
 ) -> TangentSpace:
     """The kernel of the Gauss-Newton matrix at w: where w lies on Gamma, the tangent space of Gamma there.
 

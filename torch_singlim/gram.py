@@ -20,8 +20,10 @@ from torch_singlim.functional import LinearCall
 if TYPE_CHECKING:
     from torch_singlim.problem import ZeroLossProblem
 
-__all__ = ["gram_matrix", "samples_at_once", "worth_factoring"]
+__all__ = ["MAX_DENSE", "gram_flops", "gram_matrix", "samples_at_once", "worth_factoring"]
 
+# residuals up to which K is decomposed, its eigenvectors being a matter of seconds
+MAX_DENSE = 4096
 # Jacobian rows held at once
 _ROW_BYTES = 2**30
 # directions pushed through the network side by side
@@ -46,10 +48,15 @@ def _flops(problem: ZeroLossProblem) -> dict[str, float]:
     return ways
 
 
+def gram_flops(problem: ZeroLossProblem) -> float:
+    """Operations that `gram_matrix` takes, about."""
+    return min(_flops(problem).values())
+
+
 def worth_factoring(problem: ZeroLossProblem) -> bool:
     """Whether forming K takes no longer than its Cholesky factorisation, a few seconds, and both fit into memory."""
     M = problem.num_residuals
-    return M <= _MOST_FACTORED and min(_flops(problem).values()) <= float(M) ** 3
+    return M <= _MOST_FACTORED and gram_flops(problem) <= float(M) ** 3
 
 
 def gram_matrix(problem: ZeroLossProblem, w: Tensor, outputs: Tensor, push: Callable[[Tensor], Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_singlim.agreement import Agreement, Scatter, compare, jackknife, noise_ceiling, noise_pull
 from torch_singlim.geometry import FootPoint, TangentSpace, nearest_point, separation_level
+from torch_singlim.gram import MAX_DENSE
 from torch_singlim.linalg import Estimate, VectorEstimate
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory import (
@@ -143,7 +144,7 @@ def observe(
     separation: float = 3.0,
     rtol: float = 2e-2,
     max_steps: int = 12,
-    max_dense: int = 4096,
+    max_dense: int = MAX_DENSE,
     subset: bool = False,
     generator: torch.Generator | None = None,
 ) -> Observation:
@@ -317,37 +318,44 @@ class WindowObservation:
 
 def observe_window(
     problem: ZeroLossProblem,
-    start: Observation,
+    origin: Tensor,
     w: Tensor,
     *,
+    start: int,
     stop: int,
     noise: NoiseSystem,
     sgd: SGDSettings,
+    observation: Observation | None = None,
     replicas: int = 0,
     reference: bool = False,
+    accurate: bool = True,
     between: Mapping[int, Tensor] | None = None,
     velocity: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> WindowObservation:
-    """Compare where the weights went from `start` with where the effective flow, L alone and the limit would go.
+    """Compare where the weights went with where the effective flow, descent on L alone and the limit would go.
 
     Args:
         problem: loss and probe set, all the samples that training uses.
-        start: the probe at the beginning of the window.
-        w: what drifts, at its end ``[P]``: the weights without what they carry for a step.
-        stop: optimizer steps there.
+        origin: what drifts, at the window's beginning ``[P]``: the weights without what they carry for a step.
+        w: the same at its end ``[P]``.
+        start: optimizer steps at the beginning.
+        stop: at the end.
         noise: the system.
         sgd: settings over the window (lr: its mean, under a schedule).
+        observation: of the weights at the beginning, for the limit's prediction; None: without it.
         replicas: independent runs of the window for the ceiling; 0: none.
         reference: follow the effective flow step by step, too.
+        accurate: follow every step where the long steps of `finite_window` are estimated to be off by more than a
+            fifth; else their error is only told.
         between: what drifted at some steps in between, step -> ``[P]``, for standard errors.
         velocity: the optimizer's momentum at the start ``[P]``.
         generator: of noise and batches.
     """
-    steps, origin = stop - start.step, start.drifting
+    steps = stop - start
     measured = w - origin
     seen = {**(between or {}), stop: w}
-    marks = [step - start.step for step in seen]
+    marks = [step - start for step in seen]
     path = torch.stack([v - origin for v in seen.values()])
 
     def stepwise(system: NoiseSystem) -> WindowPrediction:
@@ -370,8 +378,8 @@ def observe_window(
             problem, origin, system, sgd, steps=steps, marks=marks, velocity=velocity, generator=generator
         )
         size = torch.linalg.vector_norm(window.displacement).item()
-        accurate = window.status == "ok" and math.hypot(window.stderr, window.error) <= _ACCURATE * size
-        return window if accurate else None
+        good = not accurate or math.hypot(window.stderr, window.error) <= _ACCURATE * size
+        return window if window.status == "ok" and good else None
 
     null = long_steps(Minibatch()) or stepwise(Minibatch())
     prediction = flow = None
@@ -385,13 +393,13 @@ def observe_window(
         )
         runs.extend(ensemble.displacements)
     limit = spread = None
-    if start.limit is not None and start.limit.order is not None:
-        tangential, drift = start.tangent.project(measured), steps * start.limit.drift
-        limit = compare(tangential, drift)
-        if start.limit.diffusion:
-            spread = Spread(limit.measured, math.hypot(limit.predicted, start.limit.spread(steps)))
+    predicted = None if observation is None else observation.limit
+    if observation is not None and predicted is not None and predicted.order is not None:
+        limit = compare(observation.tangent.project(measured), steps * predicted.drift)
+        if predicted.diffusion:
+            spread = Spread(limit.measured, math.hypot(limit.predicted, predicted.spread(steps)))
     return WindowObservation(
-        start=start.step,
+        start=start,
         stop=stop,
         displacement=measured,
         prediction=prediction,

@@ -14,7 +14,7 @@ from torch.func import grad, jvp
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_singlim.functional import ActivationSite, FunctionalModule
-from torch_singlim.gram import gram_matrix, worth_factoring
+from torch_singlim.gram import MAX_DENSE, gram_matrix, worth_factoring
 from torch_singlim.linalg import (
     CholeskyFactored,
     DenseFactored,
@@ -295,7 +295,7 @@ class ZeroLossProblem:
         return Linearization(operator, residual, lambda: gram_matrix(self, w, f, batched), worth_factoring(self))
 
     def gauss_newton(
-        self, w: Tensor, *, max_dense: int = 4096, rtol: float = 1e-6, max_steps: int = 300
+        self, w: Tensor, *, max_dense: int = MAX_DENSE, rtol: float = 1e-6, max_steps: int = 300
     ) -> FactoredOperator:
         """H = B^T B at w, ready for projections and matrix functions.
 

@@ -102,10 +102,16 @@ def window_scalars(window: WindowObservation) -> dict[str, float]:
     return _finite(scalars)
 
 
-def verdict(history: History, *, not_covered: Sequence[str] = (), withdrawn: Sequence[str] = ()) -> str:
+def verdict(
+    history: History,
+    *,
+    not_covered: Sequence[str] = (),
+    withdrawn: Sequence[str] = (),
+    left_out: str | None = None,
+) -> str:
     """A short markdown table from what was logged: each probe's distance, each window's drift against theory.
 
-    Below it, why the drift is not predicted, and which predictions were withdrawn.
+    Below it, why the drift is not predicted, which predictions were withdrawn, and what was left out to save time.
     """
 
     def row(point: Mapping[str, float], tags: Sequence[str]) -> str:
@@ -124,6 +130,8 @@ def verdict(history: History, *, not_covered: Sequence[str] = (), withdrawn: Seq
         lines.append(
             f"| {step} | {distance}{star} | {row(point, ['distance/separated', 'distance/predicted', 'separation'])} |"
         )
+    if not probes:
+        lines.append("\nThe distance was not measured.")
     if not all(p["singlim/quality/converged"] for p in probes.values()):
         lines.append("\n\\* the nearest point was not found to tolerance: an upper bound")
     if windows:
@@ -143,4 +151,6 @@ def verdict(history: History, *, not_covered: Sequence[str] = (), withdrawn: Seq
         lines.append(f"| {names[step]} | {row(point, ['limit/spread_measured', 'limit/spread_predicted'])} |")
     lines += [f"\nDrift not predicted: {reason}." for reason in not_covered]
     lines += [f"\nPrediction withdrawn: {reason}." for reason in withdrawn]
+    if left_out is not None:
+        lines.append(f"\nNot done: {left_out}.")
     return "\n".join(lines)

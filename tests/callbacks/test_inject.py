@@ -346,4 +346,4 @@ def test_the_monitor_predicts_from_the_same_object(kind):
 
 def test_noise_said_twice():
     with pytest.raises(ValueError, match="the noise is given twice"):
-        train(Net(), InjectNoise(Langevin(0.1)), SingularLimitMonitor(noise=Langevin(0.1), window=2))
+        train(Net(), InjectNoise(Langevin(0.1)), SingularLimitMonitor(max_overhead=None, noise=Langevin(0.1), window=2))

@@ -106,7 +106,7 @@ def weights(model):
 
 def test_no_arguments_logs_every_tag_and_a_verdict(tmp_path):
     recorder, board = Recorder(), TensorBoardLogger(tmp_path)
-    monitor = SingularLimitMonitor(window=10, replicas=2)
+    monitor = SingularLimitMonitor(max_overhead=None, window=10, replicas=2)
     _, trainer = fit(seeded(Net), monitor, steps=40, logger=[recorder, board])
     logged = {tag for _, metrics in recorder.points for tag in metrics if tag.startswith("singlim/")}
     assert logged == {
@@ -124,6 +124,7 @@ def test_no_arguments_logs_every_tag_and_a_verdict(tmp_path):
             "clock/time_scale",
             "quality/residual",
             "quality/converged",
+            "quality/unresolved",
             "quality/stderr",
             "quality/error",
             "drift/cosine",
@@ -239,17 +240,19 @@ def test_no_harm(make):
 
 @pytest.mark.parametrize("kind", ["smoothed", "mse"])
 def test_the_loss_is_recognised(kind):
-    monitor = SingularLimitMonitor(window=5)
+    monitor = SingularLimitMonitor(max_overhead=None, window=5)
     fit(seeded(lambda: Net(kind)), monitor, steps=1)
     expected = {"smoothed": "SoftCrossEntropy(label_smoothing=0.13)", "mse": "MeanSquaredError()"}
     assert str(monitor._problem.sample_loss) == expected[kind]
 
 
 def test_passing_the_loss():
-    monitor = SingularLimitMonitor(loss=lambda f, y: 0.5 * (f - 1.0 * (torch.arange(3) == y)).square().mean(), window=5)
+    monitor = SingularLimitMonitor(
+        max_overhead=None, loss=lambda f, y: 0.5 * (f - 1.0 * (torch.arange(3) == y)).square().mean(), window=5
+    )
     fit(seeded(lambda: Net("half")), monitor, steps=1)
     assert monitor.history[0]["singlim/loss_gap"] > 0
-    named = SingularLimitMonitor(loss=nn.MSELoss(), window=5)
+    named = SingularLimitMonitor(max_overhead=None, loss=nn.MSELoss(), window=5)
     fit(seeded(lambda: Net("trainer")), named, steps=1)  # its step cannot be checked, so what is passed is taken
     assert named.history
 
@@ -308,7 +311,7 @@ def test_bad_set_up_is_refused_before_training(case):
     make, options, fit_options, message = REFUSED[case]
     model = seeded(make)
     with pytest.raises(ValueError, match=message):
-        fit(model, SingularLimitMonitor(**options), **fit_options)
+        fit(model, SingularLimitMonitor(max_overhead=None, **options), **fit_options)
 
 
 class Adam(Net):
@@ -348,7 +351,7 @@ MARKED = {
 def test_outside_the_theory_geometry_is_measured_and_the_drift_marked(case):
     make, options, fit_options, message = MARKED[case]
     recorder = Recorder()
-    monitor = SingularLimitMonitor(window=5, **options)
+    monitor = SingularLimitMonitor(max_overhead=None, window=5, **options)
     with pytest.warns(UserWarning, match="drift not predicted: .*" + message):
         fit(seeded(make), monitor, steps=10, logger=recorder, **fit_options)
     tags = {tag for _, metrics in recorder.points for tag in metrics}
@@ -360,7 +363,7 @@ def test_outside_the_theory_geometry_is_measured_and_the_drift_marked(case):
 
 @pytest.mark.filterwarnings("ignore:.*not over-parameterised")
 def test_fewer_weights_than_residuals_is_only_a_warning():
-    monitor = SingularLimitMonitor(window=5)
+    monitor = SingularLimitMonitor(max_overhead=None, window=5)
     fit(seeded(lambda: Net(hidden=4)), monitor, steps=5)
     assert {0, 5} <= set(monitor.history)
 
@@ -383,7 +386,7 @@ def test_a_failing_probe_does_not_end_the_run(monkeypatch):
     with pytest.warns(
         UserWarning, match="failed and was left out, training goes on: RuntimeError: out of luck"
     ) as caught:
-        trained, _ = fit(model, SingularLimitMonitor(window=5), steps=15)
+        trained, _ = fit(model, SingularLimitMonitor(max_overhead=None, window=5), steps=15)
     assert len([w for w in caught if "out of luck" in str(w.message)]) == 1
     assert torch.equal(weights(plain), weights(trained))
 
@@ -400,7 +403,7 @@ def test_out_of_memory_takes_fewer_samples_at_once(monkeypatch):
     monkeypatch.setattr("torch_singlim.callbacks.monitor.observe", hungry)
     model = seeded(Net)
     plain, _ = fit(model, steps=10)
-    monitor = SingularLimitMonitor(window=5)
+    monitor = SingularLimitMonitor(max_overhead=None, window=5)
     trained, _ = fit(model, monitor, steps=10)
     assert sizes[:3] == [20, 10, 5]
     assert set(sizes[2:]) == {5}
@@ -414,7 +417,7 @@ def test_memory_that_never_suffices_is_a_warning(monkeypatch):
 
     monkeypatch.setattr("torch_singlim.callbacks.monitor.observe", hungry)
     with pytest.warns(UserWarning, match="left out, training goes on: OutOfMemoryError"):
-        fit(seeded(Net), SingularLimitMonitor(window=5), steps=10)
+        fit(seeded(Net), SingularLimitMonitor(max_overhead=None, window=5), steps=10)
 
 
 def test_a_layer_that_torch_differentiates_wrongly_is_refused(monkeypatch):
@@ -423,13 +426,13 @@ def test_a_layer_that_torch_differentiates_wrongly_is_refused(monkeypatch):
             super().__init__()
             self.body = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Dropout(0.2), nn.Linear(32, 32), nn.LayerNorm(32))
 
-    monitor = SingularLimitMonitor(window=5)
+    monitor = SingularLimitMonitor(max_overhead=None, window=5)
     fit(seeded(Normalised), monitor, steps=5)  # taken apart: measured as any other
     assert monitor.history
     monkeypatch.setattr("torch_singlim.functional._DecomposedLayerNorm", lambda layer: layer)
     recorder = Recorder()
     with pytest.raises(ValueError, match="the layer responsible is LayerNorm"):
-        fit(seeded(Normalised), SingularLimitMonitor(window=5), steps=5, logger=recorder)
+        fit(seeded(Normalised), SingularLimitMonitor(max_overhead=None, window=5), steps=5, logger=recorder)
     assert not [tag for _, metrics in recorder.points for tag in metrics if tag.startswith("singlim/")]
 
 
@@ -442,7 +445,7 @@ def test_what_counts_as_out_of_memory():
 def test_a_failing_expansion_is_withdrawn_with_its_reason(monkeypatch):
     found = FiniteNoise(cosine=0.98, norm_ratio=1.3, stderr=0.02)
     monkeypatch.setattr("torch_singlim.observe.finite_noise", lambda *args, **options: found)
-    monitor = SingularLimitMonitor(window=10)
+    monitor = SingularLimitMonitor(max_overhead=None, window=10)
     fit(seeded(Net), monitor, steps=20)
     assert "Prediction withdrawn: the noise is too large for the second-order expansion" in monitor.verdict
     assert "cosine 0.98 and 1.30 times the norm" in monitor.verdict
@@ -491,4 +494,4 @@ def test_probe_schedule():
 )
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        SingularLimitMonitor(**options)
+        SingularLimitMonitor(max_overhead=None, **options)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from torch_singlim.callbacks.budget import Budget, expected_seconds, left_out_in_words
 from torch_singlim.callbacks.detect import (
     ProbeSet,
     detect_descent,
@@ -31,6 +32,19 @@ from torch_singlim.theory import CustomNoise, NoiseSystem, SGDSettings, check_de
 from torch_singlim.verdict import observation_scalars, verdict, window_scalars
 
 __all__ = ["SingularLimitMonitor", "probe_starts"]
+
+
+@dataclass
+class _OpenWindow:
+    """A window that has begun: where, and what was there."""
+
+    start: int
+    drifting: Tensor  # [P]
+    velocity: Tensor | None  # the optimizer's momentum [P]
+    step_lengths: float  # sum of the learning rates so far
+    observation: Observation | None
+    between: dict[int, Tensor] = field(default_factory=dict)  # what drifted at some of its steps
+
 
 # equal parts of a window, whose scatter gives the standard errors
 _PARTS = 4
@@ -78,8 +92,11 @@ class SingularLimitMonitor(Callback):
             drift is not predicted.
         noise: what training does; default: the module's dropout layers, the optimizer's weight decay, and what
             `InjectNoise` callbacks inject.
-        every_n_steps: a probe every so many optimizer steps; default: at `window` times powers of two, and so that a
-            last window ends with the run.
+        every_n_steps: a probe every so many optimizer steps, whatever it costs; default: at `window` times powers of
+            two, and so that a last window ends with the run, as far as `max_overhead` allows.
+        max_overhead: share of the wall time that probes may take; None: no limit. What they have not earned is left
+            out in this order: following every step of a window where long steps are inaccurate, the limit's prediction
+            with the expected distance, the distance, the drift over a window. The loss gap is always logged.
         window: optimizer steps over which drift is measured; at most `every_n_steps`.
         replicas: independent copies of each window to run for the noise ceiling; 0: none. Costs as many windows of
             training again.
@@ -108,6 +125,7 @@ class SingularLimitMonitor(Callback):
         num_samples: int = 1000,
         noise: NoiseSystem | None = None,
         every_n_steps: int | None = None,
+        max_overhead: float | None = 0.1,
         window: int = 500,
         replicas: int = 0,
         reference: bool = False,
@@ -124,6 +142,9 @@ class SingularLimitMonitor(Callback):
             raise ValueError(
                 f"windows may not overlap: got window={window} > every_n_steps={every_n_steps}; make the window shorter"
             )
+        if max_overhead is not None and not max_overhead > 0:
+            raise ValueError(f"max_overhead must be a positive share of the wall time, or None, got {max_overhead}")
+        self.max_overhead = None if every_n_steps is not None else max_overhead
         self.loss, self.data, self.num_samples, self.noise = loss, data, num_samples, noise
         self.every_n_steps, self.window, self.replicas, self.reference = every_n_steps, window, replicas, reference
         self.num_draws, self.separation, self.dtype, self.batch_size = num_draws, separation, dtype, batch_size
@@ -143,12 +164,11 @@ class SingularLimitMonitor(Callback):
         """Find the problem, the descent and the noise; probe the first weights."""
         self.history, self.last_observation, self.last_window, self.verdict = {}, None, None, ""
         self.withdrawn = []
-        self._began = time.perf_counter()
-        self._probing = 0.0
+        self._budget = Budget(self.max_overhead)
         self._warned = False
         self._slow_time = self._step_lengths = 0.0
-        self._open: tuple[Observation, Tensor | None, float] | None = None  # start, momentum, sum of lr so far
-        self._between: dict[int, Tensor] = {}  # what drifted at some steps of the open window
+        self._last_probe = -1
+        self._open: _OpenWindow | None = None
         with self._aside():
             self._generator = torch.Generator().manual_seed(self.seed)
             probe = given_probe_set(trainer, *self.data) if self.data else read_probe_set(trainer, self.num_samples)
@@ -170,6 +190,7 @@ class SingularLimitMonitor(Callback):
             total = trainer.estimated_stepping_batches
             total_steps = int(total) if math.isfinite(total) else None
             self._starts = set(probe_starts(self.window, self.every_n_steps, total_steps))
+            self._expected = expected_seconds(self._problem, window=self.window, num_draws=self.num_draws)
             self._loss_gap_steps = {round(10 ** (k / 10)) for k in range(80)}
         self._describe(probe)
         self._probe(trainer)
@@ -227,38 +248,41 @@ class SingularLimitMonitor(Callback):
     ) -> None:
         """Close a window, open the next, log; between probes nothing but a comparison of two integers."""
         step = trainer.global_step
-        ends = self._open is not None and step == self._open[0].step + self.window
-        if (step in self._starts or ends) and not self._seen(step):
+        ends = self._open is not None and step == self._open.start + self.window
+        if (step in self._starts or ends) and step != self._last_probe:
             self._probe(trainer)
-        elif self._open is not None and step - self._open[0].step in self._marks:
-            self._between[step] = self._drifting(trainer)
+        elif self._open is not None and step - self._open.start in self._marks:
+            self._open.between[step] = self._drifting(trainer)
         if step in self._loss_gap_steps and step not in self.history:
             with self._aside():
                 self._log(trainer, {"singlim/loss_gap": self._problem.loss(self._problem.weights()).item()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the last weights and write the verdict."""
-        if not self._seen(trainer.global_step):
+        if trainer.global_step != self._last_probe:
             self._probe(trainer)
         with self._aside():
-            self.verdict = verdict(self.history, not_covered=self.not_covered, withdrawn=self.withdrawn)
+            self.verdict = verdict(
+                self.history,
+                not_covered=self.not_covered,
+                withdrawn=self.withdrawn,
+                left_out=left_out_in_words(self._budget.left_out, self._budget.share),
+            )
             rank_zero_info("torch_singlim verdict\n\n" + self.verdict + "\n")
             for logger in trainer.loggers:
                 add_text = getattr(getattr(logger, "experiment", None), "add_text", None)  # TensorBoard has it
                 if add_text is not None:
                     add_text("singlim/verdict", self.verdict, trainer.global_step)
 
-    def _seen(self, step: int) -> bool:
-        return self.last_observation is not None and self.last_observation.step == step
-
     # --- one probe -------------------------------------------------------------------------------------------------
 
     def _probe(self, trainer: Trainer) -> None:
-        """Observe the weights; where a window ends here, compare it; where one begins, open it.
+        """Where a window ends here, compare it; observe the weights; where a window begins, open it.
 
         A probe may not end the training: out of memory it tries again with fewer samples at once, and what does not
         work is left out, with a warning.
         """
+        self._last_probe = trainer.global_step
         while True:
             try:
                 with self._aside():
@@ -283,56 +307,84 @@ class SingularLimitMonitor(Callback):
 
     def _observe(self, trainer: Trainer) -> None:
         step = trainer.global_step
-        problem = self._problem
         rank_zero_info(f"torch_singlim step {step}: probing ...")
-        problem.function.refresh_constants()
-        w = problem.weights()
-        carried = self._carried(trainer)
-        covered = not self.not_covered
-        observation = observe(
-            problem,
-            w,
-            step=step,
-            slow_time=self._slow_time,
-            noise=self._noise if covered else None,
-            sgd=self._current_sgd(trainer),
-            carried=carried,
-            num_draws=self.num_draws,
-            separation=self.separation,
-            subset=self._is_subset,
-            generator=self._generator,
-        )
-        self._withdraw(observation.withdrawn)
-        scalars = observation_scalars(observation)
-        line = f"step {step}: loss gap {observation.loss_gap:.2e}, distance {observation.foot.distance:.3g}"
-        if self._open is not None and step - self._open[0].step == self.window and self._sgd is not None:
-            start, velocity, length = self._open
-            mean_lr = (self._step_lengths - length) / self.window
+        self._problem.function.refresh_constants()
+        w = self._problem.weights()
+        scalars, line = {"singlim/loss_gap": self._problem.loss(w).item()}, ""
+        if self._open is not None and step - self._open.start == self.window:
+            window = self._compare(trainer, self._open, step)
+            if window is not None:
+                scalars |= window_scalars(window)
+                line += f", drift over {self.window} steps: {_in_words(scalars)}"
+        observation = self._look(trainer, w, step)
+        if observation is not None:
+            scalars |= observation_scalars(observation)
+            line = f", distance {observation.foot.distance:.3g}" + line
+        self._open = None
+        if not self.not_covered and step in self._starts:
+            self._open = _OpenWindow(
+                step, self._drifting(trainer), self._velocity(trainer), self._step_lengths, observation
+            )
+        scalars["singlim/cost/overhead"] = self._budget.overhead
+        self._log(trainer, scalars)
+        rank_zero_info(f"torch_singlim step {step}: loss gap {scalars['singlim/loss_gap']:.2e}{line}")
+
+    def _compare(self, trainer: Trainer, opened: _OpenWindow, step: int) -> WindowObservation | None:
+        """The window that ends here, held against theory, if there is time for it."""
+        if self._sgd is None or not self._budget.affords("window", self._expected["window"]):
+            return None
+        mean_lr = (self._step_lengths - opened.step_lengths) / self.window
+        with self._timed("window"):
             window = observe_window(
-                problem,
-                start,
-                observation.drifting,
+                self._problem,
+                opened.drifting,
+                self._drifting(trainer),
+                start=opened.start,
                 stop=step,
                 noise=self._noise,
                 sgd=replace(self._sgd, lr=mean_lr),
+                observation=opened.observation,
                 replicas=self.replicas,
                 reference=self.reference,
-                between=self._between,
-                velocity=velocity,
+                accurate=self._budget.affords("steps", self._expected["steps"]),
+                between=opened.between,
+                velocity=opened.velocity,
                 generator=self._generator,
             )
-            self.last_window = window
-            self._withdraw(window.withdrawn)
-            scalars |= window_scalars(window)
-            line += f", drift over {self.window} steps: {_in_words(scalars)}"
-        self._open = None
-        if covered and step in self._starts:
-            self._open, self._between = (observation, self._velocity(trainer), self._step_lengths), {}
+        self.last_window = window
+        self._withdraw(window.withdrawn)
+        return window
+
+    def _look(self, trainer: Trainer, w: Tensor, step: int) -> Observation | None:
+        """Distance and the limit's prediction at weights w ``[P]``, as far as there is time for them."""
+        if not self._budget.affords("distance", self._expected["distance"]):
+            return None
+        covered = not self.not_covered and self._budget.affords(
+            "limit", self._expected["distance"] + self._expected["limit"]
+        )
+        with self._timed("limit" if covered else "distance"):
+            observation = observe(
+                self._problem,
+                w,
+                step=step,
+                slow_time=self._slow_time,
+                noise=self._noise if covered else None,
+                sgd=self._current_sgd(trainer),
+                carried=self._carried(trainer),
+                num_draws=self.num_draws,
+                separation=self.separation,
+                subset=self._is_subset,
+                generator=self._generator,
+            )
+        self._withdraw(observation.withdrawn)
         self.last_observation = observation
-        elapsed = time.perf_counter() - self._began
-        scalars["singlim/cost/overhead"] = (self._probing + time.perf_counter() - self._entered) / elapsed
-        self._log(trainer, scalars)
-        rank_zero_info("torch_singlim " + line)
+        return observation
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._budget.learn(kind, time.perf_counter() - start)
 
     def _withdraw(self, reason: str | None) -> None:
         """Say why a prediction is not given, and keep it for the verdict."""
@@ -377,14 +429,17 @@ class SingularLimitMonitor(Callback):
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """Work beside the training: the global random state is put back, the time is booked, autocast is off."""
-        self._entered = time.perf_counter()
-        with isolate_rng(), torch.enable_grad(), torch.autocast(self._device_type, enabled=False):
+        with (
+            self._budget.spending(),
+            isolate_rng(),
+            torch.enable_grad(),
+            torch.autocast(self._device_type, enabled=False),
+        ):
             error: Exception | None = None
             try:
                 yield
             except Exception as caught:  # isolate_rng restores nothing when an exception passes through it
                 error = caught
-        self._probing += time.perf_counter() - self._entered
         if error is not None:
             raise error
 

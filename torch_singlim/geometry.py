@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from torch_singlim.gram import MAX_DENSE
+from torch_singlim.gram import MAX_DENSE, gram_flops
 from torch_singlim.linalg import FactoredOperator, Solution, cholesky, minimum_norm, preconditioned_solve
 from torch_singlim.problem import Linearization, ZeroLossProblem
 
 __all__ = ["FootPoint", "TangentSpace", "nearest_point", "separation_filter", "separation_level", "tangent_space"]
 
 
-# preconditioned steps that cost less than forming and factoring K anew
-_MOST_PRECONDITIONED = 100
+# operations of two triangular solves, which wait for memory, in units of M^2
+_TRIANGULAR = 100.0
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,10 @@ def nearest_point(
     at = problem.linearize(w)
     initial = torch.linalg.vector_norm(at.residual).item()
 
+    # preconditioned steps that cost less than forming and factoring K anew: a product is about two gradients
+    M = float(problem.num_residuals)
+    step_flops = 6 * problem.flops * problem.num_samples + _TRIANGULAR * M**2
+    patience = min(100, max(4, round((gram_flops(problem) + M**3 / 3) / step_flops)))
     # the inverse of the last K that was decomposed: it preconditions those nearby
     inverse = None if hessian is None else hessian.inverse
 
@@ -172,7 +176,7 @@ def nearest_point(
         nonlocal inverse
         B = linearization.operator
         if inverse is not None:
-            inner = preconditioned_solve(B.gram_product, rhs, inverse, rtol=inner_rtol, max_steps=_MOST_PRECONDITIONED)
+            inner = preconditioned_solve(B.gram_product, rhs, inverse, rtol=inner_rtol, max_steps=patience)
             if inner.status == "converged":
                 return Solution(B.rmatvec(inner.x), "converged", inner.steps, inner.residual)
         decomposed = problem.num_residuals <= max_dense

@@ -173,7 +173,7 @@ def observe(
     foot = nearest_point(
         problem,
         w,
-        rtol=rtol,
+        rtol=rtol if settled.exact else max(rtol, _COARSE),
         max_steps=max_steps if factored else 1,
         max_dense=max_dense,
         krylov_steps=100,
@@ -249,6 +249,8 @@ def observe(
     )
 
 
+# of the nearest point where a linearisation takes seconds: the distance is right to a hundredth
+_COARSE = 0.1
 # optimizer steps up to which following each of them costs less than long steps with their error estimate
 _SHORT = 200
 # estimated error of a prediction, relative to the displacement, that is put up with: 2 % of the cosine

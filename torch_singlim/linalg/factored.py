@@ -226,9 +226,10 @@ class KrylovFactored(FactoredOperator):
         Source: S. Ubaru, J. Chen, Y. Saad, SIAM J. Matrix Anal. Appl. 38 (2017).
         """
         generator, m, total = torch.Generator().manual_seed(self.seed), self.operator.shape[0], 0.0
+        most = min(self.max_steps, 2 * _QUADRATURE)
         for _ in range(_COUNTING):
             z = rademacher((m,), generator=generator, like=self.like)
-            for space in lanczos(self.operator.gram_product, z, max_steps=self.max_steps, stride=self.max_steps):
+            for space in lanczos(self.operator.gram_product, z, max_steps=most, stride=most):
                 values, vectors, _ = space.ritz()
                 kept = values > self.cutoff * values.max()
                 if space.beta > 0 and bool(values[kept].min() > smallest):

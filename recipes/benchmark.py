@@ -31,6 +31,8 @@ from torch_singlim.observe import observe
 # name, call, whether it takes so long that once is enough
 Row = tuple[str, Callable[[], object], bool]
 _CLEAN_STEPS = 2_000  # of training before the projections: their difficulty depends on the spectrum
+_WARM_UP = 35
+_REPEATS = 15
 _PATIENCE = 20.0  # a rival's solve is given up after so many times ours
 
 
@@ -61,9 +63,9 @@ def seconds(call: Callable[[], object], *, once: bool, device: torch.device) -> 
 
     if once:
         return timed()
-    for _ in range(35):
+    for _ in range(_WARM_UP):
         timed()
-    return statistics.median(timed() for _ in range(15))
+    return statistics.median(timed() for _ in range(_REPEATS))
 
 
 def memory(call: Callable[[], object], device: torch.device) -> float:

@@ -1,12 +1,13 @@
 """What was measured against what was predicted, on displacements made to order."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.problems import make
-from torch_singlim import AntiCorrelated, Langevin, SGDSettings, compare
+from torch_singlim import AntiCorrelated, Dropout, Langevin, SGDSettings, compare
 from torch_singlim.agreement import jackknife, noise_pull
 from torch_singlim.observe import observe, observe_window
 from torch_singlim.verdict import verdict, window_scalars
@@ -85,3 +86,17 @@ def test_the_jackknife_tells_the_scatter_of_repetitions():
     told = math.sqrt(sum(f.cosine**2 for f in found) / len(found))
     assert 0.7 < told / torch.tensor(cosines).std().item() < 3  # conservative: a part is a shorter window
     assert math.isnan(jackknife(measured[:1], predicted[:1]).cosine)
+
+
+def test_long_steps_that_tell_nothing_are_withdrawn():
+    dense, w = make("two_layers")
+    window = observe_window(
+        dense.problem, w, w + 0.01, start=0, stop=400, noise=Dropout(), sgd=SGDSettings(lr=0.05), accurate=False
+    )
+    size = torch.linalg.vector_norm(window.prediction.displacement).item()
+    for off, withdrawn in ((0.4 * size, False), (0.6 * size, True)):
+        uncertain = replace(window, prediction=replace(window.prediction, stderr=off, error=1e-3 * size))
+        assert (uncertain.withdrawn is not None) == withdrawn
+        assert ("singlim/drift/cosine" in window_scalars(uncertain)) != withdrawn
+    followed = replace(window, prediction=replace(window.prediction, stderr=size, error=0.0))
+    assert followed.withdrawn is None

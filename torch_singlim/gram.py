@@ -8,17 +8,14 @@ rows       K = B B^T block by block                          the rows of B thems
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from torch_singlim.functional import LinearCall
-
-if TYPE_CHECKING:
-    from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.functional import FunctionalModule, LinearCall
 
 __all__ = ["MAX_DENSE", "gram_flops", "gram_matrix", "samples_at_once", "worth_factoring"]
 
@@ -34,12 +31,33 @@ _MOST_FACTORED = 12_000
 _BLOCK = 1024
 
 
-def samples_at_once(problem: ZeroLossProblem, rows: int) -> int:
+class Residuals(Protocol):
+    """What is read of a `ZeroLossProblem`."""
+
+    function: FunctionalModule
+    inputs: Tensor
+    dtype: torch.dtype
+    num_samples: int
+    num_weights: int
+    num_residuals: int
+    flops: float
+    linear_layers: list[tuple[int, int]]
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of the samples."""
+        ...
+
+    def output_factor(self, f: Tensor, part: slice) -> Tensor:
+        """R_i of some samples ``[n, rows, C]``."""
+        ...
+
+
+def samples_at_once(problem: Residuals, rows: int) -> int:
     """Samples whose Jacobian rows, so many each, are held in memory at once: bounded by 1 GiB."""
     return max(1, _ROW_BYTES // (rows * problem.num_weights * problem.dtype.itemsize))
 
 
-def _flops(problem: ZeroLossProblem) -> dict[str, float]:
+def _flops(problem: Residuals) -> dict[str, float]:
     """Operations of each way that is open, counted as in flops of a forward pass (two for a multiplication)."""
     N, M = problem.num_samples, problem.num_residuals
     ways = {"pushing": 2 * problem.flops * N * M, "rows": float(M) ** 2 * problem.num_weights}
@@ -48,18 +66,18 @@ def _flops(problem: ZeroLossProblem) -> dict[str, float]:
     return ways
 
 
-def gram_flops(problem: ZeroLossProblem) -> float:
+def gram_flops(problem: Residuals) -> float:
     """Operations that `gram_matrix` takes, about."""
     return min(_flops(problem).values())
 
 
-def worth_factoring(problem: ZeroLossProblem) -> bool:
+def worth_factoring(problem: Residuals) -> bool:
     """Whether forming K takes no longer than its Cholesky factorisation, a few seconds, and both fit into memory."""
     M = problem.num_residuals
     return M <= _MOST_FACTORED and gram_flops(problem) <= float(M) ** 3
 
 
-def gram_matrix(problem: ZeroLossProblem, w: Tensor, outputs: Tensor, push: Callable[[Tensor], Tensor]) -> Tensor:
+def gram_matrix(problem: Residuals, w: Tensor, outputs: Tensor, push: Callable[[Tensor], Tensor]) -> Tensor:
     """K = B B^T  ``[M, M]`` at weights w ``[P]``.
 
     Args:
@@ -75,7 +93,7 @@ def gram_matrix(problem: ZeroLossProblem, w: Tensor, outputs: Tensor, push: Call
     return _from_rows(problem, w, outputs, push if cheapest == "pushing" else None)
 
 
-def _from_layers(problem: ZeroLossProblem, w: Tensor, f: Tensor) -> Tensor:
+def _from_layers(problem: Residuals, w: Tensor, f: Tensor) -> Tensor:
     """The gradient of residual i in a linear layer's weights is g_i a_i^T, and that in its bias g_i: no row is formed.
 
     A ``[N, fan_in]`` are the layer's inputs, G ``[M, fan_out]`` the residuals' derivatives in its outputs.
@@ -106,7 +124,7 @@ def _from_layers(problem: ZeroLossProblem, w: Tensor, f: Tensor) -> Tensor:
     return K / problem.num_samples
 
 
-def _rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, part: slice) -> Tensor:
+def _rows(problem: Residuals, w: Tensor, f: Tensor, part: slice) -> Tensor:
     """Rows of B that belong to some samples ``[n rows, P]``: one vector-Jacobian product per residual."""
 
     def sample_rows(x_i: Tensor, R_i: Tensor) -> Tensor:
@@ -117,7 +135,7 @@ def _rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, part: slice) -> Tensor
     return vmap(sample_rows)(problem.inputs[part], R).reshape(-1, problem.num_weights) / math.sqrt(problem.num_samples)
 
 
-def _from_rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, push: Callable[[Tensor], Tensor] | None) -> Tensor:
+def _from_rows(problem: Residuals, w: Tensor, f: Tensor, push: Callable[[Tensor], Tensor] | None) -> Tensor:
     """A bounded number of rows at a time: pushed through all samples, or multiplied with one another.
 
     The first is for weights that are used once, the second for those that are used at every pixel.

@@ -255,6 +255,8 @@ _COARSE = 0.1
 _SHORT = 200
 # estimated error of a prediction, relative to the displacement, that is put up with: 2 % of the cosine
 _ACCURATE = 0.2
+# the same from which long steps tell nothing
+_BLIND = 0.5
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,15 @@ class WindowObservation:
     @property
     def withdrawn(self) -> str | None:
         """Why the prediction is not given, where it was tried in vain."""
-        if self.prediction is None or self.prediction.status != "diverged":
+        if self.prediction is None:
+            return None
+        size, off = torch.linalg.vector_norm(self.prediction.displacement).item(), self.prediction.error
+        if math.hypot(off, self.prediction.stderr) > _BLIND * size and off > 0:
+            return (
+                f"long steps over the window {self.start}-{self.stop} are uncertain by more than half of what they "
+                "predict, and there was no time to follow every step: pass max_overhead=None"
+            )
+        if self.prediction.status != "diverged":
             return None
         return (
             f"descent on the effective loss runs away in the window {self.start}-{self.stop}: training itself is "

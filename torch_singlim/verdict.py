@@ -120,18 +120,18 @@ def verdict(
 
     probes = {step: p for step, p in history.items() if "singlim/distance/measured" in p}
     windows = {step: p for step, p in history.items() if "singlim/drift/window" in p}
-    lines = [
-        "| step | loss gap | distance | settled part | expected | share of settled modes |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
+    lines = ["The distance was not measured."]
+    if probes:
+        lines = [
+            "| step | loss gap | distance | settled part | expected | share of settled modes |",
+            "|---:|---:|---:|---:|---:|---:|",
+        ]
     for step, point in probes.items():
         star = "" if point["singlim/quality/converged"] else " *"
         distance = row(point, ["loss_gap", "distance/measured"])
         lines.append(
             f"| {step} | {distance}{star} | {row(point, ['distance/separated', 'distance/predicted', 'separation'])} |"
         )
-    if not probes:
-        lines.append("\nThe distance was not measured.")
     if not all(p["singlim/quality/converged"] for p in probes.values()):
         lines.append("\n\\* the nearest point was not found to tolerance: an upper bound")
     if windows:

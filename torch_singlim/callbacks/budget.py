@@ -18,6 +18,8 @@ _GRACE = 1.0
 # gradients of the probe set, about: a product by Lanczos and a nearest point by products, a draw of the limit's
 # potential (third derivatives), long steps over a window that is not followed step by step
 _LANCZOS, _DRAW, _LONG_STEPS = 300, 12, 300
+# gradients a step where every step is followed: the loss alone, and several paths of the effective flow
+_PATHS = 8
 # operations of an eigendecomposition and of a Cholesky factorisation, in units of M^3
 _EIGENVECTORS, _FACTOR = 10.0, 1.0
 
@@ -98,14 +100,16 @@ def expected_seconds(problem: ZeroLossProblem, *, window: int, num_draws: int) -
     M = problem.num_residuals
     exact = M <= MAX_DENSE
     if exact or worth_factoring(problem):
-        decomposition = (gram_flops(problem) + (_EIGENVECTORS if exact else _FACTOR) * float(M) ** 3) / rate
+        # for the modes at w and at the nearest point; and on the way there, once or at every step
+        times, each = (3, _EIGENVECTORS) if exact else (8, _FACTOR)
+        decompositions = times * (gram_flops(problem) + each * float(M) ** 3) / rate
     else:
-        decomposition = 0.0
+        decompositions = 0.0
     return {
-        "distance": 2 * decomposition + _LANCZOS * gradient,
+        "distance": decompositions + _LANCZOS * gradient,
         "limit": num_draws * _DRAW * gradient,
         "window": 2 * min(window, _LONG_STEPS) * gradient,
-        "steps": 3 * window * gradient,
+        "steps": _PATHS * window * gradient,
     }
 
 

@@ -223,8 +223,12 @@ def main(
         rows: list[dict[str, Any]] = [{"name": "gradient", "seconds": unit, "MiB": memory(gradient, where)}]
         calls = [*products(net, problem, x, y), *(geometry(problem, num_draws=32) if deeper else [])]
         for row, call, once in calls:
-            peak = memory(call, where)
-            rows.append({"name": row, "seconds": seconds(call, once=once, device=where), "MiB": peak})
+            try:
+                peak, duration = memory(call, where), seconds(call, once=once, device=where)
+            except NotImplementedError as error:
+                print(f"{problem_name}: {row}: not possible, {error}", flush=True)
+                continue
+            rows.append({"name": row, "seconds": duration, "MiB": peak})
             print(f"{problem_name}: {row}: {rows[-1]['seconds']:.3g} s", flush=True)
         if deeper and kind == torch.float64:
             w = problem.weights()

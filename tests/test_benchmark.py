@@ -8,14 +8,18 @@ import torch
 from recipes import benchmark
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.filterwarnings("ignore")  # rivals warn about torch
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18"])
 def test_every_product_is_the_same_vector(name):
     build, shape, _ = benchmark.PROBLEMS[name]
     torch.manual_seed(0)
     net = build(shape).double().eval()
     x, y = torch.randn(6, *shape, dtype=torch.float64), torch.randn(6, 10, dtype=torch.float64)
     problem = benchmark.ZeroLossProblem(net, "mse", x, y)
-    found = {row: call() for row, call, _ in benchmark.products(net, problem, x, y)}
+    found = {}
+    for row, call, _ in benchmark.products(net, problem, x, y):
+        if not (name == "resnet18" and row == "Hessian product, curvlinops"):  # GroupNorm: torch has no such derivative
+            found[row] = call()
     naive = found["Gauss-Newton product, jvp + vjp"]
     found["Gauss-Newton product, jvp + vjp"] = problem.function.flatten(list(naive.values()))
     reference = found["Gauss-Newton product, kept"]

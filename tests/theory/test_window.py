@@ -211,3 +211,10 @@ def test_pairs_of_stratified_draws_are_as_those_of_a_permutation():
         products.append((block[..., 0] * block[..., 1]).mean(0))
     # two standardised permutations of n values: variance 1/(n - 1) of their mean product
     assert torch.cat(products).var().item() == pytest.approx(1 / 12, rel=0.1)
+
+
+def test_where_nothing_moves():
+    dense, w = make("two_layers")
+    window = finite_window(dense.problem, w, Minibatch(), SGDSettings(lr=0.05), steps=400)
+    assert window.status == "ok"
+    assert torch.linalg.vector_norm(window.displacement) < 1e-12

@@ -132,7 +132,8 @@ def finite_window(
         if len(blocks) == 2:  # half their difference is the error of their mean
             sampled = descent_norm(B, (blocks[0][0] - blocks[1][0]) / 2, time=h)
         allowed = max(rtol * size, sampled / 2)  # finer than the draws allow is of no use
-        wanted = h * min(_GROW, max(_SHRINK, 0.9 * math.sqrt(allowed / max(local, 1e-300))))
+        change = 0.9 * math.sqrt(allowed / local) if local > 0 else math.inf  # nothing moves on Gamma without noise
+        wanted = max(alpha, h * min(_GROW, max(_SHRINK, change)))
         if local > allowed and h > alpha:
             h = wanted
             if products > steps:  # following every step would have been cheaper

@@ -81,13 +81,14 @@ class Budget:
         return self.spent / max(self.clock() - self._began, 1e-9)
 
 
-def expected_seconds(problem: ZeroLossProblem, *, window: int, num_draws: int) -> dict[str, float]:
+def expected_seconds(problem: ZeroLossProblem, *, window: int, num_draws: int, runs: float = 0.0) -> dict[str, float]:
     """Rough times of "distance", "limit" (on top of it), "window" and "steps" (each of a window's), from one gradient.
 
     Args:
         problem: loss and probe set.
         window: steps.
         num_draws: random directions for the limit's potential.
+        runs: gradients of the whole probe set that every step of a window takes besides: replicas, the reference.
     """
     w = problem.weights()
     problem.gradient(w)  # the first call of a function takes longer
@@ -108,7 +109,7 @@ def expected_seconds(problem: ZeroLossProblem, *, window: int, num_draws: int) -
     return {
         "distance": decompositions + _LANCZOS * gradient,
         "limit": num_draws * _DRAW * gradient,
-        "window": 2 * min(window, _LONG_STEPS) * gradient,
+        "window": (2 * min(window, _LONG_STEPS) + runs * window) * gradient,
         "steps": _PATHS * window * gradient,
     }
 

@@ -190,7 +190,14 @@ class SingularLimitMonitor(Callback):
             total = trainer.estimated_stepping_batches
             total_steps = int(total) if math.isfinite(total) else None
             self._starts = set(probe_starts(self.window, self.every_n_steps, total_steps))
-            self._expected = expected_seconds(self._problem, window=self.window, num_draws=self.num_draws)
+            samples = self._problem.num_samples
+            batch = samples if self._sgd is None else self._sgd.batch(samples)
+            self._expected = expected_seconds(
+                self._problem,
+                window=self.window,
+                num_draws=self.num_draws,
+                runs=self.replicas * batch / samples + 2 * self.reference,
+            )
             self._loss_gap_steps = {round(10 ** (k / 10)) for k in range(80)}
         self._describe(probe)
         self._probe(trainer)

@@ -180,8 +180,8 @@ def preconditioned_solve(
         rhs: b ``[m]``.
         precondition: product with the approximate inverse, symmetric positive definite.
         rtol: stop when |K x - b| <= rtol |b|.
-        max_steps: at most this many products; given up after a quarter of them where the residual has not come a
-            quarter of the way, in logarithm.
+        max_steps: at most this many products; given up after a quarter of them, at least 4, where the residual has
+            not come a quarter of the way, in logarithm.
 
     >>> K = torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64))
     >>> preconditioned_solve(lambda v: K @ v, torch.ones(2).double(), lambda v: v, rtol=1e-12, max_steps=5).x
@@ -200,7 +200,7 @@ def preconditioned_solve(
         residual = torch.linalg.vector_norm(r).item() / norm
         if residual <= rtol:
             return Solution(x, "converged", step, residual)
-        if step == max_steps // 4 and residual**4 > rtol:
+        if step == max(4, max_steps // 4) and residual**4 > rtol:
             return Solution(x, "max_steps", step, residual)
         z = precondition(r)
         rz, before = torch.dot(r, z), rz

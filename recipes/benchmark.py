@@ -13,6 +13,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,21 +104,21 @@ def products(net: nn.Module, problem: ZeroLossProblem, x: Tensor, y: Tensor) -> 
     yield "Gauss-Newton product, anew", lambda: problem.linearize(w).operator.normal_product(v), False
     yield "Gauss-Newton product, jvp + vjp", lambda: naive_product(net, x, y, named), False
     yield "Hessian product", lambda: problem.hessian_product(w, v), False
-    try:
-        from curvlinops import GGNLinearOperator, HessianLinearOperator
-    except ImportError:
+    if find_spec("curvlinops") is None:
         return
-    parameters = list(net.parameters())
-    for name, kind in (("Gauss-Newton", GGNLinearOperator), ("Hessian", HessianLinearOperator)):
-        rival: Any = kind(net, nn.MSELoss(), parameters, [(x, y)], check_deterministic=False)
+    curvlinops, parameters = import_module("curvlinops"), list(net.parameters())
+    for name, kind in (
+        ("Gauss-Newton", curvlinops.GGNLinearOperator),
+        ("Hessian", curvlinops.HessianLinearOperator),
+    ):
+        rival = kind(net, nn.MSELoss(), parameters, [(x, y)], check_deterministic=False)
         yield f"{name} product, curvlinops", lambda rival=rival: rival @ v, False
 
 
 def rival_projection(net: nn.Module, x: Tensor, y: Tensor, v: Tensor, exact: Tensor, limit: float) -> dict[str, Any]:
     """P_T v = v - z by conjugate gradients on H z = H v with curvlinops' H, stopped by the true error."""
-    from curvlinops import GGNLinearOperator
-
-    H: Any = GGNLinearOperator(net, nn.MSELoss(), list(net.parameters()), [(x, y)], check_deterministic=False)
+    operator = import_module("curvlinops").GGNLinearOperator
+    H = operator(net, nn.MSELoss(), list(net.parameters()), [(x, y)], check_deterministic=False)
     z, r = torch.zeros_like(v), H @ v
     direction, square, start, steps = r, torch.dot(r, r), time.perf_counter(), 0
 
@@ -230,7 +232,7 @@ def main(
                 continue
             rows.append({"name": row, "seconds": duration, "MiB": peak})
             print(f"{problem_name}: {row}: {rows[-1]['seconds']:.3g} s", flush=True)
-        if deeper and kind == torch.float64:
+        if deeper and kind == torch.float64 and find_spec("curvlinops") is not None:
             w = problem.weights()
             v = torch.ones_like(w)
             ours = next(row["seconds"] for row in rows if row["name"] == "tangent projection")

@@ -266,9 +266,9 @@ class ZeroLossProblem:
         """
 
         def at_chunk(part: slice) -> JacobianProducts:
-            return JacobianProducts(
-                lambda v: self.function(v, self.inputs[part]), w, tangent=whole and not self.linear_layers
-            )
+            # the transpose pays where it is kept
+            tangent = not (whole and self.linear_layers)
+            return JacobianProducts(lambda v: self.function(v, self.inputs[part]), w, tangent=tangent)
 
         whole = self.batch_size == self.num_samples
         kept = at_chunk(slice(None)) if whole else None

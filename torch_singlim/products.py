@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,14 +35,21 @@ class JacobianProducts:
 
     def __init__(self, function: Callable[[Tensor], Tensor], w: Tensor, *, tangent: bool) -> None:
         self._function, self._w, self._pushed = function, w, 0
-        outputs, self._pull = vjp(function, w)  # type: ignore[misc]  # typed for auxiliary outputs, too
-        self.outputs: Tensor = outputs.detach()
         self._transpose = None if tangent else vjp(self.pull, torch.zeros_like(self.outputs))[1]
         self._recorded: Callable[[Tensor], Tensor] | None = None
 
+    @cached_property
+    def _backward(self) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
+        return vjp(self._function, self._w)  # type: ignore[return-value]  # typed for auxiliary outputs, too
+
+    @property
+    def outputs(self) -> Tensor:
+        """The function at w."""
+        return self._backward[0].detach()
+
     def pull(self, u: Tensor) -> Tensor:
         """J^T u  ``[P]``."""
-        return self._pull(u)[0]
+        return self._backward[1](u)[0]
 
     def push(self, v: Tensor) -> Tensor:
         """J v in the outputs' shape."""

@@ -25,8 +25,8 @@ MAX_DENSE = 4096
 _ROW_BYTES = 2**30
 # directions pushed through the network side by side
 _PUSHED = 10
-# residuals up to which K and a factor are kept, about a gigabyte each
-_MOST_FACTORED = 12_000
+# residuals up to which K and a factor are kept, about a gigabyte each; and how many such matrices there are at a time
+_MOST_FACTORED, _SQUARES = 12_000, 3
 # rows of K that are formed at once
 _BLOCK = 1024
 
@@ -41,6 +41,7 @@ class Residuals(Protocol):
     num_weights: int
     num_residuals: int
     flops: float
+    memory: int
     linear_layers: list[tuple[int, int]]
 
     def chunks(self) -> Iterator[slice]:
@@ -53,8 +54,8 @@ class Residuals(Protocol):
 
 
 def samples_at_once(problem: Residuals, rows: int) -> int:
-    """Samples whose Jacobian rows, so many each, are held in memory at once: bounded by 1 GiB."""
-    return max(1, _ROW_BYTES // (rows * problem.num_weights * problem.dtype.itemsize))
+    """Samples whose Jacobian rows, so many each, are held in memory at once: a quarter of what is free, at most 1 GiB."""
+    return max(1, min(_ROW_BYTES, problem.memory // 2) // (rows * problem.num_weights * problem.dtype.itemsize))
 
 
 def _flops(problem: Residuals) -> dict[str, float]:
@@ -74,7 +75,8 @@ def gram_flops(problem: Residuals) -> float:
 def worth_factoring(problem: Residuals) -> bool:
     """Whether forming K takes no longer than its Cholesky factorisation, a few seconds, and both fit into memory."""
     M = problem.num_residuals
-    return M <= _MOST_FACTORED and gram_flops(problem) <= float(M) ** 3
+    fits = _SQUARES * M**2 * problem.dtype.itemsize <= problem.memory
+    return fits and M <= _MOST_FACTORED and gram_flops(problem) <= float(M) ** 3
 
 
 def gram_matrix(problem: Residuals, w: Tensor, outputs: Tensor, push: Callable[[Tensor], Tensor]) -> Tensor:

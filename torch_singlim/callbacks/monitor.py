@@ -106,7 +106,7 @@ class SingularLimitMonitor(Callback):
         separation: a normal mode counts as settled once lr * eigenvalue * steps reaches this: its first deviation has
             then decayed to exp(-separation).
         dtype: of the probe; float64 resolves small eigenvalues.
-        batch_size: samples the probe evaluates at once; default: all.
+        batch_size: samples the probe evaluates at once; default: as many as fit into half of the free memory.
         seed: of the probe's own generator.
 
     Raises:

@@ -62,11 +62,11 @@ class LinearDescent:
     products: float
 
     def at(self, t: float) -> Tensor:
-        """u(t)  ``[n]``; half a product."""
+        """u(t)  ``[n]``; half a product, and one for every Krylov vector that is not held."""
         if self.space is None or t == 0.0:
             return -t * self.slope
         y = _coefficients(self.space, self.start, t)
-        return -t * self.slope + self.operator.rmatvec(self.space.basis @ y)
+        return -t * self.slope + self.operator.rmatvec(self.space.combine(y))
 
 
 def _coefficients(space: KrylovBasis, start: float, t: float) -> Tensor:
@@ -100,7 +100,7 @@ def linear_descent(
     start = torch.linalg.vector_norm(b).item()
     squared, previous, space = torch.dot(slope, slope).item(), b.new_zeros(0), None
     residual = 0.0
-    for space in lanczos(operator.gram_product, b, max_steps=max_steps, stride=3):
+    for space in lanczos(operator.gram_product, b, max_steps=max_steps, stride=3, held=operator.held):
         y = _coefficients(space, start, time)
         Ty = space.tridiagonal @ y
         # u = -t r + B^T Q y  =>  |u|^2 = t^2 |r|^2 - 2 t (B r).Q y + y.T y, and B r = |B r| q_1
@@ -112,7 +112,7 @@ def linear_descent(
         if residual <= rtol:
             break
         previous = y
-    steps = 0 if space is None else space.basis.shape[1]
+    steps = 0 if space is None else space.steps
     return LinearDescent(operator, slope, space, start, residual, steps + 0.5)
 
 
@@ -126,7 +126,7 @@ def descent_norm(operator: LinearOperator, slope: Tensor, *, time: float, steps:
     b = operator.matvec(slope)
     start = torch.linalg.vector_norm(b).item()
     squared = time**2 * torch.dot(slope, slope).item()
-    for space in lanczos(operator.gram_product, b, max_steps=steps, stride=steps):
+    for space in lanczos(operator.gram_product, b, max_steps=steps, stride=steps, held=operator.held):
         values, vectors, _ = space.ritz()
         z = time * values.clamp_min(0)
         squared -= time**3 * start**2 * torch.dot(vectors[0].square(), phi2(z) * (1 + phi1(z))).item()

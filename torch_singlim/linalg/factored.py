@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torch_singlim.linalg.estimate import rademacher
-from torch_singlim.linalg.krylov import Solution, krylov_function, krylov_solve, lanczos
+from torch_singlim.linalg.krylov import KrylovBasis, Solution, krylov_function, krylov_solve, lanczos
 from torch_singlim.linalg.operator import LinearOperator
 
 __all__ = [
@@ -176,12 +176,17 @@ class KrylovFactored(FactoredOperator):
     cutoff: float
     seed: int = 0
 
+    def _lanczos(self, start: Tensor, steps: int) -> Iterator[KrylovBasis]:
+        """The one Krylov space after so many steps."""
+        B = self.operator
+        return lanczos(B.gram_product, start, max_steps=steps, stride=steps, held=B.held)
+
     @cached_property
     def _ritz(self) -> tuple[Tensor, bool, float]:
         """Eigenvalues resolved, whether they are all, and the weight of those that are not."""
         generator = torch.Generator().manual_seed(self.seed)
         start = rademacher((self.operator.shape[0],), generator=generator, like=self.like)
-        spaces = list(lanczos(self.operator.gram_product, start, max_steps=self.max_steps, stride=self.max_steps))
+        spaces = list(self._lanczos(start, self.max_steps))
         if not spaces:
             return self.like.new_zeros(0), True, 0.0
         space = spaces[-1]
@@ -189,6 +194,12 @@ class KrylovFactored(FactoredOperator):
         largest = values[-1].clamp_min(0)
         resolved = (values > self.cutoff * largest) & (bounds <= self.rtol * largest)
         blurred = (values > self.cutoff * largest) & (bounds > 0.1 * values)
+        if space.steps > len(space.held):
+            # copies may have come up: of intervals that overlap, which may hold the same eigenvalue, one counts
+            lowest = math.inf
+            for i in resolved.nonzero()[:, 0].flip(0).tolist():
+                resolved[i] = bool(values[i] + bounds[i] < lowest)
+                lowest = (values[i] - bounds[i]).item() if resolved[i] else lowest
         return values[resolved].flip(0), space.beta == 0.0, vectors[0][blurred].square().sum().item()
 
     def spectrum(self) -> Tensor:
@@ -217,7 +228,8 @@ class KrylovFactored(FactoredOperator):
 
     def gram_function(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
         on_range = functools.partial(self._on_range, psi)
-        return krylov_function(self.operator.gram_product, on_range, u, rtol=self.rtol, max_steps=self.max_steps).x
+        B, accuracy = self.operator, {"rtol": self.rtol, "max_steps": self.max_steps}
+        return krylov_function(B.gram_product, on_range, u, **accuracy, held=B.held).x
 
     def count(self, smallest: float) -> float:
         """The trace of the indicator function of K by quadrature from random vectors; right to a few percent of m.
@@ -229,7 +241,7 @@ class KrylovFactored(FactoredOperator):
         most = min(self.max_steps, 2 * _QUADRATURE)
         for _ in range(_COUNTING):
             z = rademacher((m,), generator=generator, like=self.like)
-            for space in lanczos(self.operator.gram_product, z, max_steps=most, stride=most):
+            for space in self._lanczos(z, most):
                 values, vectors, _ = space.ritz()
                 kept = values > self.cutoff * values.max()
                 if space.beta > 0 and bool(values[kept].min() > smallest):
@@ -240,7 +252,7 @@ class KrylovFactored(FactoredOperator):
     def gram_form(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> float:
         """By Gauss quadrature, which is right for a number long before the vector psi(K) u is."""
         form, most = 0.0, min(self.max_steps, _QUADRATURE)
-        for space in lanczos(self.operator.gram_product, u, max_steps=most, stride=most):
+        for space in self._lanczos(u, most):
             values, vectors, _ = space.ritz()
             form = torch.dot(vectors[0].square(), self._on_range(psi, values)).item() * torch.dot(u, u).item()
         return form
@@ -310,7 +322,9 @@ def minimum_norm(operator: LinearOperator, gram: Tensor | None, u: Tensor, *, rt
         return Solution(u.new_zeros(operator.shape[1]), "converged", 0, 0.0)
     if gram is None:
         cutoff = gram_cutoff(u.numel(), u.dtype)
-        inner = krylov_solve(operator.gram_product, u, rtol=rtol, max_steps=max_steps, cutoff=cutoff)
+        inner = krylov_solve(
+            operator.gram_product, u, rtol=rtol, max_steps=max_steps, cutoff=cutoff, held=operator.held
+        )
         return Solution(operator.rmatvec(inner.x), inner.status, inner.steps, inner.residual)
     factor = cholesky(gram)
     if factor is not None:

@@ -35,6 +35,12 @@ class LinearOperator:
         rows, columns = matrix.shape
         return cls((rows, columns), lambda v: matrix @ v, lambda u: matrix.T @ u)
 
+    @property
+    def held(self) -> int:
+        """Krylov vectors ``[m]`` that take the memory of eight vectors ``[n]``, or of a million numbers; at least 2."""
+        m, n = self.shape
+        return max(2, max(8 * n, 10**6) // max(m, 1))
+
     def gram_product(self, u: Tensor) -> Tensor:
         """K u with K = B B^T.  u ``[m]`` -> ``[m]``."""
         return self.matvec(self.rmatvec(u))  # u -> B^T u -> B B^T u

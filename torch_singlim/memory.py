@@ -1,0 +1,61 @@
+"""How much memory there is, and how much a pass through a network takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["free_memory", "saved_bytes"]
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process can still allocate on a device: what the driver, or Linux and its control group, say.
+
+    Elsewhere a quarter of the machine's memory.
+
+    >>> free_memory(torch.device("cpu")) > 2**20
+    True
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return free if limit == "max" else min(free, int(limit) - int(used))
+    except OSError:  # no control group, or none of the second version
+        return free
+
+
+def saved_bytes(function: Callable[[Tensor], Tensor], w: Tensor, data: Tensor) -> int:
+    """Bytes of the activations that a backward pass through a function of w needs, beside w and the data themselves.
+
+    >>> w, x = torch.ones(3), torch.ones(3)
+    >>> saved_bytes(lambda w: (w * x).sin(), w, x)  # w x, whose cosine is the derivative
+    12
+    """
+    w = w.detach().requires_grad_(True)
+    known = {w.untyped_storage().data_ptr(), data.untyped_storage().data_ptr()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = function(w)  # kept until they are counted, so that no address is used twice
+        total = sum(sizes.values())
+    del outputs
+    return total

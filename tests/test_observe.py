@@ -77,7 +77,7 @@ def test_the_jackknife_tells_the_scatter_of_repetitions():
     found, speeds, cosines = [], [], []
     for _ in range(300):
         measured = predicted + 2 * torch.randn(8, 50, generator=generator, dtype=torch.float64)
-        found.append(jackknife(measured, predicted))
+        found.append(jackknife(list(measured.cumsum(0)), list(predicted.cumsum(0))))
         whole = compare(measured.sum(0), predicted.sum(0))
         speeds.append(whole.speed_ratio)
         cosines.append(whole.cosine)
@@ -85,7 +85,10 @@ def test_the_jackknife_tells_the_scatter_of_repetitions():
     assert told == pytest.approx(torch.tensor(speeds).std().item(), rel=0.3)
     told = math.sqrt(sum(f.cosine**2 for f in found) / len(found))
     assert 0.7 < told / torch.tensor(cosines).std().item() < 3  # conservative: a part is a shorter window
-    assert math.isnan(jackknife(measured[:1], predicted[:1]).cosine)
+    assert math.isnan(jackknife(list(measured[:1]), list(predicted[:1])).cosine)
+    left_out = [compare(measured.sum(0) - m, predicted.sum(0) - q) for m, q in zip(measured, predicted, strict=True)]
+    by_hand = torch.tensor([agreement.cosine for agreement in left_out]).std(correction=0).item() * math.sqrt(7)
+    assert found[-1].cosine == pytest.approx(by_hand, rel=1e-6)
 
 
 def test_long_steps_that_tell_nothing_are_withdrawn():

@@ -62,27 +62,34 @@ class Scatter:
     speed_ratio: float
 
 
-def jackknife(measured: Tensor, predicted: Tensor) -> Scatter:
-    """Standard errors from the displacements over n parts of a window ``[n, P]``, one part left out at a time.
+def jackknife(measured: Sequence[Tensor], predicted: Sequence[Tensor]) -> Scatter:
+    """Standard errors from two paths ``[P]`` at the ends of n parts of a window, one part left out at a time.
 
         s^2 = (n-1)/n sum_j (a_j - mean a)^2,      a_j the agreement without part j        (Efron & Stein 1981)
 
-    Parts are taken as independent; nan for fewer than two.
+    Parts are taken as independent; nan for fewer than two. Inner products are all that is needed, no part is formed.
 
-    >>> m = torch.tensor([[1.0, 0.1], [1.0, -0.1]])
-    >>> jackknife(m, torch.tensor([[1.0, 0.0], [1.0, 0.0]])).speed_ratio
+    >>> m = torch.tensor([[1.0, 0.1], [2.0, 0.0]])
+    >>> jackknife(m, torch.tensor([[1.0, 0.0], [2.0, 0.0]])).speed_ratio
     0.0
     """
     n = len(measured)
     if n < 2:
         return Scatter(math.nan, math.nan)
-    without = [compare(measured.sum(0) - m, predicted.sum(0) - q) for m, q in zip(measured, predicted, strict=True)]
 
-    def error(values: list[float]) -> float:
-        mean = sum(values) / n
-        return math.sqrt((n - 1) / n * sum((value - mean) ** 2 for value in values))
+    def without(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """<sum of a's parts, sum of b's parts>, both without part j  ``[n]``."""
+        points = torch.tensor([[torch.dot(x, y).item() for y in b] for x in a], dtype=torch.float64)
+        zero = torch.zeros(1, n, dtype=torch.float64)
+        parts = points.diff(dim=0, prepend=zero).diff(dim=1, prepend=zero.T)
+        return parts.sum() - parts.sum(0) - parts.sum(1) + parts.diagonal()
 
-    return Scatter(error([a.cosine for a in without]), error([a.speed_ratio for a in without]))
+    inner, m, q = without(measured, predicted), without(measured, measured), without(predicted, predicted)
+
+    def error(values: Tensor) -> float:
+        return math.sqrt((n - 1) / n * (values - values.mean()).square().sum().item())
+
+    return Scatter(error(inner / (m * q).sqrt()), error(inner / q))
 
 
 def noise_ceiling(runs: Sequence[Tensor]) -> float:

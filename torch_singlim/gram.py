@@ -54,7 +54,7 @@ class Residuals(Protocol):
 
 
 def samples_at_once(problem: Residuals, rows: int) -> int:
-    """Samples whose Jacobian rows, so many each, are held in memory at once: a quarter of what is free, at most 1 GiB."""
+    """Samples whose Jacobian rows, so many each, are held at once: in a quarter of the free memory, at most 1 GiB."""
     return max(1, min(_ROW_BYTES, problem.memory // 2) // (rows * problem.num_weights * problem.dtype.itemsize))
 
 

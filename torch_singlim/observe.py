@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,17 +55,8 @@ class FiniteNoise:
         return abs(self.norm_ratio - 1) > 0.15 + self.stderr or self.cosine < 0.85 - self.stderr
 
 
-def finite_noise(
-    problem: ZeroLossProblem,
-    w: Tensor,
-    noise: NoiseSystem,
-    averaged: VectorEstimate,
-    *,
-    num_draws: int,
-    generator: torch.Generator | None = None,
-) -> FiniteNoise:
-    """Compare grad V at w ``[P]`` with the averaged gradient there, from other draws, sampling error taken out."""
-    expanded = potential(noise, problem, w, num_draws=num_draws, generator=generator).gradient
+def finite_noise(averaged: VectorEstimate, expanded: VectorEstimate) -> FiniteNoise:
+    """Compare the averaged gradient with grad V at the same weights, from other draws, sampling error taken out."""
     a, b = averaged.norm, expanded.norm
     if a * b == 0:
         return FiniteNoise(math.nan, math.nan, math.nan)
@@ -131,6 +122,28 @@ class Observation:
         )
 
 
+def _pull(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    noise: NoiseSystem,
+    sgd: SGDSettings,
+    *,
+    num_draws: int,
+    generator: torch.Generator | None,
+) -> tuple[VectorEstimate, FiniteNoise | None]:
+    """The noise's average pull at w ``[P]``, and at order 1 how far its second-order expansion holds."""
+    pull, expansion = VectorEstimate(torch.zeros_like(w)[None]), None
+    if noise.order == 1:
+        expanded = potential(noise, problem, w, num_draws=num_draws, generator=generator).gradient
+        pull = averaged_gradient(noise, problem, w, num_draws=num_draws, generator=generator)
+        expansion = finite_noise(pull, expanded)
+    if has_effective_flow(noise, problem):
+        effective = EffectiveLoss(problem, noise, sgd, generator=generator)
+        if effective.second:
+            pull = pull + VectorEstimate(torch.stack([effective.pull_of_order_two(w) for _ in range(4)]))
+    return pull, expansion
+
+
 def observe(
     problem: ZeroLossProblem,
     w: Tensor,
@@ -181,53 +194,30 @@ def observe(
     )
     tangent = TangentSpace(problem.gauss_newton(foot.point, max_dense=max_dense, rtol=1e-3, max_steps=100))
     drifting = w if carried is None else w - carried
-    separated = expected = count = limit = expansion = None
+    separated = expected = count = limit = expansion = offset = None
     direction, tangent_steps = math.nan, math.nan
-    pull = VectorEstimate(torch.zeros_like(w)[None])
-    if noise is not None and noise.order == 1:
-        pull = averaged_gradient(noise, problem, drifting, num_draws=num_draws, generator=generator)
-        expansion = finite_noise(problem, drifting, noise, pull, num_draws=num_draws, generator=generator)
-    if noise is not None and sgd is not None and has_effective_flow(noise, problem):
-        effective = EffectiveLoss(problem, noise, sgd, generator=generator)
-        if effective.second:
-            pull = pull + VectorEstimate(torch.stack([effective.pull_of_order_two(drifting) for _ in range(4)]))
+    if noise is not None and sgd is not None:
+        pull, expansion = _pull(problem, drifting, noise, sgd, num_draws=num_draws, generator=generator)
+        batch, level = sgd.batch(problem.num_samples), separation_level(sgd.effective_lr, step, separation)
+        Sigma = gradient_noise(noise, problem, w, batch_size=batch, num_draws=num_draws, generator=generator)
+        expectation = expected_distance(
+            settled.hessian, pull, Sigma, sgd=sgd, level=level, num_draws=4, generator=generator
+        )
+        expected, offset = expectation.rms, expectation.offset.mean
+        del pull, Sigma, expectation  # as large as several weight vectors each
     if sgd is not None:
-        alpha = sgd.effective_lr
-        level = separation_level(alpha, step, separation)
-        part = settled.separated(foot.linearised, lr=alpha, steps=step, threshold=separation)
+        count = settled.num_separated(lr=sgd.effective_lr, steps=step, threshold=separation)
+        part = settled.separated(foot.linearised, lr=sgd.effective_lr, steps=step, threshold=separation)
         separated = torch.linalg.vector_norm(part).item()
-        count = settled.num_separated(lr=alpha, steps=step, threshold=separation)
-        if noise is not None:
-            if expansion is None or not expansion.fails:
-                limit = singular_limit(
-                    problem,
-                    foot.point,
-                    noise,
-                    sgd,
-                    num_draws=num_draws,
-                    hessian=tangent.hessian,
-                    generator=generator,
-                )
-            if limit is not None and not tangent.exact and limit.drift.any():
-                tangent_steps = 1 / (alpha * tangent.curvature(limit.drift))
-            expectation = expected_distance(
-                settled.hessian,
-                pull,
-                gradient_noise(
-                    noise,
-                    problem,
-                    w,
-                    batch_size=sgd.batch(problem.num_samples),
-                    num_draws=num_draws,
-                    generator=generator,
-                ),
-                sgd=sgd,
-                level=level,
-                num_draws=4,
-                generator=generator,
-            )
-            expected = expectation.rms
-            direction = compare(part, expectation.offset.mean).cosine
+        if offset is not None:
+            direction = compare(part, offset).cosine
+        del part, offset
+    if noise is not None and sgd is not None and not (expansion is not None and expansion.fails):
+        limit = singular_limit(
+            problem, foot.point, noise, sgd, num_draws=num_draws, hessian=tangent.hessian, generator=generator
+        )
+        if not tangent.exact and limit.drift.any():
+            tangent_steps = 1 / (sgd.effective_lr * tangent.curvature(limit.drift))
     return Observation(
         step=step,
         slow_time=slow_time,
@@ -366,11 +356,9 @@ def observe_window(
     """
     steps = stop - start
     measured = w - origin
-    seen = {**(between or {}), stop: w}
-    marks = [step - start for step in seen]
-    path = torch.stack([v - origin for v in seen.values()])
+    marks = [step - start for step in (*(between or {}), stop)]
 
-    def stepwise(system: NoiseSystem) -> WindowPrediction:
+    def stepwise(system: NoiseSystem, marks: Sequence[int] = ()) -> WindowPrediction:
         return effective_flow(
             problem,
             origin,
@@ -383,7 +371,7 @@ def observe_window(
             generator=generator,
         )
 
-    def long_steps(system: NoiseSystem) -> WindowPrediction | None:
+    def long_steps(system: NoiseSystem, marks: Sequence[int] = ()) -> WindowPrediction | None:
         if steps <= _SHORT:
             return None
         window = finite_window(
@@ -396,14 +384,15 @@ def observe_window(
     null = long_steps(Minibatch()) or stepwise(Minibatch())
     prediction = flow = None
     if has_effective_flow(noise, problem):
-        flow = stepwise(noise) if reference else None
-        prediction = long_steps(noise) or flow or stepwise(noise)
+        flow = stepwise(noise, marks) if reference else None
+        prediction = long_steps(noise, marks) or flow or stepwise(noise, marks)
     runs = [measured]
     if replicas:
         ensemble = simulate(
             problem, origin, noise, sgd, steps=steps, replicas=replicas, velocity=velocity, generator=generator
         )
         runs.extend(ensemble.displacements)
+    path = [*(v - origin for v in (between or {}).values()), measured]
     limit = spread = None
     predicted = None if observation is None else observation.limit
     if observation is not None and predicted is not None and predicted.order is not None:
@@ -416,7 +405,7 @@ def observe_window(
         displacement=measured,
         prediction=prediction,
         drift=None if prediction is None else compare(measured, prediction.displacement),
-        scatter=jackknife(_parts(path), _parts(path if prediction is None else prediction.path)),
+        scatter=jackknife(path, path if prediction is None else list(prediction.path)),
         flow=flow,
         reference=None if flow is None else compare(measured, flow.displacement),
         null=compare(measured, null.displacement),
@@ -429,8 +418,3 @@ def observe_window(
         ceiling=noise_ceiling(runs),
         products=sum({id(each): each.products for each in (null, prediction, flow) if each is not None}.values()),
     )
-
-
-def _parts(path: Tensor) -> Tensor:
-    """Displacements between the points of a path that starts at 0  ``[n, P]``."""
-    return path.diff(dim=0, prepend=torch.zeros_like(path[:1]))

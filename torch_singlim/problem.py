@@ -199,8 +199,8 @@ class ZeroLossProblem:
         """Mean over samples from means over chunks, a ragged last chunk weighted by its size."""
         total: Tensor | None = None
         for part in self.chunks():
-            term = function(part) * ((part.stop - part.start) / self.num_samples)
-            total = term if total is None else total + term
+            term, share = function(part), (part.stop - part.start) / self.num_samples
+            total = (term if share == 1 else share * term) if total is None else total + share * term
         assert total is not None  # the probe set is not empty
         return total
 

@@ -63,10 +63,10 @@ class VectorEstimate:
     @property
     def stderr(self) -> float:
         """Root mean square norm of the mean's error; 0 where exact."""
-        k = len(self.groups)
+        k, mean = len(self.groups), self.mean
         if k == 1:
             return 0.0
-        return math.sqrt((self.groups - self.mean).square().sum().item() / (k * (k - 1)))
+        return math.sqrt(sum((g - mean).square().sum().item() for g in self.groups) / (k * (k - 1)))
 
     @property
     def norm(self) -> float:
@@ -78,8 +78,11 @@ class VectorEstimate:
         return VectorEstimate(self.groups + other.groups)
 
     def map(self, linear: Callable[[Tensor], Tensor]) -> VectorEstimate:
-        """The estimate of a linear image."""
-        return VectorEstimate(torch.stack([linear(g) for g in self.groups]))
+        """The estimate of a linear image, of the same dimension."""
+        images = torch.empty_like(self.groups)
+        for image, g in zip(images, self.groups, strict=True):
+            image.copy_(linear(g))
+        return VectorEstimate(images)
 
 
 def rademacher(shape: tuple[int, ...], *, generator: torch.Generator | None, like: Tensor) -> Tensor:

@@ -37,9 +37,9 @@ class LinearOperator:
 
     @property
     def held(self) -> int:
-        """Krylov vectors ``[m]`` that take the memory of eight vectors ``[n]``, or of a million numbers; at least 2."""
+        """Krylov vectors ``[m]`` that take the memory of four vectors ``[n]``, or of a million numbers; at least 2."""
         m, n = self.shape
-        return max(2, max(8 * n, 10**6) // max(m, 1))
+        return max(2, max(4 * n, 10**6) // max(m, 1))
 
     def gram_product(self, u: Tensor) -> Tensor:
         """K u with K = B B^T.  u ``[m]`` -> ``[m]``."""

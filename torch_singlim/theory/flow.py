@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_singlim.linalg import VectorEstimate
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.descent import SGDSettings
 from torch_singlim.theory.effective import EffectiveLoss, Gradient, WindowPrediction, check_marks
@@ -122,16 +121,20 @@ def effective_flow(
             yield whole
 
     cost = (2 if expanded else 1) + (2 / stride if effective.second else 0)
-    paths, products, bounded, end = [], 0, True, VectorEstimate(w[None])
+    mean, scatter, count, products, bounded = w.new_zeros(len(marks), w.numel()), 0.0, 0, 0, True
+
+    def stderr() -> float:
+        return math.sqrt(scatter / (count * (count - 1))) if count > 1 else math.nan
 
     def unclear() -> bool:
-        return len(paths) < max_replicas and bounded and end.stderr > rtol * torch.linalg.vector_norm(end.mean).item()
+        return count < max_replicas and bounded and stderr() > rtol * torch.linalg.vector_norm(mean[-1]).item()
 
-    while not paths or (effective.is_random and (len(paths) < replicas or unclear())):
+    while count == 0 or (effective.is_random and (count < replicas or unclear())):
         path, taken, ok = _descend(w, velocity, sgd, gradients(), marks)
-        paths.append(path)
         products += round(cost * taken)
-        bounded = bounded and ok
-        end = VectorEstimate(torch.stack([path[-1] for path in paths]))
-    stderr = math.nan if effective.is_random and len(paths) == 1 else end.stderr
-    return WindowPrediction(torch.stack(paths).mean(0), stderr, 0.0, products, "ok" if bounded else "diverged")
+        bounded, count = bounded and ok, count + 1
+        path -= mean  # sums of squares as in Welford 1962
+        scatter += (count - 1) / count * path[-1].square().sum().item()
+        mean.add_(path, alpha=1 / count)
+    error = stderr() if effective.is_random else 0.0
+    return WindowPrediction(mean, error, 0.0, products, "ok" if bounded else "diverged")

@@ -59,7 +59,7 @@ def traced(
     gradients, values = like.new_zeros(groups, like.numel()), []
     for i in range(count):
         gradient, value = one(i if exact else None)
-        gradients[i % groups] += gradient if exact else gradient * (groups / count)
+        gradients[i % groups].add_(gradient, alpha=1 if exact else groups / count)
         values.append(value)
     trace = torch.stack(values)
     value = Estimate(trace.sum().item(), 0.0) if exact else Estimate.from_draws(trace)
@@ -110,18 +110,18 @@ def second_order_gradient(
     def over(chunk: slice) -> Tensor:
         x, y, own = problem.inputs[chunk], problem.targets[chunk], _of_chunk(system, s, chunk)
 
-        def at(t: Tensor) -> Tensor:
-            gradient, value = grad_and_value(
+        def at(t: Tensor) -> tuple[Tensor, Tensor]:
+            return grad_and_value(
                 lambda v: noisy_loss(system, problem.batch_loss, v, x, y, [t * direction for direction in own])
             )(w)
-            return torch.cat([gradient, value[None]])
 
         zero, one = w.new_zeros(()), w.new_ones(())
 
-        def slope(t: Tensor) -> Tensor:
+        def slope(t: Tensor) -> tuple[Tensor, Tensor]:
             return jvp(at, (t,), (one,))[1]  # type: ignore[return-value]  # jvp is typed for any number of outputs
 
-        return jvp(slope, (zero,), (one,))[1]  # type: ignore[return-value]
+        gradient, value = jvp(slope, (zero,), (one,))[1]  # type: ignore[misc]
+        return torch.cat([gradient, value[None]])
 
     both = problem.mean(over)
     return both[:-1], both[-1]
@@ -139,11 +139,6 @@ def _penalty(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> tuple[Te
 def _part_potential(
     part: NoiseSystem, problem: ZeroLossProblem, w: Tensor, *, num_draws: int, generator: torch.Generator | None
 ) -> Potential:
-    gradient, penalty = _penalty(part, problem, w)
-    fixed = Potential(Estimate(penalty.item(), 0.0), VectorEstimate(gradient[None]), 1)
-    dimension = part.scale(problem).numel()
-    if dimension == 0:
-        return fixed
     scale = part.scale(problem)
 
     def curvature(i: int | None) -> tuple[Tensor, Tensor]:
@@ -156,7 +151,10 @@ def _part_potential(
         gradient, value = second_order_gradient(part, problem, w, [s])
         return 0.5 * gradient, 0.5 * value
 
-    return fixed + traced(curvature, dimension, num_draws, like=w)
+    laplacian = traced(curvature, scale.numel(), num_draws, like=w) if scale.numel() else None
+    gradient, penalty = _penalty(part, problem, w)
+    fixed = Potential(Estimate(penalty.item(), 0.0), VectorEstimate(gradient[None]), 1)
+    return fixed if laplacian is None else fixed + laplacian
 
 
 def potential(
@@ -209,9 +207,10 @@ def averaged_gradient(
     is_random = any(part.scale(problem).numel() for part in parts(system))
     groups = min(_GROUPS, num_draws) if is_random else 1
     each = math.ceil(num_draws / groups) if is_random else 1
-    quiet, means = problem.gradient(w), []
-    for _ in range(groups):
+    means = w.new_zeros(groups, w.numel())
+    for mean in means:
         draws = list(stratified_noise(system, problem, problem.num_samples, strata=each, generator=generator))
-        total = sum((noisy_gradient(system, problem, w, eta) for eta in draws), start=torch.zeros_like(w))
-        means.append(total / len(draws))
-    return VectorEstimate(torch.stack(means) - quiet)
+        for eta in draws:
+            mean.add_(noisy_gradient(system, problem, w, eta), alpha=1 / len(draws))
+    means -= problem.gradient(w)
+    return VectorEstimate(means)

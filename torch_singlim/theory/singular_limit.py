@@ -146,7 +146,9 @@ def singular_limit(
         V = potential(leading, problem, point, num_draws=num_draws, generator=generator)
     elif order == 2:
         V = _order_two(problem, point, _leading(noise, 2), batch_size, hessian, num_draws, generator)
-    drift = V.gradient.map(lambda g: -(alpha ** (order or 0)) * hessian.project_kernel(g))
+    projected = V.gradient.map(lambda g: -(alpha ** (order or 0)) * hessian.project_kernel(g))
+    drift, drift_stderr = projected.mean, projected.stderr
+    del projected  # as large as four weight vectors
     Sigma = gradient_noise(noise, problem, point, batch_size=batch_size, num_draws=num_draws, generator=generator)
     # noise of order 1 is normal to Gamma, up to rounding and sampling
     along = Sigma.diffusion(hessian, num_weights=problem.num_weights) if order == 2 else Sigma.closed.identity
@@ -154,15 +156,15 @@ def singular_limit(
     offset, variance = math.nan, Estimate(math.nan, 0.0)
     if hessian.exact:
         # at order 2 the variance leads, the offset is of higher order
-        pull = V.gradient.map(lambda g: g if order == 1 else 0 * g)
+        pull = V.gradient if order == 1 else VectorEstimate(torch.zeros_like(point)[None])
         expected = expected_distance(hessian, pull, Sigma, sgd=sgd, generator=generator)
         offset, variance = expected.offset.norm, expected.variance
     return LimitPrediction(
         order=order,
         time_scale=time_scale(sgd, order, noise.variance(problem)),
         potential=V.value,
-        drift=drift.mean,
-        drift_stderr=drift.stderr,
+        drift=drift,
+        drift_stderr=drift_stderr,
         diffusion=alpha**2 * along,
         dimension=problem.num_weights - hessian.rank,
         normal_variance=variance,

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_singlim.linalg import VectorEstimate, descent_norm, linear_descent
+from torch_singlim.linalg import descent_norm, linear_descent
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.descent import SGDSettings
 from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction, check_marks
@@ -26,8 +26,9 @@ def _block_mean(effective: EffectiveLoss, w: Tensor, strata: int) -> tuple[Tenso
     """Mean gradient of one stratified block at w ``[P]``, and the gradients it took."""
     total, count = torch.zeros_like(w), 0
     for gradient in effective.block(strata):
-        total, count = total + gradient(w), count + 1
-    mean = total / count
+        total += gradient(w)
+        count += 1
+    mean = total.div_(count)
     return (mean + effective.pull_of_order_two(w), count + 2) if effective.second else (mean, count)
 
 
@@ -111,26 +112,30 @@ def finite_window(
     while time < total * (1 - 1e-9):
         h = (total - time) / math.ceil((total - time) / h * (1 - 1e-9))  # no short rest at the end
         middle = last[0] + last[1].at(last[2] + h / 2)
-        blocks = [_block_mean(effective, middle, strata()) for _ in range(2 if effective.is_random else 1)]
-        gradients = VectorEstimate(torch.stack([mean for mean, _ in blocks]))
+        mean, cost = _block_mean(effective, middle, strata())
+        half = None
+        if effective.is_random:
+            other, more = _block_mean(effective, middle, strata())
+            mean, half, cost = (mean + other) / 2, mean.sub_(other).div_(2), cost + more
+            del other
         if not torch.isfinite(problem.outputs(middle)).all():
             return failed("diverged")
         B = problem.linearize(middle).operator
 
-        slope = gradients.mean + B.normal_product(at - middle)
+        sampled = 0.0 if half is None else descent_norm(B, half, time=h)  # the error of the two blocks' mean
+        slope = mean + B.normal_product(at - middle)
+        del mean, half
         descent = linear_descent(B, slope, time=h, rtol=_KRYLOV)
         u = descent.at(h)
         draw = effective.draw()
-        bend = draw(at) + draw(at + u) - 2 * draw(middle) - B.normal_product(2 * (at - middle) + u)
-        local = descent_norm(B, bend, time=h) / 6
+        bend = draw(at).add_(draw(at + u)).sub_(draw(middle), alpha=2)
+        local = descent_norm(B, bend.sub_(B.normal_product(2 * (at - middle) + u)), time=h) / 6
+        del bend
         # two products for the offset and the bend, three gradients for the bend, two short Lanczos runs
-        products += sum(cost for _, cost in blocks) + descent.products + 2 + 3 + 2 * 3.5
+        products += cost + descent.products + 2 + 3 + 2 * 3.5
         size = torch.linalg.vector_norm(u).item()
         if not math.isfinite(size + local):
             return failed("diverged")
-        sampled = 0.0
-        if len(blocks) == 2:  # half their difference is the error of their mean
-            sampled = descent_norm(B, (blocks[0][0] - blocks[1][0]) / 2, time=h)
         allowed = max(rtol * size, sampled / 2)  # finer than the draws allow is of no use
         change = 0.9 * math.sqrt(allowed / local) if local > 0 else math.inf  # nothing moves on Gamma without noise
         wanted = max(alpha, h * min(_GROW, max(_SHRINK, change)))

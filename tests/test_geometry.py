@@ -5,7 +5,7 @@ import torch
 
 from tests.problems import DTYPE, NAMES, make
 from torch_singlim import nearest_point, tangent_space
-from torch_singlim.geometry import TangentSpace
+from torch_singlim.geometry import TangentSpace, linearised_displacement
 from torch_singlim.linalg import KrylovFactored, LinearOperator
 
 
@@ -53,6 +53,21 @@ def test_separated_part_is_the_spectral_filter():
     torch.testing.assert_close(part, vectors @ (share * (vectors.T @ v)), atol=1e-9, rtol=0)
     assert T.num_separated(lr=0.1, steps=300, threshold=2.0) == (values >= level).sum()
     assert not T.separated(v, lr=0.1, steps=0).any()
+
+
+@pytest.mark.parametrize("name", ["two_layers", "rank_deficient"])
+def test_the_linearised_displacement_is_the_pseudo_inverse(name):
+    dense, w = make(name)
+    w = displaced(w, 0.1)
+    at = dense.problem.linearize(w)
+    found = linearised_displacement(dense.problem, w, rtol=1e-10, max_steps=500)
+    torch.testing.assert_close(
+        found.x, torch.linalg.pinv(at.operator.rows(w), rtol=1e-10) @ at.residual, rtol=0, atol=1e-7
+    )
+    short = linearised_displacement(dense.problem, w, max_steps=5)
+    assert short.x.norm() <= found.x.norm() * (1 + 1e-9)  # it grows with the Krylov space (Hestenes & Stiefel 1952)
+    residual = (at.operator.matvec(short.x) - at.residual).norm() / at.residual.norm()
+    assert short.residual == pytest.approx(residual.item(), rel=1e-6)
 
 
 def test_the_separation_filter_is_within_reach_of_lanczos():

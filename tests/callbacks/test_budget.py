@@ -36,7 +36,7 @@ def test_the_account():
     clock.now = 120.0
     assert budget.affords("distance", 0.0)
     assert budget.left_out == {"distance": 2}
-    assert "the distance at 2 probes" in left_out_in_words(budget.left_out, 0.1)
+    assert "where there was time) at 2 probes" in left_out_in_words(budget.left_out, 0.1)
     assert Budget(None, clock=clock).affords("distance", 1e9)
 
 
@@ -44,6 +44,7 @@ def test_the_account():
 ALWAYS = {"loss_gap", "cost/overhead"}
 CASES = {
     "nothing": ((), ALWAYS),
+    "linearised": (("linearised",), ALWAYS | {"distance/linearised", "quality/linear_residual"}),
     "drift": (("window",), ALWAYS | {"drift/cosine", "drift/null_cosine"}),
     "distance": (("window", "distance"), ALWAYS | {"drift/cosine", "distance/measured"}),
     "all": (("window", "distance", "limit", "steps"), ALWAYS | {"distance/predicted", "limit/cosine"}),
@@ -69,6 +70,7 @@ def test_what_is_dropped_first(name, monkeypatch):
     assert ("distance/measured" in logged) == ("distance" in afforded)
     assert ("limit/cosine" in logged) == ("limit" in afforded)
     assert ("these were left out" in monitor.verdict) == (name != "all")
+    assert ("distance/linearised" in logged) == bool({"linearised", "distance"} & set(afforded))
     alone, _ = fit(seeded(Net), steps=40, logger=Recorder())
     assert torch.equal(weights(trained), weights(alone))
 

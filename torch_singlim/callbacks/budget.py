@@ -15,9 +15,9 @@ __all__ = ["Budget", "expected_seconds", "left_out_in_words"]
 
 # seconds that probes may take in any case: a few per cent of half a minute
 _GRACE = 1.0
-# gradients of the probe set, about: a product by Lanczos and a nearest point by products, a draw of the limit's
-# potential (third derivatives), long steps over a window that is not followed step by step
-_LANCZOS, _DRAW, _LONG_STEPS = 300, 12, 300
+# gradients of the probe set, about: a linearised distance; matrix functions by Lanczos and a nearest point by products;
+# a draw of the limit's potential (third derivatives); long steps over a window that is not followed step by step
+_LINEARISED, _LANCZOS, _DRAW, _LONG_STEPS = 130, 300, 12, 300
 # gradients a step where every step is followed: the loss alone, and several paths of the effective flow
 _PATHS = 8
 # operations of an eigendecomposition and of a Cholesky factorisation, in units of M^3
@@ -82,7 +82,10 @@ class Budget:
 
 
 def expected_seconds(problem: ZeroLossProblem, *, window: int, num_draws: int, runs: float = 0.0) -> dict[str, float]:
-    """Rough times of "distance", "limit" (on top of it), "window" and "steps" (each of a window's), from one gradient.
+    """Rough times of what probes consist of, in seconds, from one gradient.
+
+    "linearised" distance; "distance" to the nearest point, with what has settled; "limit", on top of it; "window";
+    "steps", each of a window's.
 
     Args:
         problem: loss and probe set.
@@ -107,6 +110,7 @@ def expected_seconds(problem: ZeroLossProblem, *, window: int, num_draws: int, r
     else:
         decompositions = 0.0
     return {
+        "linearised": _LINEARISED * gradient,
         "distance": decompositions + _LANCZOS * gradient,
         "limit": num_draws * _DRAW * gradient,
         "window": (2 * min(window, _LONG_STEPS) + runs * window) * gradient,
@@ -120,7 +124,8 @@ def left_out_in_words(left_out: dict[str, int], share: float | None) -> str | No
         return None
     what = {
         "limit": "the limit's prediction",
-        "distance": "the distance",
+        "distance": "the nearest point and what has settled (the linearised distance instead, where there was time)",
+        "linearised": "any distance",
         "window": "the drift",
         "steps": "following every step, should long ones be inaccurate,",
     }

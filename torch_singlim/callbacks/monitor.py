@@ -25,7 +25,7 @@ from torch_singlim.callbacks.detect import (
     read_probe_set,
 )
 from torch_singlim.callbacks.inject import InjectNoise, injected_noise
-from torch_singlim.geometry import nearest_point
+from torch_singlim.geometry import linearised_displacement, nearest_point
 from torch_singlim.loss import SampleLoss
 from torch_singlim.observe import Observation, WindowObservation, observe, observe_window
 from torch_singlim.theory import CustomNoise, NoiseSystem, SGDSettings, check_derivatives, parts, with_measured_order
@@ -96,7 +96,8 @@ class SingularLimitMonitor(Callback):
             two, and so that a last window ends with the run, as far as `max_overhead` allows.
         max_overhead: share of the wall time that probes may take; None: no limit. What they have not earned is left
             out in this order: following every step of a window where long steps are inaccurate, the limit's prediction
-            with the expected distance, the distance, the drift over a window. The loss gap is always logged.
+            with the expected distance, the nearest point, the drift over a window, the linearised distance. The loss
+            gap is always logged.
         window: optimizer steps over which drift is measured; at most `every_n_steps`.
         replicas: independent copies of each window to run for the noise ceiling; 0: none. Costs as many windows of
             training again.
@@ -327,6 +328,9 @@ class SingularLimitMonitor(Callback):
         if observation is not None:
             scalars |= observation_scalars(observation)
             line = f", distance {observation.foot.distance:.3g}" + line
+        elif self._budget.affords("linearised", self._expected["linearised"]):
+            scalars |= self._linearised(w)
+            line = f", linearised distance {scalars['singlim/distance/linearised']:.3g}" + line
         self._open = None
         if not self.not_covered and step in self._starts:
             self._open = _OpenWindow(
@@ -386,6 +390,15 @@ class SingularLimitMonitor(Callback):
         self._withdraw(observation.withdrawn)
         self.last_observation = observation
         return observation
+
+    def _linearised(self, w: Tensor) -> dict[str, float]:
+        """The distance by one linearisation, from products alone: what is left of a probe when there is little time."""
+        with self._timed("linearised"):
+            displacement = linearised_displacement(self._problem, w)
+        return {
+            "singlim/distance/linearised": torch.linalg.vector_norm(displacement.x).item(),
+            "singlim/quality/linear_residual": displacement.residual,
+        }
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 Prints one table a problem and writes JSON. The unit is the gradient of the loss over the whole probe set by plain
 autograd, in the same run on the same machine; times are medians. curvlinops is compared where it is installed
-(the extra "bench").
+(the extra "bench"). Peak memory is what the driver, or Linux, counts; on a CPU start it with the environment variables
+MALLOC_TRIM_THRESHOLD_=0 and MALLOC_MMAP_THRESHOLD_=65536, or what the allocator keeps for itself is counted, too.
 """
 
 from __future__ import annotations
@@ -13,21 +14,34 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
-from common import command, first_images, open_images
+from common import Classifier, command, first_images, open_images, set_dropout
 from mnist import cnn, mlp
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchvision.datasets import MNIST
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from torch_singlim import Dropout, SGDSettings, ZeroLossProblem, finite_window, nearest_point, tangent_space
+from torch_singlim import (
+    Dropout,
+    SGDSettings,
+    SingularLimitMonitor,
+    ZeroLossProblem,
+    effective_flow,
+    finite_window,
+    nearest_point,
+    tangent_space,
+)
+from torch_singlim.gram import MAX_DENSE
 from torch_singlim.observe import observe
 
 # name, call, whether it takes so long that once is enough
@@ -35,6 +49,7 @@ Row = tuple[str, Callable[[], object], bool]
 _CLEAN_STEPS = 2_000  # of training before the projections: their difficulty depends on the spectrum
 _WARM_UP = 35
 _REPEATS = 15
+_CLEAR = Path("/proc/self/clear_refs")
 _PATIENCE = 20.0  # a rival's solve is given up after so many times ours
 
 
@@ -72,14 +87,26 @@ def seconds(call: Callable[[], object], *, once: bool, device: torch.device) -> 
 
 def memory(call: Callable[[], object], device: torch.device) -> float:
     """Memory that one call needs at most beyond what is there, in MiB; nan where that is not counted."""
-    if device.type != "cuda":
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if not _CLEAR.exists():
+        call()
         return math.nan
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    _CLEAR.write_text("5")  # the high-water mark begins anew
+    before = _status("VmRSS")
     call()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> float:
+    """A figure of the process from Linux, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
 
 
 def naive_product(net: nn.Module, x: Tensor, y: Tensor, v: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,6 +187,90 @@ def trained(net: nn.Module, x: Tensor, y: Tensor) -> None:
         optimizer.step()
 
 
+def sweep(data_dir: Path | None) -> dict[str, Any]:
+    """Seconds of a probe against samples and against weights, in float64, and the exponents fitted to them."""
+
+    def measured(samples: int, hidden: int) -> dict[str, float]:
+        x, y = images((1, 28, 28), samples, data_dir)
+        torch.manual_seed(0)
+        layers = [nn.Linear(784, hidden), nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, hidden), nn.GELU()]
+        net = nn.Sequential(nn.Flatten(), *layers, nn.Dropout(0.1), nn.Linear(hidden, 10))
+        trained(net, x, y)
+        net.eval()
+        problem, sgd = ZeroLossProblem(net, "mse", x, y), SGDSettings(lr=0.2, batch_size=100)
+        w, cpu = problem.weights(), torch.device("cpu")
+
+        def probe(max_dense: int) -> None:
+            generator = torch.Generator().manual_seed(0)
+            observe(problem, w, step=1_000, noise=Dropout(), sgd=sgd, max_dense=max_dense, generator=generator)
+
+        found = {"samples": float(samples), "weights": float(problem.num_weights)}
+        found["probe"] = seconds(lambda: probe(MAX_DENSE), once=True, device=cpu)
+        problem.memory = 0  # no room for B B^T: products alone
+        found["probe, by products"] = seconds(lambda: probe(0), once=True, device=cpu)
+        generator = torch.Generator().manual_seed(0)
+        flow = partial(effective_flow, problem, w, Dropout(), sgd, steps=50, generator=generator)
+        found["drift, 50 steps"] = seconds(flow, once=True, device=cpu)
+        print({name: round(value, 3) for name, value in found.items()}, flush=True)
+        return found
+
+    measured(100, 64)  # what is done once in a process
+    rows = {
+        "samples": [measured(samples, 256) for samples in (250, 500, 1_000, 2_000)],
+        "weights": [measured(250, hidden) for hidden in (256, 512, 1_024, 2_048)],
+    }
+    exponents = {}
+    for size, found in rows.items():
+        for row in ("probe", "probe, by products", "drift, 50 steps"):
+            t = torch.tensor([[each[size], each[row]] for each in found]).log()
+            exponents[f"{row}, in {size}"] = (torch.cov(t.T)[0, 1] / t[:, 0].var()).item()
+            print(f"{row}: seconds ~ {size}^{exponents[f'{row}, in {size}']:.2f}")
+    return {"rows": rows, "exponents": exponents}
+
+
+def training(target: float, data_dir: Path | None) -> dict[str, float]:
+    """Seconds of the same training, about `target` long, without and with a monitor of default settings."""
+    x, y = images((1, 28, 28), 1_000, data_dir)
+
+    def fit(steps: int, callbacks: list[L.Callback]) -> float:
+        L.seed_everything(0, verbose=False)
+        net = mlp((1, 28, 28))
+        set_dropout(net, 0.1)
+        trainer = L.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        data = TensorDataset(x, y)
+        loader = DataLoader(data, batch_size=100, sampler=RandomSampler(data, num_samples=steps * 100))
+        start = time.perf_counter()
+        trainer.fit(Classifier(net, 0.2), loader)
+        return time.perf_counter() - start
+
+    steps = round(target * 1_000 / fit(1_000, []))
+    found = {"steps": float(steps), "without": fit(steps, [])}
+    monitor = SingularLimitMonitor()
+    found["with"] = fit(steps, [monitor])
+    found["ratio"] = found["with"] / found["without"]
+    print(f"{steps} steps: {found['without']:.1f} s without the monitor, {found['with']:.1f} s with it")
+    print(f"a step: {found['without'] / steps:.3g} s, {found['with'] / steps:.3g} s; ratio {found['ratio']:.3f}\n")
+    print(monitor.verdict)
+    return found
+
+
+def images(shape: tuple[int, ...], count: int, data_dir: Path | None) -> tuple[Tensor, Tensor]:
+    """Images ``[n, *shape]`` and one-hot targets: MNIST from a folder, or random ones."""
+    x, labels = torch.randn(count, *shape), torch.randint(10, (count,))
+    if data_dir is not None and shape[0] == 1:
+        x, labels = first_images(open_images(MNIST, data_dir, download=True), count, where=data_dir)
+        x = (x - x.mean()) / x.std()
+    return x, F.one_hot(labels, 10).float()
+
+
 def table(rows: list[dict[str, Any]], unit: float) -> str:
     """A markdown table."""
     lines = ["| | seconds | gradients | MiB |", "|---|---:|---:|---:|"]
@@ -175,6 +286,8 @@ def main(
     data_dir: Path | None = None,
     samples: int | None = None,
     deep: bool = False,
+    scaling: bool = False,
+    overhead: float | None = None,
     device: str = "cpu",
     threads: int | None = None,
     out: Path = Path("runs/benchmark.json"),
@@ -182,12 +295,14 @@ def main(
     """Measure what products, projections and probes cost.
 
     Args:
-        problems: which, separated by commas: mlp, cnn, resnet18.
+        problems: which, separated by commas: mlp, cnn, resnet18; empty: none.
         dtype: of weights and data.
         data_dir: folder with MNIST, for the MLP and the convolutional network; default: random images, which leave
             the products' times as they are and make the projections easier.
         samples: default: 1,000; ResNet-18: 64.
         deep: also projection, distance, a window and a whole probe of the MLP, on trained weights.
+        scaling: also whole probes for growing samples and weights, and the exponents.
+        overhead: also a training of so many seconds without and with the monitor.
         device: cpu, cuda, ...
         threads: of torch.
         out: JSON file.
@@ -198,19 +313,13 @@ def main(
     where, kind = torch.device(device), getattr(torch, dtype)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     results: dict[str, Any] = {"device": name, "torch": torch.__version__, "dtype": dtype}
-    for problem_name in problems.split(","):
+    for problem_name in filter(None, problems.split(",")):
         build, shape, default = PROBLEMS[problem_name]
         torch.manual_seed(0)
         count = samples or default
-        x, labels = torch.randn(count, *shape), torch.randint(10, (count,))
-        if data_dir is not None and shape[0] == 1:
-            x, labels = first_images(open_images(MNIST, data_dir, download=True), count, where=data_dir)
-            x = (x - x.mean()) / x.std()
-        x, y = x.to(where, kind), F.one_hot(labels, 10).to(where, kind)
+        x, y = (each.to(where, kind) for each in images(shape, count, data_dir))
         net = build(shape).to(where, kind)
-        for module in net.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.1
+        set_dropout(net, 0.1)
         net.eval()
         deeper = deep and problem_name == "mlp"
         if deeper:
@@ -242,6 +351,10 @@ def main(
             print(f"projection: ours {ours:.3g} s, curvlinops and conjugate gradients {rival}")
         results[problem_name] = {"N": count, "P": problem.num_weights, "rows": rows}
         print(f"\n{problem_name}: N = {count}, P = {problem.num_weights}, {dtype}, {name}\n\n{table(rows, unit)}\n")
+    if scaling:
+        results["scaling"] = sweep(data_dir)
+    if overhead is not None:
+        results["overhead"] = training(overhead, data_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1))
     print(f"written: {out}")

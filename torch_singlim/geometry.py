@@ -80,7 +80,7 @@ class TangentSpace:
     @property
     def num_modes(self) -> int:
         """Number of normal modes: the rank; where H was not decomposed, the number of residuals, which bounds it."""
-        return self.rank if self.exact else self.hessian.operator.shape[0]
+        return self.rank if self.hessian.decomposed else self.hessian.operator.shape[0]
 
 
 def separation_level(lr: float, steps: float, threshold: float) -> float:

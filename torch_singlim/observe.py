@@ -182,11 +182,11 @@ def observe(
     """
     # the separated modes are those of H at w: there the loss and the noise pull against one another
     settled = TangentSpace(problem.gauss_newton(w, max_dense=max_dense, rtol=1e-2, max_steps=200))
-    factored = settled.exact or settled.hessian.inverse is not None
+    factored = settled.hessian.decomposed or settled.hessian.inverse is not None
     foot = nearest_point(
         problem,
         w,
-        rtol=rtol if settled.exact else max(rtol, _COARSE),
+        rtol=rtol if settled.hessian.decomposed else max(rtol, _COARSE),
         max_steps=max_steps if factored else 1,
         max_dense=max_dense,
         krylov_steps=100,
@@ -216,7 +216,7 @@ def observe(
         limit = singular_limit(
             problem, foot.point, noise, sgd, num_draws=num_draws, hessian=tangent.hessian, generator=generator
         )
-        if not tangent.exact and limit.drift.any():
+        if not tangent.hessian.decomposed and limit.drift.any():
             tangent_steps = 1 / (sgd.effective_lr * tangent.curvature(limit.drift))
     return Observation(
         step=step,

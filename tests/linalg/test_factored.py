@@ -95,6 +95,12 @@ def test_counting_at_size():
         true = int((values >= smallest).sum())
         assert dense.count(smallest) == true
         assert krylov.count(smallest) == pytest.approx(true, abs=0.1 * 400)
+    assert dense.largest == pytest.approx(values[-1].item(), rel=1e-12)
+    assert krylov.largest == pytest.approx(values[-1].item(), rel=1e-6)
+    for phi in (torch.sqrt, lambda x: x / (x + 1.0)):
+        truth, told = phi(values).sum().item(), krylov.trace(phi)
+        assert dense.trace(phi).mean == pytest.approx(truth, rel=1e-9)
+        assert abs(told.mean - truth) < 5 * told.stderr < 0.5 * truth
     assert math.isnan(krylov.count(1e-6))  # 60 products do not reach that far
     # the first 60 products resolve the few largest, the mass of small ones they do not
     sure = (values >= krylov.spectrum()[5]).double().mean().item()

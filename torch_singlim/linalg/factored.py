@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torch_singlim.linalg.estimate import rademacher
+from torch_singlim.linalg.estimate import Estimate, rademacher
 from torch_singlim.linalg.krylov import KrylovBasis, Solution, krylov_function, krylov_solve, lanczos
 from torch_singlim.linalg.operator import LinearOperator
 
@@ -53,6 +53,11 @@ class FactoredOperator(ABC):
 
     operator: LinearOperator
 
+    @property
+    @abstractmethod
+    def decomposed(self) -> bool:
+        """Whether all eigenvectors are at hand: any matrix function is then a dense product, else many with B."""
+
     @abstractmethod
     def gram_function(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
         """psi(K) u on the range of K (zero on its kernel).  psi maps eigenvalues elementwise; u ``[m]`` -> ``[m]``."""
@@ -64,6 +69,15 @@ class FactoredOperator(ABC):
     @abstractmethod
     def spectrum(self) -> Tensor:
         """Nonzero eigenvalues of H, descending ``[r]``; those resolved, where `exact` is False."""
+
+    @property
+    @abstractmethod
+    def largest(self) -> float:
+        """The largest eigenvalue of H, the curvature of the stiffest mode; 0 for H = 0."""
+
+    @abstractmethod
+    def trace(self, phi: Callable[[Tensor], Tensor]) -> Estimate:
+        """sum_i phi(l_i) over the nonzero eigenvalues of H.  phi maps eigenvalues elementwise."""
 
     @abstractmethod
     def count(self, smallest: float) -> float:
@@ -99,7 +113,7 @@ class FactoredOperator(ABC):
 
         Where H was factored it is applied twice: the second pass removes what rounding left of the range.
         """
-        for _ in range(2 if isinstance(self, DenseFactored) else 1):
+        for _ in range(2 if self.decomposed else 1):
             v = v - self.normal_function(torch.ones_like, v)
         return v
 
@@ -132,6 +146,10 @@ class DenseFactored(FactoredOperator):
         return cls(operator, values[kept], vectors[:, kept])
 
     @property
+    def decomposed(self) -> bool:
+        return True
+
+    @property
     def exact(self) -> bool:
         return True
 
@@ -145,6 +163,13 @@ class DenseFactored(FactoredOperator):
 
     def spectrum(self) -> Tensor:
         return self.eigenvalues
+
+    @property
+    def largest(self) -> float:
+        return self.eigenvalues[:1].sum().item()
+
+    def trace(self, phi: Callable[[Tensor], Tensor]) -> Estimate:
+        return Estimate(phi(self.eigenvalues).sum().item(), 0.0)
 
     def gram_function(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
         return self.eigenvectors @ (psi(self.eigenvalues) * (self.eigenvectors.T @ u))
@@ -175,6 +200,10 @@ class KrylovFactored(FactoredOperator):
     max_steps: int
     cutoff: float
     seed: int = 0
+
+    @property
+    def decomposed(self) -> bool:
+        return False
 
     def _lanczos(self, start: Tensor, steps: int) -> Iterator[KrylovBasis]:
         """The one Krylov space after so many steps."""
@@ -231,23 +260,38 @@ class KrylovFactored(FactoredOperator):
         B, accuracy = self.operator, {"rtol": self.rtol, "max_steps": self.max_steps}
         return krylov_function(B.gram_product, on_range, u, **accuracy, held=B.held).x
 
-    def count(self, smallest: float) -> float:
-        """The trace of the indicator function of K by quadrature from random vectors; right to a few percent of m.
-
-        Where a vector's Krylov space reaches no eigenvalue as small as `smallest`, what is below is not resolved: nan.
-        Source: S. Ubaru, J. Chen, Y. Saad, SIAM J. Matrix Anal. Appl. 38 (2017).
+    @cached_property
+    def _quadrature(self) -> list[tuple[Tensor, Tensor, bool]]:
+        """For each of a few random vectors z: nodes l and weights c with z^T psi(K) z = sum_j c_j psi(l_j), and whether
+        that is exact. One set serves every trace.
         """
-        generator, m, total = torch.Generator().manual_seed(self.seed), self.operator.shape[0], 0.0
-        most = min(self.max_steps, 2 * _QUADRATURE)
+        generator, m = torch.Generator().manual_seed(self.seed), self.operator.shape[0]
+        rules = []
         for _ in range(_COUNTING):
             z = rademacher((m,), generator=generator, like=self.like)
-            for space in self._lanczos(z, most):
+            for space in self._lanczos(z, min(self.max_steps, 2 * _QUADRATURE)):
                 values, vectors, _ = space.ritz()
                 kept = values > self.cutoff * values.max()
-                if space.beta > 0 and bool(values[kept].min() > smallest):
-                    return math.nan
-                total += m * vectors[0][kept & (values >= smallest)].square().sum().item()
-        return total / _COUNTING
+                rules.append((values[kept], m * vectors[0][kept].square(), space.beta == 0))
+        return rules
+
+    @property
+    def largest(self) -> float:
+        return max((values.max().item() for values, _, _ in self._quadrature if len(values)), default=0.0)
+
+    def trace(self, phi: Callable[[Tensor], Tensor]) -> Estimate:
+        """By quadrature from random vectors (S. Ubaru, J. Chen, Y. Saad, SIAM J. Matrix Anal. Appl. 38, 2017)."""
+        draws = [torch.dot(weights, phi(values)) for values, weights, _ in self._quadrature]
+        return Estimate.from_draws(torch.stack(draws)) if draws else Estimate(0.0, 0.0)
+
+    def count(self, smallest: float) -> float:
+        """The trace of an indicator function; right to a few percent of m.
+
+        Where a vector's Krylov space reaches no eigenvalue as small as `smallest`, what is below is not resolved: nan.
+        """
+        if any(not exact and len(v) and bool(v.min() > smallest) for v, _, exact in self._quadrature):
+            return math.nan
+        return self.trace(lambda values: (values >= smallest).to(values)).mean
 
     def gram_form(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> float:
         """By Gauss quadrature, which is right for a number long before the vector psi(K) u is."""

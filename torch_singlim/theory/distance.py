@@ -63,6 +63,8 @@ def expected_distance(
     def inverse(values: Tensor) -> Tensor:
         return separation_filter(values, level) / values
 
-    offset = gradient.map(lambda g: -hessian.normal_function(inverse, g))
+    # where H is not decomposed a matrix function takes many products
+    sampled = gradient if hessian.decomposed else gradient.halves()
+    offset = sampled.map(lambda g: -hessian.normal_function(inverse, g))
     variance = noise.normal_variance(hessian, sgd, level=level, num_draws=num_draws, generator=generator)
     return ExpectedDistance(offset, variance)

@@ -121,9 +121,12 @@ class GradientNoise:
 
         Under momentum chi is that of the whole recursion, see `stationary_variance`. Infinite where a mode is unstable.
         """
-        stiffest = hessian.spectrum()[:1]
-        noisy = self.gram is not None or self.draws is not None or self.closed != Covariance()
-        if noisy and bool((stationary_variance(sgd, stiffest).isinf() & (stiffest >= level)).any()):
+        stiffest, noisy = (
+            hessian.largest,
+            self.gram is not None or self.draws is not None or self.closed != Covariance(),
+        )
+        unstable = stationary_variance(sgd, torch.tensor([stiffest], dtype=torch.float64)).isinf().item()
+        if noisy and unstable and stiffest >= level:
             return Estimate(math.inf, 0.0)
 
         def kept(values: Tensor) -> Tensor:
@@ -144,28 +147,21 @@ class GradientNoise:
 
     def _trace(self, hessian: FactoredOperator, closed, chi, *, num_draws, generator) -> Estimate:
         """sum_i closed(l_i) + chi(l_i) l_i u_i^T blockdiag(G) u_i: exact from eigenvectors of K, else by Hutchinson."""
+        total = hessian.trace(closed)
+        if self.gram is None:
+            return total
         if isinstance(hessian, DenseFactored):
-            values = hessian.eigenvalues
-            total = closed(values).sum().item()
-            if self.gram is not None:
-                U = hessian.eigenvectors.reshape(*self.gram.shape[:2], -1)
-                total += torch.einsum("nar,nar,r->", U, self.gram @ U, chi(values) * values).item()
-            return Estimate(total, 0.0)
-        m = hessian.operator.shape[0]
-        root = None
-        if self.gram is not None:
-            eigenvalues, vectors = torch.linalg.eigh(self.gram)
-            root = vectors * eigenvalues.clamp_min(0).sqrt()[:, None, :]
-        terms = []
+            U, values = hessian.eigenvectors.reshape(*self.gram.shape[:2], -1), hessian.eigenvalues
+            form = torch.einsum("nar,nar,r->", U, self.gram @ U, chi(values) * values).item()
+            return total + Estimate(form, 0.0)
+        eigenvalues, vectors = torch.linalg.eigh(self.gram)
+        root = vectors * eigenvalues.clamp_min(0).sqrt()[:, None, :]
+        forms = []
         for _ in range(num_draws):
-            like = hessian.spectrum()
-            z = rademacher((m,), generator=generator, like=like)
-            term = hessian.gram_form(closed, z)
-            if root is not None:  # Cov(root z) = G
-                z = (root @ z.reshape(*root.shape[:2], 1)).reshape(-1)
-                term += hessian.gram_form(lambda values: chi(values) * values, z)
-            terms.append(term)
-        return Estimate.from_draws(torch.tensor(terms))
+            z = rademacher((hessian.operator.shape[0],), generator=generator, like=root)
+            z = (root @ z.reshape(*root.shape[:2], 1)).reshape(-1)  # Cov(root z) = G
+            forms.append(hessian.gram_form(lambda values: chi(values) * values, z))
+        return total + Estimate.from_draws(torch.tensor(forms))
 
 
 def gradient_noise(

@@ -77,7 +77,7 @@ def degeneracy(
     etas = [random_direction(noise, problem, generator=generator) for _ in range(_DRAWS)]
     draws = torch.stack([noise_product(noise, problem, point, list(eta)) for eta in etas])
     rms = draws.square().sum(1).mean().sqrt().item()
-    stiffest = hessian.spectrum()[:1].sum().item()
+    stiffest = hessian.largest
     pull, error = torch.linalg.vector_norm(tangential.mean).item(), _SIGMAS * tangential.stderr
     if pull > max(error, floor):
         order, resolved = 1, True

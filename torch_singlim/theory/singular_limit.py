@@ -146,7 +146,8 @@ def singular_limit(
         V = potential(leading, problem, point, num_draws=num_draws, generator=generator)
     elif order == 2:
         V = _order_two(problem, point, _leading(noise, 2), batch_size, hessian, num_draws, generator)
-    projected = V.gradient.map(lambda g: -(alpha ** (order or 0)) * hessian.project_kernel(g))
+    sampled = V.gradient if hessian.decomposed else V.gradient.halves()  # projections then take many products
+    projected = sampled.map(lambda g: -(alpha ** (order or 0)) * hessian.project_kernel(g))
     drift, drift_stderr = projected.mean, projected.stderr
     del projected  # as large as four weight vectors
     Sigma = gradient_noise(noise, problem, point, batch_size=batch_size, num_draws=num_draws, generator=generator)

@@ -169,7 +169,7 @@ def nearest_point(
 
     rounding = 100 * torch.finfo(w.dtype).eps
     # relative residual of the inner solves; less than 1e4 eps conjugate gradients may not reach on a wide spectrum
-    inner_rtol = max(0.01 * rtol, 1e4 * torch.finfo(w.dtype).eps)
+    inner_rtol = max(0.1 * rtol, 1e4 * torch.finfo(w.dtype).eps)
     at = problem.linearize(w)
     initial = torch.linalg.vector_norm(at.residual).item()
 

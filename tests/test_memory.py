@@ -82,7 +82,7 @@ def look(max_dense):
 
 def window(steps):
     marks = {100 + round((step - 100) * steps / 100): v for step, v in between.items()}
-    observe_window(problem, w, end, start=100, stop=100 + steps, noise=noise, sgd=sgd, observation=observation,
+    observe_window(problem, w, end, start=100, stop=100 + steps, noise=noise, sgd=sgd, forecast=observation.forecast,
                    between=marks, generator=generator)
 
 calls = {

@@ -36,7 +36,7 @@ def test_a_diffusing_noise_has_a_length_and_no_flow():
     tangential = start.tangent.project(torch.randn(len(w), generator=torch.Generator().manual_seed(0)).double())
     length = math.hypot(steps * start.limit.drift.norm().item(), start.limit.spread(steps))
     end = w + length * tangential / tangential.norm()
-    window = observe_window(problem, w, end, start=0, stop=steps, noise=noise, sgd=sgd, observation=start)
+    window = observe_window(problem, w, end, start=0, stop=steps, noise=noise, sgd=sgd, forecast=start.forecast)
     assert window.flow is None
     assert window.drift is None
     assert window.spread.measured == pytest.approx(window.spread.predicted, rel=1e-6)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_singlim.agreement import Agreement, Scatter, compare, jackknife, noise_ceiling, noise_pull
-from torch_singlim.geometry import FootPoint, TangentSpace, nearest_point, separation_level
+from torch_singlim.geometry import FootPoint, TangentSpace, nearest_point, separation_level, tangent_space
 from torch_singlim.gram import MAX_DENSE
 from torch_singlim.linalg import Estimate, VectorEstimate
 from torch_singlim.problem import ZeroLossProblem
@@ -32,7 +32,17 @@ from torch_singlim.theory import (
     singular_limit,
 )
 
-__all__ = ["FiniteNoise", "Observation", "Spread", "WindowObservation", "finite_noise", "observe", "observe_window"]
+__all__ = [
+    "FiniteNoise",
+    "Forecast",
+    "Observation",
+    "Spread",
+    "WindowObservation",
+    "finite_noise",
+    "observe",
+    "observe_window",
+    "tangent_at",
+]
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,25 @@ def finite_noise(averaged: VectorEstimate, expanded: VectorEstimate) -> FiniteNo
         return FiniteNoise(math.nan, math.nan, math.nan)
     cosine = torch.dot(averaged.mean, expanded.mean).item() / (a * b)
     return FiniteNoise(cosine, b / a, math.hypot(averaged.stderr / a, expanded.stderr / b))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The singular limit's motion from one point of Gamma, step by step.
+
+    Args:
+        point: ``[P]``.
+        tangent: Gamma's tangent space there.
+        drift: mean displacement per optimizer step ``[P]``.
+        diffusion: variance per step and tangent direction, in squared weight norm.
+        dimension: of Gamma.
+    """
+
+    point: Tensor = field(repr=False)
+    tangent: TangentSpace = field(repr=False)
+    drift: Tensor = field(repr=False)
+    diffusion: float
+    dimension: int
 
 
 @dataclass(frozen=True)
@@ -111,6 +140,13 @@ class Observation:
     subset: bool
 
     @property
+    def forecast(self) -> Forecast | None:
+        """The motion along Gamma that the limit predicts from here (None where it predicts none)."""
+        if self.limit is None or self.limit.order is None:
+            return None
+        return Forecast(self.foot.point, self.tangent, self.limit.drift, self.limit.diffusion, self.limit.dimension)
+
+    @property
     def withdrawn(self) -> str | None:
         """Why the limit's prediction is not given, where the expansion that it rests on fails."""
         if self.finite_noise is None or not self.finite_noise.fails:
@@ -142,6 +178,11 @@ def _pull(
         if effective.second:
             pull = pull + VectorEstimate(torch.stack([effective.pull_of_order_two(w) for _ in range(4)]))
     return pull, expansion
+
+
+def tangent_at(problem: ZeroLossProblem, point: Tensor, *, max_dense: int = MAX_DENSE) -> TangentSpace:
+    """Gamma's tangent space at a point of it, as accurate as a probe needs it."""
+    return tangent_space(problem, point, max_dense=max_dense, rtol=1e-3, max_steps=100)
 
 
 def observe(
@@ -192,7 +233,7 @@ def observe(
         krylov_steps=100,
         hessian=settled.hessian,
     )
-    tangent = TangentSpace(problem.gauss_newton(foot.point, max_dense=max_dense, rtol=1e-3, max_steps=100))
+    tangent = tangent_at(problem, foot.point, max_dense=max_dense)
     drifting = w if carried is None else w - carried
     separated = expected = count = limit = expansion = offset = None
     direction, tangent_steps = math.nan, math.nan
@@ -327,7 +368,7 @@ def observe_window(
     stop: int,
     noise: NoiseSystem,
     sgd: SGDSettings,
-    observation: Observation | None = None,
+    forecast: Forecast | None = None,
     replicas: int = 0,
     reference: bool = False,
     accurate: bool = True,
@@ -345,7 +386,7 @@ def observe_window(
         stop: at the end.
         noise: the system.
         sgd: settings over the window (lr: its mean, under a schedule).
-        observation: of the weights at the beginning, for the limit's prediction; None: without it.
+        forecast: the limit's, from the weights at the beginning; None: without it.
         replicas: independent runs of the window for the ceiling; 0: none.
         reference: follow the effective flow step by step, too.
         accurate: follow every step where the long steps of `finite_window` are estimated to be off by more than a
@@ -394,11 +435,12 @@ def observe_window(
         runs.extend(ensemble.displacements)
     path = [*(v - origin for v in (between or {}).values()), measured]
     limit = spread = None
-    predicted = None if observation is None else observation.limit
-    if observation is not None and predicted is not None and predicted.order is not None:
-        limit = compare(observation.tangent.project(measured), steps * predicted.drift)
-        if predicted.diffusion:
-            spread = Spread(limit.measured, math.hypot(limit.predicted, predicted.spread(steps)))
+    if forecast is not None:
+        limit = compare(forecast.tangent.project(measured), steps * forecast.drift)
+        if forecast.diffusion:
+            spread = Spread(
+                limit.measured, math.hypot(limit.predicted, math.sqrt(steps * forecast.diffusion * forecast.dimension))
+            )
     return WindowObservation(
         start=start,
         stop=stop,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -46,6 +47,17 @@ class Budget:
         self._began, self._past = clock(), 0.0
         self._since: float | None = None
         self._known: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was spent, of how much time, on what: for a run that goes on elsewhere."""
+        known, left_out = dict(self._known), dict(self.left_out)
+        return {"spent": self.spent, "elapsed": self.clock() - self._began, "known": known, "left_out": left_out}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with it, the time since this budget was made on top."""
+        self._past += state["spent"]
+        self._began -= state["elapsed"]
+        self._known, self.left_out = dict(state["known"]), dict(state["left_out"])
 
     @contextmanager
     def spending(self) -> Iterator[None]:

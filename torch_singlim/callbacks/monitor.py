@@ -27,8 +27,17 @@ from torch_singlim.callbacks.detect import (
 from torch_singlim.callbacks.inject import InjectNoise, injected_noise
 from torch_singlim.geometry import linearised_displacement, nearest_point
 from torch_singlim.loss import SampleLoss
-from torch_singlim.observe import Observation, WindowObservation, observe, observe_window
-from torch_singlim.theory import CustomNoise, NoiseSystem, SGDSettings, check_derivatives, parts, with_measured_order
+from torch_singlim.observe import Forecast, Observation, WindowObservation, observe, observe_window, tangent_at
+from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.theory import (
+    CustomNoise,
+    NoiseSystem,
+    SGDSettings,
+    Sum,
+    check_derivatives,
+    parts,
+    with_measured_order,
+)
 from torch_singlim.verdict import observation_scalars, verdict, window_scalars
 
 __all__ = ["SingularLimitMonitor", "probe_starts"]
@@ -42,10 +51,28 @@ class _OpenWindow:
     drifting: Tensor  # [P]
     velocity: Tensor | None  # the optimizer's momentum [P]
     step_lengths: float  # sum of the learning rates so far
-    observation: Observation | None
+    forecast: Forecast | None
     between: dict[int, Tensor] = field(default_factory=dict)  # what drifted at some of its steps
 
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers; the tangent space is found again from its point."""
+        f = self.forecast
+        forecast = None if f is None else {k: getattr(f, k) for k in ("point", "drift", "diffusion", "dimension")}
+        return {**vars(self), "forecast": forecast}
 
+    @classmethod
+    def from_state(cls, state: dict[str, Any], problem: ZeroLossProblem) -> _OpenWindow:
+        """The window as it was."""
+        f = state["forecast"]
+        if f is not None:
+            f = Forecast(tangent=tangent_at(problem, f["point"]), **f)
+        return cls(**{**state, "forecast": f})
+
+
+# strategies that hold a part of the weights in each process
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+# what the progress bar shows, where it is known
+_SHOWN = ("loss_gap", "distance/measured", "distance/linearised")
 # equal parts of a window, whose scatter gives the standard errors
 _PARTS = 4
 
@@ -81,9 +108,11 @@ class SingularLimitMonitor(Callback):
 
     A probe opens a window of optimizer steps; at its end the displacement of the weights is compared with descent on
     the effective loss (the reference), with descent on the loss alone (the null control) and with the singular limit.
-    Scalars go to every logger of the trainer under ``singlim/``, and stay on `history` (step -> tag -> value); the last
-    records, with their vectors, on `last_observation` and `last_window`. A verdict is written at the end, to the log,
-    as `verdict`, and to TensorBoard as text. The loss gap, which is cheap, is logged ten times per decade of steps.
+    Scalars go to every logger of the trainer under ``singlim/``, where `EarlyStopping` and `ModelCheckpoint` find them,
+    too, and stay on `history` (step -> tag -> value); the last records, with their vectors, on `last_observation` and
+    `last_window`. Checkpoints carry what a resumed run needs to go on as if it had never stopped. A verdict is written
+    at the end, to the log, as `verdict`, and to TensorBoard as text. The loss gap, which is cheap, is logged ten times
+    per decade of steps.
 
     Args:
         loss: what ``training_step`` computes, if it is not recognised: see `ZeroLossProblem`.
@@ -108,6 +137,8 @@ class SingularLimitMonitor(Callback):
             then decayed to exp(-separation).
         dtype: of the probe; float64 resolves small eigenvalues.
         batch_size: samples the probe evaluates at once; default: as many as fit into half of the free memory.
+        prog_bar: show loss gap and distance in the progress bar.
+        name: what the tags begin with; a second monitor of the same trainer needs another one.
         seed: of the probe's own generator.
 
     Raises:
@@ -134,11 +165,14 @@ class SingularLimitMonitor(Callback):
         separation: float = 3.0,
         dtype: torch.dtype = torch.float64,
         batch_size: int | None = None,
+        prog_bar: bool = False,
+        name: str = "singlim",
         seed: int = 0,
     ) -> None:
-        for name, value in (("window", window), ("num_samples", num_samples), ("every_n_steps", every_n_steps or 1)):
+        counts = {"window": window, "num_samples": num_samples, "every_n_steps": every_n_steps or 1}
+        for argument, value in counts.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"{argument} must be at least 1, got {value}")
         if every_n_steps is not None and every_n_steps < window:
             raise ValueError(
                 f"windows may not overlap: got window={window} > every_n_steps={every_n_steps}; make the window shorter"
@@ -149,7 +183,8 @@ class SingularLimitMonitor(Callback):
         self.loss, self.data, self.num_samples, self.noise = loss, data, num_samples, noise
         self.every_n_steps, self.window, self.replicas, self.reference = every_n_steps, window, replicas, reference
         self.num_draws, self.separation, self.dtype, self.batch_size = num_draws, separation, dtype, batch_size
-        self.seed = seed
+        self.prog_bar, self.name, self.seed = prog_bar, name, seed
+        self._resumed: dict[str, Any] | None = None
         # steps of a window at which the weights are kept, for standard errors
         self._marks = {round(window * part / _PARTS) for part in range(1, _PARTS)} - {0, window}
         self.history: dict[int, dict[str, float]] = {}
@@ -161,8 +196,49 @@ class SingularLimitMonitor(Callback):
 
     # --- set-up ----------------------------------------------------------------------------------------------------
 
+    @property
+    def state_key(self) -> str:
+        """Monitors of one trainer differ by name."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Clock, schedule, window in progress, what was logged, generator and budget: tensors and numbers alone."""
+        if not hasattr(self, "_generator"):  # nothing has begun
+            return {}
+        return {
+            "slow_time": self._slow_time,
+            "step_lengths": self._step_lengths,
+            "last_probe": self._last_probe,
+            "open": None if self._open is None else self._open.state_dict(),
+            "orders": [part.order for part in parts(self._noise)],
+            "history": self.history,
+            "withdrawn": self.withdrawn,
+            "generator": self._generator.get_state(),
+            "budget": self._budget.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until training starts: the network is not on its device before."""
+        self._resumed = state_dict or None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be probed, before anything is trained."""
+        names = [each.name for each in trainer.callbacks if isinstance(each, SingularLimitMonitor)]  # type: ignore[attr-defined]
+        if names.count(self.name) > 1:
+            raise ValueError(
+                f"{names.count(self.name)} monitors log under {self.name!r}: give each a name of its own, "
+                "SingularLimitMonitor(name=...)"
+            )
+        strategy = type(trainer.strategy).__name__
+        if strategy in _SHARDED:
+            raise ValueError(
+                f"{strategy} spreads one copy of the weights over several processes, and a probe needs them whole: "
+                'use strategy="ddp" or one device, or probe the checkpoints afterwards'
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the problem, the descent and the noise; probe the first weights."""
+        """Find the problem, the descent and the noise; probe the first weights, or go on from a checkpoint."""
+        resumed, self._resumed = self._resumed, None
         self.history, self.last_observation, self.last_window, self.verdict = {}, None, None, ""
         self.withdrawn = []
         self._budget = Budget(self.max_overhead)
@@ -187,7 +263,9 @@ class SingularLimitMonitor(Callback):
                 dtype=self.dtype,
                 batch_size=self.batch_size,
             )
-            self._set_descent(trainer, pl_module, probe, injected)
+            self._set_descent(
+                trainer, pl_module, probe, injected, orders=None if resumed is None else resumed["orders"]
+            )
             total = trainer.estimated_stepping_batches
             total_steps = int(total) if math.isfinite(total) else None
             self._starts = set(probe_starts(self.window, self.every_n_steps, total_steps))
@@ -200,11 +278,30 @@ class SingularLimitMonitor(Callback):
                 runs=self.replicas * batch / samples + 2 * self.reference,
             )
             self._loss_gap_steps = {round(10 ** (k / 10)) for k in range(80)}
+            if resumed is not None:
+                self._resume(trainer, resumed)
         self._describe(probe)
-        self._probe(trainer)
+        if resumed is None:
+            self._probe(trainer)
+
+    def _resume(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Go on with what a checkpoint holds."""
+        self._slow_time, self._step_lengths = state["slow_time"], state["step_lengths"]
+        self._last_probe, self.history, self.withdrawn = state["last_probe"], state["history"], state["withdrawn"]
+        self._open = None if state["open"] is None else _OpenWindow.from_state(state["open"], self._problem)
+        self._generator.set_state(state["generator"])
+        self._budget.load_state_dict(state["budget"])
+        for step in sorted(self.history):
+            self._publish(trainer, self.history[step])
 
     def _set_descent(
-        self, trainer: Trainer, module: LightningModule, probe: ProbeSet, injected: NoiseSystem | None
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        probe: ProbeSet,
+        injected: NoiseSystem | None,
+        *,
+        orders: list[int | None] | None,
     ) -> None:
         loader = trainer.train_dataloader
         loader_batch = getattr(loader, "batch_size", None)
@@ -214,7 +311,11 @@ class SingularLimitMonitor(Callback):
         self._noise = self.noise if self.noise is not None else noise
         self._noise.check(self._problem)
         check_derivatives(self._problem, self._noise)
-        if any(isinstance(part, CustomNoise) for part in parts(self._noise)):
+        custom = any(isinstance(part, CustomNoise) for part in parts(self._noise))
+        if custom and orders is not None:  # as measured when the run began
+            known = zip(parts(self._noise), orders, strict=True)
+            self._noise = Sum(tuple(replace(n, order=k) if isinstance(n, CustomNoise) else n for n, k in known))
+        elif custom:
             foot = nearest_point(self._problem, self._problem.weights(), rtol=1e-2)
             self._noise = with_measured_order(
                 self._noise, self._problem, foot.point, num_draws=self.num_draws, generator=self._generator
@@ -260,41 +361,46 @@ class SingularLimitMonitor(Callback):
         if (step in self._starts or ends) and step != self._last_probe:
             self._probe(trainer)
         elif self._open is not None and step - self._open.start in self._marks:
-            self._open.between[step] = self._drifting(trainer)
+            self._attempt(trainer, lambda opened=self._open: opened.between.update({step: self._drifting(trainer)}))
         if step in self._loss_gap_steps and step not in self.history:
-            with self._aside():
-                self._log(trainer, {"singlim/loss_gap": self._problem.loss(self._problem.weights()).item()})
+            self._attempt(trainer, lambda: self._log(trainer, {"singlim/loss_gap": self._loss_gap()}))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the last weights and write the verdict."""
         if trainer.global_step != self._last_probe:
             self._probe(trainer)
-        with self._aside():
-            self.verdict = verdict(
-                self.history,
-                not_covered=self.not_covered,
-                withdrawn=self.withdrawn,
-                left_out=left_out_in_words(self._budget.left_out, self._budget.share),
-            )
-            rank_zero_info("torch_singlim verdict\n\n" + self.verdict + "\n")
-            for logger in trainer.loggers:
-                add_text = getattr(getattr(logger, "experiment", None), "add_text", None)  # TensorBoard has it
-                if add_text is not None:
-                    add_text("singlim/verdict", self.verdict, trainer.global_step)
+        self._attempt(trainer, lambda: self._conclude(trainer))
+
+    def _conclude(self, trainer: Trainer) -> None:
+        self.verdict = verdict(
+            self.history,
+            not_covered=self.not_covered,
+            withdrawn=self.withdrawn,
+            left_out=left_out_in_words(self._budget.left_out, self._budget.share),
+        )
+        rank_zero_info("torch_singlim verdict\n\n" + self.verdict + "\n")
+        for logger in trainer.loggers:
+            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)  # TensorBoard has it
+            if add_text is not None:
+                add_text(f"{self.name}/verdict", self.verdict, trainer.global_step)
 
     # --- one probe -------------------------------------------------------------------------------------------------
 
     def _probe(self, trainer: Trainer) -> None:
-        """Where a window ends here, compare it; observe the weights; where a window begins, open it.
-
-        A probe may not end the training: out of memory it tries again with fewer samples at once, and what does not
-        work is left out, with a warning.
-        """
+        """Where a window ends here, compare it; observe the weights; where a window begins, open it."""
         self._last_probe = trainer.global_step
+        with trainer.profiler.profile(f"[{type(self).__name__}]{self.name}.probe"):  # type: ignore[attr-defined]
+            self._attempt(trainer, lambda: self._observe(trainer))
+
+    def _attempt(self, trainer: Trainer, what: Callable[[], object]) -> None:
+        """Do it beside the training, which it may not end: what does not work is left out, with one warning.
+
+        Out of memory it is tried again with fewer samples at once.
+        """
         while True:
             try:
                 with self._aside():
-                    self._observe(trainer)
+                    what()
                 return
             except Exception as error:
                 if _out_of_memory(error) and self._problem.batch_size > 1:
@@ -312,6 +418,9 @@ class SingularLimitMonitor(Callback):
                     )
                 self._warned = True
                 return
+
+    def _loss_gap(self) -> float:
+        return self._problem.loss(self._problem.weights()).item()
 
     def _observe(self, trainer: Trainer) -> None:
         step = trainer.global_step
@@ -334,7 +443,11 @@ class SingularLimitMonitor(Callback):
         self._open = None
         if not self.not_covered and step in self._starts:
             self._open = _OpenWindow(
-                step, self._drifting(trainer), self._velocity(trainer), self._step_lengths, observation
+                step,
+                self._drifting(trainer),
+                self._velocity(trainer),
+                self._step_lengths,
+                None if observation is None else observation.forecast,
             )
         scalars["singlim/cost/overhead"] = self._budget.overhead
         self._log(trainer, scalars)
@@ -354,7 +467,7 @@ class SingularLimitMonitor(Callback):
                 stop=step,
                 noise=self._noise,
                 sgd=replace(self._sgd, lr=mean_lr),
-                observation=opened.observation,
+                forecast=opened.forecast,
                 replicas=self.replicas,
                 reference=self.reference,
                 accurate=self._budget.affords("steps", self._expected["steps"]),
@@ -443,8 +556,20 @@ class SingularLimitMonitor(Callback):
     def _log(self, trainer: Trainer, scalars: dict[str, float]) -> None:
         self.history[trainer.global_step] = scalars
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
-        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in scalars.items()})
+            logger.log_metrics(self._named(scalars), step=trainer.global_step)
+        self._publish(trainer, scalars)
+
+    def _named(self, scalars: dict[str, float]) -> dict[str, float]:
+        """Tags as the loggers see them."""
+        return {f"{self.name}/{tag.removeprefix('singlim/')}": value for tag, value in scalars.items()}
+
+    def _publish(self, trainer: Trainer, scalars: dict[str, float]) -> None:
+        """For callbacks that monitor a metric, and for the progress bar."""
+        named = self._named(scalars)
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in named.items()})
+        if self.prog_bar:
+            shown = {tag: named[tag] for tag in map(f"{self.name}/{{}}".format, _SHOWN) if tag in named}
+            trainer.progress_bar_metrics.update(shown)
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -455,10 +580,10 @@ class SingularLimitMonitor(Callback):
             torch.enable_grad(),
             torch.autocast(self._device_type, enabled=False),
         ):
-            error: Exception | None = None
+            error: BaseException | None = None
             try:
                 yield
-            except Exception as caught:  # isolate_rng restores nothing when an exception passes through it
+            except BaseException as caught:  # isolate_rng restores nothing when an exception passes through it
                 error = caught
         if error is not None:
             raise error

@@ -91,6 +91,21 @@ def test_solve_reports_what_it_could_not_do():
     torch.testing.assert_close(outside.x, torch.linalg.pinv(singular, rtol=1e-10) @ b, rtol=1e-5, atol=1e-7)
 
 
+def test_solve_stays_bounded_where_the_right_hand_side_is_far_outside():
+    """A wide spectrum, a part outside the range, few products: the smallest residual in the Krylov space, densely."""
+    K = spd(60, 30)
+    b = torch.randn(60, generator=torch.Generator().manual_seed(5), dtype=DTYPE)
+    found = krylov_solve(lambda v: K @ v, b, rtol=1e-8, max_steps=12, cutoff=1e-14)
+    space = torch.stack([torch.linalg.matrix_power(K, k) @ b for k in range(12)], 1)
+    Q = torch.linalg.qr(space).Q
+    y = torch.linalg.lstsq(K @ Q, b[:, None]).solution[:, 0]
+    best = torch.linalg.vector_norm(K @ Q @ y - b) / torch.linalg.vector_norm(b)
+    assert found.status == "max_steps"
+    assert found.residual <= 1
+    assert found.residual == pytest.approx(best.item(), rel=1e-4)
+    assert found.residual == pytest.approx((torch.linalg.vector_norm(K @ found.x - b) / b.norm()).item(), rel=1e-6)
+
+
 def test_zero_right_hand_side():
     K = spd(5, 5)
     for solution in (

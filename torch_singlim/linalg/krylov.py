@@ -127,6 +127,17 @@ def lanczos(
         tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta
 
 
+def _least_squares(space: KrylovBasis) -> tuple[Tensor, float]:
+    """y of the smallest |K Q y - q_1|, and that residual (MINRES: Paige & Saunders 1975)."""
+    k = space.steps
+    extended = torch.cat([space.tridiagonal, space.tridiagonal.new_zeros(1, k)])
+    extended[k, k - 1] = space.beta
+    start = extended.new_zeros(k + 1)
+    start[0] = 1
+    y = torch.linalg.lstsq(extended, start[:, None]).solution[:, 0]
+    return y, torch.linalg.vector_norm(extended @ y - start).item()
+
+
 def krylov_solve(
     matvec: Callable[[Tensor], Tensor],
     rhs: Tensor,
@@ -137,6 +148,8 @@ def krylov_solve(
     held: int | None = None,
 ) -> Solution:
     """The minimum-norm solution x of K x = b: x = |b| Q T^+ e_1, on the Krylov space of b.
+
+    Where that leaves more than b itself, as where b has much outside K's range, the x of the smallest residual.
 
     Args:
         matvec: product with the symmetric positive semi-definite K.
@@ -170,6 +183,8 @@ def krylov_solve(
         elif space.beta == 0.0:
             status = "inconsistent"
         if status != "max_steps" or steps == max_steps:
+            if residual > 1:  # worse than nothing: b is probably not in the range
+                coefficients, residual = _least_squares(space)
             x = norm * space.combine(coefficients)
             break
     return Solution(x, status, steps, residual)  # type: ignore[arg-type]  # narrowed above

@@ -44,7 +44,7 @@ def nudge(loss, w, x, y, eta):
 NOISES = {
     "dropout": lambda: [],
     "anti-correlated": lambda: [InjectNoise(AntiCorrelated(std=0.01))],
-    "custom": lambda: [InjectNoise(CustomNoise(nudge, std=0.01, dimension=323))],
+    "custom": lambda: [InjectNoise(CustomNoise(nudge, std=0.01))],
 }
 
 
@@ -122,6 +122,6 @@ def test_a_checkpoint_of_a_run_without_the_monitor(tmp_path):
     model = seeded(Heavy)
     trainer.fit(model, DataLoader(data(), batch_size=20))
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    _, monitor, _ = run(tmp_path, noise="dropout", checkpoint=tmp_path / "plain.ckpt")
+    _, monitor, _ = run(tmp_path / "new", noise="dropout", checkpoint=tmp_path / "plain.ckpt")
     assert min(monitor.history) == 8
     assert max(monitor.history) == STEPS

@@ -184,7 +184,7 @@ class SingularLimitMonitor(Callback):
         self.every_n_steps, self.window, self.replicas, self.reference = every_n_steps, window, replicas, reference
         self.num_draws, self.separation, self.dtype, self.batch_size = num_draws, separation, dtype, batch_size
         self.prog_bar, self.name, self.seed = prog_bar, name, seed
-        self._resumed: dict[str, Any] | None = None
+        self._begun, self._resumed = False, None
         # steps of a window at which the weights are kept, for standard errors
         self._marks = {round(window * part / _PARTS) for part in range(1, _PARTS)} - {0, window}
         self.history: dict[int, dict[str, float]] = {}
@@ -203,7 +203,7 @@ class SingularLimitMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, schedule, window in progress, what was logged, generator and budget: tensors and numbers alone."""
-        if not hasattr(self, "_generator"):  # nothing has begun
+        if not self._begun:
             return {}
         return {
             "slow_time": self._slow_time,
@@ -238,7 +238,7 @@ class SingularLimitMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the problem, the descent and the noise; probe the first weights, or go on from a checkpoint."""
-        resumed, self._resumed = self._resumed, None
+        resumed, self._resumed, self._begun = self._resumed, None, False
         self.history, self.last_observation, self.last_window, self.verdict = {}, None, None, ""
         self.withdrawn = []
         self._budget = Budget(self.max_overhead)
@@ -280,6 +280,7 @@ class SingularLimitMonitor(Callback):
             self._loss_gap_steps = {round(10 ** (k / 10)) for k in range(80)}
             if resumed is not None:
                 self._resume(trainer, resumed)
+        self._begun = True
         self._describe(probe)
         if resumed is None:
             self._probe(trainer)
@@ -310,16 +311,16 @@ class SingularLimitMonitor(Callback):
         noise, reasons = detect_noise(self._problem, descent.weight_decay, injected)
         self._noise = self.noise if self.noise is not None else noise
         self._noise.check(self._problem)
-        check_derivatives(self._problem, self._noise)
         custom = any(isinstance(part, CustomNoise) for part in parts(self._noise))
         if custom and orders is not None:  # as measured when the run began
             known = zip(parts(self._noise), orders, strict=True)
-            self._noise = Sum(tuple(replace(n, order=k) if isinstance(n, CustomNoise) else n for n, k in known))
+            self._noise = Sum(tuple(replace(n, claimed_order=k) if isinstance(n, CustomNoise) else n for n, k in known))
         elif custom:
             foot = nearest_point(self._problem, self._problem.weights(), rtol=1e-2)
             self._noise = with_measured_order(
                 self._noise, self._problem, foot.point, num_draws=self.num_draws, generator=self._generator
             )
+        check_derivatives(self._problem, self._noise)
         self._variance = self._noise.variance(self._problem)
         self._sgd = descent.sgd
         self._is_subset = probe.is_subset

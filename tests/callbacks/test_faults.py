@@ -1,0 +1,119 @@
+"""Whatever a probe does may fail: the training goes on, and ends with the weights that it has without a monitor."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+import torch_singlim
+from tests.callbacks.test_monitor import Net, Recorder, fit, seeded, weights
+from torch_singlim import AntiCorrelated, InjectNoise, SingularLimitMonitor
+from torch_singlim.callbacks.monitor import _OpenWindow
+
+PACKAGE = str(Path(torch_singlim.__file__).parent)
+
+
+class Fault(RuntimeError):
+    """Thrown on purpose."""
+
+
+class Saboteur:
+    """Watches the calls that a probe makes, or throws at one of them.
+
+    A call is known by where it is made from, or by the function of ours that is entered.
+    """
+
+    def __init__(self):
+        self.seen: dict[tuple[str, int], None] = {}
+        self.target: tuple[str, int] | None = None
+
+    def __call__(self, frame, event, arg):
+        if event not in ("call", "c_call") or not frame.f_code.co_filename.startswith(PACKAGE):
+            return
+        site = (f"{frame.f_code.co_filename}:{frame.f_code.co_qualname}", frame.f_lineno)
+        if self.target is None:
+            self.seen.setdefault(site)
+        elif site == self.target:
+            self.target = None
+            sys.setprofile(None)
+            raise Fault(f"at {site}")
+
+
+class Sabotaged(SingularLimitMonitor):
+    """Watches what its probes call; or, given calls, has one more of them throw at every probe, after two clean ones."""
+
+    def __init__(self, sites=None, **options):
+        super().__init__(**options)
+        self.saboteur, self.sites, self.hits = Saboteur(), sites, []
+        self.forecast = None
+
+    def _observe(self, trainer):
+        if self.sites is not None and self.forecast is None:
+            super()._observe(trainer)
+            self.forecast = None if self._open is None else self._open.forecast
+            return
+        target = None if self.sites is None else next(self.sites, None)
+        if target is not None:
+            # a fault ends the window in progress: another one, so that this probe has something to compare
+            start = trainer.global_step - self.window
+            lengths = self._step_lengths - 0.4
+            self._open = _OpenWindow(start, self._drifting(trainer), None, lengths, self.forecast)
+        elif self.sites is not None:
+            return super()._observe(trainer)
+        self.saboteur.target = target
+        sys.setprofile(self.saboteur)
+        try:
+            super()._observe(trainer)
+        finally:
+            sys.setprofile(None)
+            if target is not None:
+                self.hits.append((target, self.saboteur.target is None))
+
+
+class Watch(L.Callback):
+    """Weights and random state after every step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        gradients = [p.grad for p in pl_module.parameters()]
+        noise = sum(g.double().sum().item() for g in gradients if g is not None)
+        self.states.append((weights(pl_module), torch.get_rng_state(), pl_module.training, noise))
+
+
+OPTIONS = {"max_overhead": None, "every_n_steps": 2, "window": 2, "replicas": 2, "reference": True, "num_draws": 2}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_fault_at_any_call_of_a_probe():
+    scout = Sabotaged(**OPTIONS)
+    fit(seeded(Net), InjectNoise(AntiCorrelated(0.01)), scout, steps=8)
+    sites = list(scout.saboteur.seen)
+    assert len(sites) > 300
+    steps = 2 * len(sites) + 12
+    plain = Watch()
+    fit(seeded(Net), InjectNoise(AntiCorrelated(0.01)), plain, steps=steps)
+    watch, monitor, recorder = Watch(), Sabotaged(iter(sites), **OPTIONS), Recorder()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _, trainer = fit(seeded(Net), InjectNoise(AntiCorrelated(0.01)), monitor, watch, steps=steps, logger=recorder)
+    assert trainer.global_step == steps
+    hit = [site for site, thrown in monitor.hits if thrown]
+    print(f"{len(sites)} calls, {len(hit)} faults thrown")
+    assert len(hit) > 0.95 * len(sites)
+    for step, (a, b) in enumerate(zip(watch.states, plain.states, strict=True)):
+        assert torch.equal(a[0], b[0]), (
+            f"weights after step {step + 1}, the faults before it: {monitor.hits[: step // 2][-3:]}"
+        )
+        assert torch.equal(a[1], b[1]), f"random state after step {step + 1}"
+        assert a[2:] == b[2:]
+    failures = [str(w.message) for w in told if "failed and was left out" in str(w.message)]
+    assert len(failures) == 1
+    assert "training goes on" in failures[0]
+    # the last probes were let alone, and see again
+    assert monitor.last_window is not None
+    assert monitor.verdict

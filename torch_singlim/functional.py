@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ActivationSite", "FunctionalModule", "LinearCall", "structural_copy"]
+__all__ = ["ActivationSite", "FunctionalModule", "LinearCall", "in_precision", "structural_copy"]
 
 # dimensions after the channel that one mask value covers
 _DROPOUT_KINDS: dict[type[nn.Module], int] = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
@@ -130,7 +130,37 @@ def structural_copy(module: nn.Module) -> nn.Module:
     for part in module.modules():
         # results kept as attributes may hang on a graph, which deepcopy refuses
         shared |= {id(v): v for v in vars(part).values() if isinstance(v, Tensor) and v.grad_fn is not None}
-    return copy.deepcopy(module, shared)  # a LightningModule drops its trainer
+    twin = copy.deepcopy(module, shared)  # a LightningModule drops its trainer
+    for part in twin.modules():
+        _uncompile(part)
+    return twin
+
+
+def _uncompile(part: nn.Module) -> None:
+    """Undo torch.compile: derivatives of every order are taken of the module itself, hooks and all."""
+    if hasattr(part, "_orig_mod"):  # what torch.compile makes of a module
+        part.forward = part._orig_mod.__call__  # type: ignore[union-attr]
+    elif getattr(part, "_compiler_ctx", None) is not None:  # what Lightning makes of a compiled LightningModule
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            vars(part).pop(name, None)
+
+
+def in_precision(twin: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A structural copy, changed in place to parameters and buffers of its own in another floating point type.
+
+    >>> net = nn.Linear(2, 1)
+    >>> in_precision(structural_copy(net), torch.float64).weight.dtype, net.weight.dtype
+    (torch.float64, torch.float32)
+    """
+    for part in twin.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+                    value = tensor.detach().to(dtype)
+                    held[name] = (  # type: ignore[assignment]
+                        nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+                    )
+    return twin
 
 
 class FunctionalModule:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from torch_singlim.functional import FunctionalModule, structural_copy
+from torch_singlim.functional import FunctionalModule, in_precision, structural_copy
 from torch_singlim.loss import MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
 from torch_singlim.problem import ZeroLossProblem, check_samples
 from torch_singlim.theory import Dropout, LabelFlips, Minibatch, NoiseSystem, SGDSettings, Sum, WeightDecay, parts
@@ -102,9 +102,11 @@ def given_probe_set(trainer: Trainer, inputs: Tensor, targets: Tensor) -> ProbeS
     return ProbeSet(inputs, targets, max(size, len(inputs)))
 
 
-def _training_losses(module: LightningModule, probes: list[tuple[Tensor, Tensor]]) -> list[float] | None:
+def _training_losses(
+    module: LightningModule, probes: list[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> list[float] | None:
     """What training_step of an evaluation-mode copy returns on each batch; None where it needs a running trainer."""
-    twin: Any = structural_copy(module).eval()
+    twin: Any = in_precision(structural_copy(module), dtype).eval()
     twin.log = twin.log_dict = lambda *args, **kwargs: None  # a copy has no logger
     losses = []
     try:
@@ -122,7 +124,13 @@ def _training_losses(module: LightningModule, probes: list[tuple[Tensor, Tensor]
 def _as_targets(loss: SampleLoss, targets: Tensor, outputs: Tensor) -> Tensor:
     """Targets as the loss takes them: class labels become one-hot where it is mse."""
     if isinstance(loss, MeanSquaredError) and not targets.is_floating_point() and targets.ndim == 1:
-        return F.one_hot(targets.long(), outputs.shape[1]).to(outputs.dtype)
+        classes = outputs.shape[1]
+        if int(targets.min()) < 0 or int(targets.max()) >= classes:
+            raise ValueError(
+                f"class labels must be 0 to {classes - 1} for a network with {classes} outputs, got "
+                f"{int(targets.min())} to {int(targets.max())}"
+            )
+        return F.one_hot(targets.long(), classes).to(outputs.dtype)
     return targets
 
 
@@ -183,19 +191,23 @@ def _close(value: float, target: float) -> bool:
     return abs(value - target) <= _LOSS_RTOL * abs(target) + 1e-12
 
 
+def _cast(data: Tensor, function: FunctionalModule) -> Tensor:
+    """Data on the function's device, in its precision, as Lightning hands it to a module of that precision."""
+    return data.to(function.device, function.dtype if data.is_floating_point() else None)
+
+
 def _try_training_step(module: LightningModule, probe: ProbeSet) -> _Trials:
     check_samples(probe.inputs, probe.targets)
     dtype = next((p.dtype for p in module.parameters() if p.requires_grad), torch.float32)
+    dtype = torch.promote_types(dtype, torch.float32)  # losses in half precision tell too little
     function = FunctionalModule(module, dtype=dtype)
-    function.check_deterministic(probe.inputs[:2].to(function.device))
+    function.check_deterministic(_cast(probe.inputs[:2], function))
     half = min(max(len(probe.inputs) // 2, 1), 64)
     rest = slice(half, 2 * half) if len(probe.inputs) >= 2 * half else slice(0, half)
-    batches = [
-        (probe.inputs[s].to(function.device), probe.targets[s].to(function.device)) for s in (slice(0, half), rest)
-    ]
+    batches = [(_cast(probe.inputs[s], function), _cast(probe.targets[s], function)) for s in (slice(0, half), rest)]
     with torch.no_grad():
         outputs = [function(function.weights(), x).double() for x, _ in batches]
-    return _Trials(batches, outputs, _training_losses(module, batches))
+    return _Trials(batches, outputs, _training_losses(module, batches, dtype))
 
 
 def recognise_loss(module: LightningModule, probe: ProbeSet) -> tuple[SampleLoss | None, int]:
@@ -288,6 +300,8 @@ def detect_descent(trainer: Trainer, module: LightningModule, batch_size: int | 
     if any(group[key] != groups[0][key] for group in groups for key in keys):
         reasons.append("parameter groups with different settings")
     first = groups[0]
+    if not module.automatic_optimization:
+        reasons.append("manual optimization: what happens between two steps of the optimizer is not known")
     if first["maximize"]:
         reasons.append("the optimizer maximizes")
     if trainer.gradient_clip_val:

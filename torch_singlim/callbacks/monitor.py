@@ -223,12 +223,6 @@ class SingularLimitMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be probed, before anything is trained."""
-        names = [each.name for each in trainer.callbacks if isinstance(each, SingularLimitMonitor)]  # type: ignore[attr-defined]
-        if names.count(self.name) > 1:
-            raise ValueError(
-                f"{names.count(self.name)} monitors log under {self.name!r}: give each a name of its own, "
-                "SingularLimitMonitor(name=...)"
-            )
         strategy = type(trainer.strategy).__name__
         if strategy in _SHARDED:
             raise ValueError(
@@ -244,7 +238,7 @@ class SingularLimitMonitor(Callback):
         self._budget = Budget(self.max_overhead)
         self._warned = False
         self._slow_time = self._step_lengths = 0.0
-        self._last_probe = -1
+        self._last_probe, self._last_step = -1, trainer.global_step
         self._open: _OpenWindow | None = None
         with self._aside():
             self._generator = torch.Generator().manual_seed(self.seed)
@@ -333,10 +327,13 @@ class SingularLimitMonitor(Callback):
 
     def _describe(self, probe: ProbeSet) -> None:
         p, s = self._problem, self._sgd
+        dtypes = {q.dtype for q in p.function.module.parameters() if q.requires_grad and q.dtype.itemsize < 4}
+        half = f", weights in {', '.join(str(d).removeprefix('torch.') for d in dtypes)} probed in " if dtypes else ""
+        half += str(self.dtype).removeprefix("torch.") if half else ""
         settings = "" if s is None else f", lr {s.lr:g}, momentum {s.momentum:g}, batch {s.batch(p.num_samples)}"
         rank_zero_info(
             f"torch_singlim: {p.num_weights} weights, {p.num_samples} samples, {p.num_residuals} residuals, "
-            f"{type(p.sample_loss).__name__}, noise {self._noise}{settings}"
+            f"{type(p.sample_loss).__name__}, noise {self._noise}{settings}{half}"
         )
         for reason in self.not_covered:
             rank_zero_warn(f"torch_singlim: drift not predicted: {reason}. Geometry is still measured.")
@@ -357,9 +354,12 @@ class SingularLimitMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Close a window, open the next, log; between probes nothing but a comparison of two integers."""
-        step = trainer.global_step
+        step, before = trainer.global_step, self._last_step
+        self._last_step = step
         ends = self._open is not None and step == self._open.start + self.window
-        if (step in self._starts or ends) and step != self._last_probe:
+        # more than one step at a time: manual optimization
+        begins = step in self._starts or any(between in self._starts for between in range(before + 1, step))
+        if (begins or ends) and step != self._last_probe:
             self._probe(trainer)
         elif self._open is not None and step - self._open.start in self._marks:
             self._attempt(trainer, lambda opened=self._open: opened.between.update({step: self._drifting(trainer)}))

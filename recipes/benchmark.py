@@ -2,18 +2,20 @@
 
 Prints one table a problem and writes JSON. The unit is the gradient of the loss over the whole probe set by plain
 autograd, in the same run on the same machine; times are medians. curvlinops is compared where it is installed
-(the extra "bench"). Peak memory is what the driver, or Linux, counts; on a CPU start it with the environment variables
-MALLOC_TRIM_THRESHOLD_=0 and MALLOC_MMAP_THRESHOLD_=65536, or what the allocator keeps for itself is counted, too.
+(the extra "bench"). Peak memory is what the driver, or Linux, counts.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import math
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -97,6 +99,9 @@ def memory(call: Callable[[], object], device: torch.device) -> float:
     if not _CLEAR.exists():
         call()
         return math.nan
+    gc.collect()
+    with suppress(OSError, AttributeError):  # what the C library keeps for itself would count for the next call
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     _CLEAR.write_text("5")  # the high-water mark begins anew
     before = _status("VmRSS")
     call()

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from common import Loss, Noise, Plan, command, train_and_compare
 from torch import nn
 from torchvision.datasets import CIFAR10
@@ -54,7 +53,7 @@ def resnet(shape: tuple[int, ...]) -> nn.Module:
 
 NETWORKS = {"cnn": cnn, "resnet": resnet}
 # float32: in float64 its gradients take three times as long, and few small eigenvalues are asked for
-_RESNET = Plan(clean=1_500, steps=900, window=600, batch_size=32, lr=0.05, num_draws=8, dtype=torch.float32)
+_RESNET = Plan(clean=1_500, steps=900, window=600, batch_size=32, lr=0.05, num_draws=8, dtype="float32")
 # samples and plan
 FULL = {
     "cnn": (256, Plan(clean=3_000, steps=900, window=600, batch_size=32, lr=0.1)),

@@ -186,7 +186,7 @@ class Plan:
     replicas: int = 2
     num_draws: int = 16
     reference: bool = True
-    dtype: torch.dtype = torch.float64
+    dtype: Literal["float64", "float32"] = "float64"
 
     def adjusted(self, samples: int, epochs: int | None, lr: float | None) -> Plan:
         """The same with so many passes with noise over the samples, and another step size, where they are given."""

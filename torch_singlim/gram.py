@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from torch_singlim.functional import FunctionalModule, LinearCall
+from torch_singlim.team import Team
 
 __all__ = ["MAX_DENSE", "gram_flops", "gram_matrix", "samples_at_once", "worth_factoring"]
 
@@ -37,6 +38,7 @@ class Residuals(Protocol):
     function: FunctionalModule
     inputs: Tensor
     dtype: torch.dtype
+    team: Team
     num_samples: int
     num_weights: int
     num_residuals: int
@@ -45,7 +47,7 @@ class Residuals(Protocol):
     linear_layers: list[tuple[int, int]]
 
     def chunks(self) -> Iterator[slice]:
-        """Slices of the samples."""
+        """Slices of this process's samples."""
         ...
 
     def output_factor(self, f: Tensor, part: slice) -> Tensor:
@@ -87,6 +89,8 @@ def gram_matrix(problem: Residuals, w: Tensor, outputs: Tensor, push: Callable[[
         w: weights.
         outputs: f(w) ``[N, C]``.
         push: the product v -> B v, one that vmap can batch.
+
+    Processes that share the samples form the rows of theirs, and exchange them.
     """
     ways = _flops(problem)
     cheapest = min(ways, key=lambda way: ways[way])
@@ -113,17 +117,21 @@ def _from_layers(problem: Residuals, w: Tensor, f: Tensor) -> Tensor:
         gradients.append([torch.stack(g, 1).flatten(0, 1) for g in zip(*pulled, strict=True)])  # [n rows, fan_out]
     K = f.new_zeros(problem.num_residuals, problem.num_residuals)
     width = max(1, _BLOCK // rows)  # samples
+    team, N = problem.team, problem.num_samples
+    own = team.own(N)
     for layer, call in enumerate(calls):
-        A = torch.cat([chunk[layer] for chunk in inputs])
-        G = torch.cat([chunk[layer] for chunk in gradients])
-        for i in range(0, problem.num_samples, width):
-            at = slice(i * rows, (i + width) * rows)
+        A = team.whole(torch.cat([chunk[layer] for chunk in inputs]), N)
+        G = torch.cat([chunk[layer] for chunk in gradients])  # [n rows, fan_out]
+        G = team.whole(G.view(own.stop - own.start, -1), N).view(N * rows, -1)
+        for i in range(own.start, own.stop, width):
+            last = min(i + width, own.stop)
+            at = slice(i * rows, last * rows)
             block = G[at] @ G.T  # [n rows, M]
-            inner = A[i : i + width] @ A.T if call.weight else block.new_zeros(1, 1)
+            inner = A[i:last] @ A.T if call.weight else block.new_zeros(1, 1)
             if call.bias:
                 inner = inner + 1
-            K[at] += block.view(-1, rows, problem.num_samples, rows).mul_(inner[:, None, :, None]).view_as(block)
-    return K / problem.num_samples
+            K[at] += block.view(-1, rows, N, rows).mul_(inner[:, None, :, None]).view_as(block)
+    return team.sum(K) / N
 
 
 def _rows(problem: Residuals, w: Tensor, f: Tensor, part: slice) -> Tensor:
@@ -145,9 +153,13 @@ def _from_rows(problem: Residuals, w: Tensor, f: Tensor, push: Callable[[Tensor]
     rows = problem.num_residuals // problem.num_samples
     # a pushed vector holds the tangent of every sample's activations beside its own P numbers
     size = max(1, samples_at_once(problem, rows) // (4 if push else 1))
-    parts = [slice(i, min(i + size, problem.num_samples)) for i in range(0, problem.num_samples, size)]
-    K = f.new_empty(problem.num_residuals, problem.num_residuals)
+    teams = [Team(rank, problem.team.size).own(problem.num_samples) for rank in range(problem.team.size)]
+    parts = [slice(i, min(i + size, each.stop)) for each in teams for i in range(each.start, each.stop, size)]
+    own = teams[problem.team.rank]
+    K = f.new_zeros(problem.num_residuals, problem.num_residuals)
     for i, left in enumerate(parts):
+        if not own.start <= left.start < own.stop:
+            continue
         B_left = _rows(problem, w, f, left)
         at = slice(left.start * rows, left.stop * rows)
         if push is not None:
@@ -158,4 +170,5 @@ def _from_rows(problem: Residuals, w: Tensor, f: Tensor, push: Callable[[Tensor]
             across = slice(right.start * rows, right.stop * rows)
             K[at, across] = B_left @ _rows(problem, w, f, right).T
             K[across, at] = K[at, across].T
+    K = problem.team.sum(K)
     return (K + K.T) / 2

@@ -27,6 +27,7 @@ from torch_singlim.linalg import (
 from torch_singlim.loss import SampleLoss, resolve_loss
 from torch_singlim.memory import free_memory, saved_bytes
 from torch_singlim.products import JacobianProducts
+from torch_singlim.team import Team
 
 __all__ = ["Linearization", "ZeroLossProblem", "check_samples"]
 
@@ -93,10 +94,11 @@ class ZeroLossProblem:
         device: default: where the module's weights are.
         batch_size: samples evaluated at once; default: as many as fit into half of the memory that is free now. Where
             these are all, the pass that products with the Jacobian share is made once and kept.
+        team: processes that share the samples: each evaluates its own, sums and outputs are exchanged.
 
     Raises:
-        ValueError: empty probe set, targets that do not fit, hard labels with cross-entropy (Gamma is empty),
-            non-finite data, a module that is random in evaluation mode.
+        ValueError: empty probe set, fewer samples than processes, targets that do not fit, hard labels with
+            cross-entropy (Gamma is empty), non-finite data, a module that is random in evaluation mode.
 
     Warns:
         UserWarning: fewer weights P than residuals M: Gamma may be empty or a point.
@@ -121,6 +123,7 @@ class ZeroLossProblem:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = None,
         batch_size: int | None = None,
+        team: Team = Team(),  # noqa: B008  # frozen
     ) -> None:
         check_samples(inputs, targets)
         if batch_size is not None and batch_size < 1:
@@ -133,7 +136,10 @@ class ZeroLossProblem:
             self.inputs = self.inputs.to(dtype)
         self.num_samples = inputs.shape[0]
         self.num_weights = self.function.num_weights
-        self.memory = free_memory(self.device) // 2
+        if self.num_samples < team.size:
+            raise ValueError(f"{self.num_samples} samples cannot be shared by {team.size} processes: pass more samples")
+        self.team = team
+        self.memory = int(team.least(free_memory(self.device) // 2, self.device))
 
         example = self.inputs[:2]
         self.function.check_deterministic(example)
@@ -165,9 +171,15 @@ class ZeroLossProblem:
             f"C={self.num_outputs}, P={self.num_weights}, {self.dtype})"
         )
 
+    def alone(self) -> ZeroLossProblem:
+        """The same problem, all of it evaluated here: for what cannot be exchanged in between."""
+        whole = copy.copy(self)
+        whole.team = Team()
+        return whole
+
     def subset(self, count: int, *, dtype: torch.dtype = torch.float64) -> ZeroLossProblem:
-        """The same problem on its first samples alone."""
-        part = copy.copy(self)
+        """The same problem on its first samples, all of them evaluated here."""
+        part = self.alone()
         part.function = FunctionalModule(self.function.module, dtype=dtype, device=self.device)
         part.dtype = dtype
         part.inputs = self.inputs[:count]
@@ -191,9 +203,10 @@ class ZeroLossProblem:
         return self.function.weights()
 
     def chunks(self) -> Iterator[slice]:
-        """Slices of the probe set, `batch_size` samples each, the last one what is left."""
-        for start in range(0, self.num_samples, self.batch_size):
-            yield slice(start, min(start + self.batch_size, self.num_samples))
+        """Slices of this process's samples, `batch_size` each, the last one what is left."""
+        own = self.team.own(self.num_samples)
+        for start in range(own.start, own.stop, self.batch_size):
+            yield slice(start, min(start + self.batch_size, own.stop))
 
     def mean(self, function: Callable[[slice], Tensor]) -> Tensor:
         """Mean over samples from means over chunks, a ragged last chunk weighted by its size."""
@@ -201,8 +214,8 @@ class ZeroLossProblem:
         for part in self.chunks():
             term, share = function(part), (part.stop - part.start) / self.num_samples
             total = (term if share == 1 else share * term) if total is None else total + share * term
-        assert total is not None  # the probe set is not empty
-        return total
+        assert total is not None  # no process is without samples
+        return self.team.sum(total)
 
     def batch_loss(
         self, w: Tensor, x: Tensor, y: Tensor, *, activations: Tensor | None = None, shift: Tensor | None = None
@@ -221,7 +234,8 @@ class ZeroLossProblem:
     def outputs(self, w: Tensor) -> Tensor:
         """f(w; x_i) for the whole probe set ``[N, C]``."""
         with torch.no_grad():
-            return torch.cat([self.function(w, self.inputs[part]) for part in self.chunks()])
+            own = torch.cat([self.function(w, self.inputs[part]) for part in self.chunks()])
+        return self.team.whole(own, self.num_samples)
 
     def loss(self, w: Tensor) -> Tensor:
         """The loss gap L(w), a scalar: zero exactly on Gamma."""
@@ -274,30 +288,34 @@ class ZeroLossProblem:
             ValueError: outputs that are not finite.
         """
 
-        def at_chunk(part: slice) -> JacobianProducts:
-            # the transpose pays where it is kept
-            tangent = not (whole and self.linear_layers)
+        def at_chunk(part: slice, *, tangent: bool) -> JacobianProducts:
             return JacobianProducts(lambda v: self.function(v, self.inputs[part]), w, tangent=tangent)
 
-        whole = self.batch_size == self.num_samples
-        kept = at_chunk(slice(None)) if whole else None
-        f = self.outputs(w) if kept is None else kept.outputs
+        own = self.team.own(self.num_samples)
+        whole = self.batch_size >= own.stop - own.start
+        # the transpose pays where it is kept
+        kept = at_chunk(own, tangent=not self.linear_layers) if whole else None
+        f = self.outputs(w) if kept is None else self.team.whole(kept.outputs, self.num_samples)
         if not torch.isfinite(f).all():
             raise ValueError("the network's outputs are not finite at these weights: training has probably diverged")
         scale = 1 / math.sqrt(self.num_samples)
 
         def jacobian(part: slice) -> JacobianProducts:
-            return at_chunk(part) if kept is None else kept
+            return at_chunk(part, tangent=True) if kept is None else kept
 
         def matvec(v: Tensor) -> Tensor:  # v -> J v -> R J v
-            return self.whiten(f, torch.cat([jacobian(part).push(v) for part in self.chunks()]))
+            Jv = torch.cat([jacobian(part).push(v) for part in self.chunks()])
+            return self.whiten(f, self.team.whole(Jv, self.num_samples))
 
-        def batched(v: Tensor) -> Tensor:
-            return self.whiten(f, torch.cat([jacobian(part).unrecorded(v) for part in self.chunks()]))
+        def batched(v: Tensor) -> Tensor:  # vmap survives no exchange: over all samples here
+            if self.team.size == 1:
+                return self.whiten(f, torch.cat([jacobian(part).unrecorded(v) for part in self.chunks()]))
+            parts = self.alone().chunks()
+            return self.whiten(f, torch.cat([at_chunk(part, tangent=True).unrecorded(v) for part in parts]))
 
         def rmatvec(u: Tensor) -> Tensor:  # u -> R^T u -> J^T R^T u
             g = scale * self.sample_loss.unwhiten(f, self.targets, u.reshape(self.num_samples, -1))  # [N, C]
-            return torch.stack([jacobian(part).pull(g[part]) for part in self.chunks()]).sum(0)
+            return self.team.sum(torch.stack([jacobian(part).pull(g[part]) for part in self.chunks()]).sum(0))
 
         operator = LinearOperator((self.num_residuals, self.num_weights), matvec, rmatvec)
         residual = self.sample_loss.residual(f, self.targets).reshape(-1) * scale

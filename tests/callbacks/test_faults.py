@@ -88,6 +88,7 @@ class Watch(L.Callback):
 OPTIONS = {"max_overhead": None, "every_n_steps": 2, "window": 2, "replicas": 2, "reference": True, "num_draws": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_fault_at_any_call_of_a_probe():
     scout = Sabotaged(**OPTIONS)

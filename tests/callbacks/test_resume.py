@@ -84,7 +84,7 @@ def series(recorder):
 
 # ModelCheckpoint, of its own folder
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise", [pytest.param("dropout", marks=pytest.mark.slow), *list(NOISES)[1:]])
 def test_interrupted_and_resumed(tmp_path, noise):
     whole, monitor, recorder = run(tmp_path / "whole", noise=noise)
     expected = series(recorder)

@@ -45,6 +45,21 @@ class Triples(Dicts):
         return torch.zeros(6), 0, 1.0
 
 
+class Named(Dicts):
+    def __getitem__(self, i):
+        x, y = data()[i]
+        return {"x": x, "y": {"label": y}}
+
+
+def of_dict(batch):
+    return batch["x"], batch["y"]["label"]
+
+
+class DictNet(Net):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(of_dict(batch), batch_idx)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([(x, y) for x, y in data()])
@@ -180,7 +195,12 @@ REFUSED = {
     "augmentation": Case(dataset=Augmented(), message="random augmentation"),
     "dict batches": Case(monitor={"loss": "mse"}, dataset=Dicts(), message=r"data=\(inputs, targets\)"),
     "batches of three": Case(monitor={"loss": "mse"}, dataset=Triples(), message="two tensors, got list of 3"),
-    "a stream": Case(dataset=Stream(), message="a dataset with a length"),
+    "several loaders": Case(dataset=[data(), data()], message="one DataLoader, got CombinedLoader"),
+    "a hook that does not fit": Case(
+        monitor={"batch_to_problem": lambda batch: batch["x"], "loss": "mse"},
+        dataset=Dicts(),
+        message=r"batch_to_problem must return \(inputs, targets\), two tensors, got Tensor",
+    ),
     "two optimizers": Case(Two, {"loss": "mse"}, message="one optimizer, got 2"),
     "dropout missing": Case(lambda: Net(dropout=0.0), {"noise": Dropout()}, message=r"needs nn\.Dropout layers"),
     "infinite data": Case(monitor={"data": Bad}, message="inputs contain nan"),
@@ -219,6 +239,7 @@ MARKED = {
         trainer={"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, message="gradient clipping is on"
     ),
     "subset": Case(monitor={"num_samples": 10}, message="10 of 20 training samples"),
+    "a long stream": Case(monitor={"num_samples": 10}, dataset=Stream(), message="10 of a stream of training samples"),
     "manual optimization": Case(Manual, {"loss": "mse"}, message="manual optimization"),
 }
 FINE = {
@@ -227,7 +248,7 @@ FINE = {
     "bf16-mixed": Case(trainer={"precision": "bf16-mixed"}),
     "bf16-true": Case(trainer={"precision": "bf16-true"}),
     "64-true": Case(trainer={"precision": "64-true"}),
-    "float32 probes": Case(monitor={"dtype": torch.float32}),
+    "float32 probes": Case(monitor={"dtype": "float32"}),
     "chunks": Case(monitor={"batch_size": 7}),
     "momentum and schedule": Case(with_optimizer(scheduled)),
     "nesterov": Case(lambda: Net("smoothed", momentum=0.9, nesterov=True, lr=0.02)),
@@ -245,6 +266,8 @@ FINE = {
     "compiled whole": Case(lambda: torch.compile(Net(), backend="eager")),
     "integer inputs": Case(Words, dataset=words()),
     "validation in between": Case(Validated, trainer={"val_check_interval": 1}),
+    "a stream": Case(dataset=Stream()),
+    "dict batches": Case(DictNet, {"batch_to_problem": of_dict}, dataset=Named()),
     "probe set given": Case(monitor={"data": data().tensors}),
     "profiler": Case(trainer={"profiler": "simple"}),
     "no logger": Case(trainer={"logger": False}),
@@ -265,8 +288,9 @@ def run(case, *monitors, logger=True):
         enable_checkpointing=False,
         log_every_n_steps=1,
     )
-    loader = DataLoader(dataset, batch_size=6, shuffle=not isinstance(dataset, IterableDataset))
-    trainer.fit(model, loader)
+    several = dataset if isinstance(dataset, list) else [dataset]
+    loaders = [DataLoader(each, batch_size=6, shuffle=not isinstance(each, IterableDataset)) for each in several]
+    trainer.fit(model, loaders if len(loaders) > 1 else loaders[0])
     return weights(model), trainer
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
@@ -16,9 +18,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch_singlim.functional import FunctionalModule, in_precision, structural_copy
 from torch_singlim.loss import MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
 from torch_singlim.problem import ZeroLossProblem, check_samples
+from torch_singlim.team import Team
 from torch_singlim.theory import Dropout, LabelFlips, Minibatch, NoiseSystem, SGDSettings, Sum, WeightDecay, parts
 
 __all__ = [
+    "BatchToProblem",
     "Descent",
     "ProbeSet",
     "detect_descent",
@@ -37,74 +41,94 @@ _ADVICE = (
 )
 
 
+BatchToProblem = Callable[[Any], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class ProbeSet:
-    """The samples that are probed, and how many the training set has."""
+    """The samples that are probed, and how many the training set has (None: a stream, nobody knows).
+
+    `batch` gives some of them as a training step sees them.
+    """
 
     inputs: Tensor
     targets: Tensor
-    train_size: int
+    train_size: int | None
+    batch: Callable[[slice], Any] = field(repr=False)
 
     @property
     def is_subset(self) -> bool:
         """Whether training uses samples that the probe does not see."""
-        return len(self.inputs) < self.train_size
+        return self.train_size is None or len(self.inputs) < self.train_size
 
 
 def _train_loader(trainer: Trainer) -> DataLoader:
     loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    if not isinstance(loader, DataLoader):
         raise ValueError(
-            f"the probe set is read from one DataLoader over a dataset with a length, got {type(loader).__name__}; "
-            "pass the probe set itself: SingularLimitMonitor(data=(inputs, targets))"
+            f"the probe set is read from one DataLoader, got {type(loader).__name__}; pass the probe set itself: "
+            "SingularLimitMonitor(data=(inputs, targets))"
         )
     return loader
 
 
-def read_probe_set(trainer: Trainer, num_samples: int) -> ProbeSet:
+def read_probe_set(trainer: Trainer, num_samples: int, *, batch_to_problem: BatchToProblem | None = None) -> ProbeSet:
     """The first `num_samples` training samples, collated as the loader collates them.
+
+    Args:
+        trainer: with its train loader.
+        num_samples: at most so many; of an iterable dataset the first that it gives.
+        batch_to_problem: a batch -> (inputs ``[n, ...]``, targets ``[n, ...]``), where batches are something else.
 
     Raises:
         ValueError: no such loader, batches that are not (inputs, targets), an empty dataset, or items that change
             when they are read again (random augmentation).
     """
     loader = _train_loader(trainer)
-    size = len(loader.dataset)  # type: ignore[arg-type]  # a map-style dataset, see _train_loader
-    if size == 0:
+    dataset, collate = loader.dataset, loader.collate_fn
+    if isinstance(dataset, IterableDataset):
+        items = list(itertools.islice(dataset, num_samples + 1))
+        size = len(items) if len(items) <= num_samples else None
+        items, again = items[:num_samples], list(itertools.islice(dataset, 8))
+    else:
+        size = len(dataset)  # type: ignore[arg-type]  # a map-style dataset
+        items, again = ([dataset[i] for i in range(min(n, size))] for n in (num_samples, 8))
+    if not items:
         raise ValueError("the training dataset is empty: there is nothing to probe")
-    collate: Callable = loader.collate_fn
-
-    def read(count: int) -> tuple[Tensor, Tensor]:
-        batch = collate([loader.dataset[i] for i in range(count)])
-        if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(b, Tensor) for b in batch)):
-            got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
-            raise ValueError(
-                f"batches must be (inputs, targets), two tensors, got {got}; pass the probe set itself: "
-                "SingularLimitMonitor(data=(inputs, targets))"
-            )
-        return batch[0], batch[1]
-
-    inputs, targets = read(min(num_samples, size))
-    again, _ = read(min(8, len(inputs)))
-    if not torch.equal(inputs[: len(again)], again):
+    inputs, targets = _as_problem(collate(items), batch_to_problem)
+    repeated, _ = _as_problem(collate(again), batch_to_problem)
+    few = min(len(inputs), len(repeated))
+    if not torch.equal(inputs[:few], repeated[:few]):
         raise ValueError(
             "reading the same training items twice gave different inputs: with random augmentation the training set "
             "is not finite and has no zero-loss set; remove the augmentation, or pass a fixed probe set: "
             "SingularLimitMonitor(data=(inputs, targets))"
         )
-    return ProbeSet(inputs, targets, size)
+    return ProbeSet(inputs, targets, size, lambda part: collate(items[part]))
+
+
+def _as_problem(batch: Any, batch_to_problem: BatchToProblem | None) -> tuple[Tensor, Tensor]:
+    """(inputs, targets) of a batch."""
+    pair = batch if batch_to_problem is None else batch_to_problem(batch)
+    if isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(each, Tensor) for each in pair):
+        return pair[0], pair[1]
+    got = f"{type(pair).__name__} of {len(pair)}" if isinstance(pair, list | tuple) else type(pair).__name__
+    if batch_to_problem is not None:
+        raise ValueError(f"batch_to_problem must return (inputs, targets), two tensors, got {got}")
+    raise ValueError(
+        f"batches must be (inputs, targets), two tensors, got {got}; say how to read them: "
+        "SingularLimitMonitor(batch_to_problem=function), or pass the probe set: data=(inputs, targets)"
+    )
 
 
 def given_probe_set(trainer: Trainer, inputs: Tensor, targets: Tensor) -> ProbeSet:
     """The probe set that was passed; a subset, where the training set is known to be larger."""
     dataset = getattr(trainer.train_dataloader, "dataset", None)
     size = len(dataset) if isinstance(dataset, Sized) else 0
-    return ProbeSet(inputs, targets, max(size, len(inputs)))
+    return ProbeSet(inputs, targets, max(size, len(inputs)), lambda part: (inputs[part], targets[part]))
 
 
-def _training_losses(
-    module: LightningModule, probes: list[tuple[Tensor, Tensor]], dtype: torch.dtype
-) -> list[float] | None:
+def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.dtype) -> list[float] | None:
     """What training_step of an evaluation-mode copy returns on each batch; None where it needs a running trainer."""
     twin: Any = in_precision(structural_copy(module), dtype).eval()
     twin.log = twin.log_dict = lambda *args, **kwargs: None  # a copy has no logger
@@ -112,7 +136,7 @@ def _training_losses(
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for batch in probes:
+            for batch in batches:
                 out = twin.training_step(batch, 0)
                 value = out["loss"] if isinstance(out, dict) else out
                 losses.append(float(value))
@@ -191,9 +215,13 @@ def _close(value: float, target: float) -> bool:
     return abs(value - target) <= _LOSS_RTOL * abs(target) + 1e-12
 
 
-def _cast(data: Tensor, function: FunctionalModule) -> Tensor:
+def _cast(data: Any, function: FunctionalModule) -> Any:
     """Data on the function's device, in its precision, as Lightning hands it to a module of that precision."""
-    return data.to(function.device, function.dtype if data.is_floating_point() else None)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(function.device, function.dtype if tensor.is_floating_point() else None)
+
+    return apply_to_collection(data, Tensor, cast)
 
 
 def _try_training_step(module: LightningModule, probe: ProbeSet) -> _Trials:
@@ -204,10 +232,12 @@ def _try_training_step(module: LightningModule, probe: ProbeSet) -> _Trials:
     function.check_deterministic(_cast(probe.inputs[:2], function))
     half = min(max(len(probe.inputs) // 2, 1), 64)
     rest = slice(half, 2 * half) if len(probe.inputs) >= 2 * half else slice(0, half)
-    batches = [(_cast(probe.inputs[s], function), _cast(probe.targets[s], function)) for s in (slice(0, half), rest)]
+    samples = (slice(0, half), rest)
+    batches = [_cast((probe.inputs[part], probe.targets[part]), function) for part in samples]
     with torch.no_grad():
         outputs = [function(function.weights(), x).double() for x, _ in batches]
-    return _Trials(batches, outputs, _training_losses(module, batches, dtype))
+    raw = [_cast(probe.batch(part), function) for part in samples]
+    return _Trials(batches, outputs, _training_losses(module, raw, dtype))
 
 
 def recognise_loss(module: LightningModule, probe: ProbeSet) -> tuple[SampleLoss | None, int]:
@@ -227,6 +257,7 @@ def detect_problem(
     noise: NoiseSystem | None,
     dtype: torch.dtype,
     batch_size: int | None,
+    team: Team,
 ) -> ZeroLossProblem:
     """The zero-loss problem that this module trains, its loss checked against ``training_step`` on a few samples.
 
@@ -265,7 +296,7 @@ def detect_problem(
     if flips is not None and chosen == SoftCrossEntropy():
         chosen = SoftCrossEntropy(flips.rate)
     targets = _as_targets(chosen, probe.targets, trials.outputs[0])
-    return ZeroLossProblem(module, chosen, probe.inputs, targets, dtype=dtype, batch_size=batch_size)
+    return ZeroLossProblem(module, chosen, probe.inputs, targets, dtype=dtype, batch_size=batch_size, team=team)
 
 
 @dataclass(frozen=True)

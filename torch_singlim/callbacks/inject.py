@@ -55,9 +55,9 @@ class InjectNoise(Callback):
         w <- w - alpha grad_w Lhat(w, eta)
 
     Noise on the weights follows the true chain rule: for `DropConnect` the gradient is that of w -> L(w * (1 + eta)).
-    eta is drawn once for an optimizer step, accumulated batches included, or once for each sample; from a generator of
-    its own, whose state goes into checkpoints, with the last draw of `AntiCorrelated`. The `SingularLimitMonitor`
-    beside it finds the noise and predicts from it.
+    eta is drawn once for an optimizer step, accumulated batches included, the same on all processes; or once for each
+    sample. The generators' state goes into checkpoints, with the last draw of `AntiCorrelated`. The
+    `SingularLimitMonitor` beside it finds the noise and predicts from it.
 
     Batches must be (inputs, targets); the tensors that a training step sees are perturbed, and are put back after it.
 
@@ -81,9 +81,11 @@ class InjectNoise(Callback):
                 raise ValueError(f"{type(part).__name__} is not to be injected: {_NATIVE[type(part)]}")
         self.noise = noise
         self.seed = seed
-        self._generator = torch.Generator().manual_seed(seed)
+        # one for what all processes draw alike, one for what each draws for its own samples
+        self._generator, self._own = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
         self.memory: Tensor | None = None
         """The perturbation that the weights carry at present ``[P]`` (`AntiCorrelated`); None: nothing."""
+        self._rank = 0
         self._shared: dict[int, Tensor] = {}  # part -> eta of the optimizer step in progress
         self._swapped: list[tuple[Tensor, Tensor]] = []  # tensor, what it holds in truth
         self._perturbed: list[tuple[Tensor, Tensor]] = []  # the same for weights
@@ -93,17 +95,21 @@ class InjectNoise(Callback):
         return self._generate_state_key(noise=repr(self.noise))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state(), "memory": self.memory}
+        return {"generator": self._generator.get_state(), "own": self._own.get_state(), "memory": self.memory}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._generator.set_state(state_dict["generator"])
+        if self._rank == 0:  # whose state it is; the others begin anew, still independent
+            self._own.set_state(state_dict["own"])
         self.memory = state_dict["memory"]
 
     # --- set-up ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Every fit starts the noise anew; a checkpoint is loaded after this."""
+        self._rank = trainer.global_rank
         self._generator.manual_seed(self.seed)
+        self._own.manual_seed(self.seed + 1 + self._rank)
         self.memory = None
         self._shared.clear()
 
@@ -155,7 +161,8 @@ class InjectNoise(Callback):
             if not part.per_sample and i in self._shared:
                 etas.append(self._shared[i])
                 continue
-            (eta,) = draw_noise(part, space, len(x), generator=self._generator)
+            generator = self._own if part.per_sample else self._generator
+            (eta,) = draw_noise(part, space, len(x), generator=generator)
             if not part.per_sample:
                 self._shared[i] = eta
             etas.append(eta)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,6 +29,7 @@ from torch_singlim.geometry import linearised_displacement, nearest_point
 from torch_singlim.loss import SampleLoss
 from torch_singlim.observe import Forecast, Observation, WindowObservation, observe, observe_window, tangent_at
 from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.team import Team
 from torch_singlim.theory import (
     CustomNoise,
     NoiseSystem,
@@ -117,8 +118,10 @@ class SingularLimitMonitor(Callback):
     Args:
         loss: what ``training_step`` computes, if it is not recognised: see `ZeroLossProblem`.
         data: the probe set ``(inputs, targets)``; default: the first `num_samples` of the training set.
-        num_samples: most samples to probe. With fewer than the training set the distance is a lower bound and the
-            drift is not predicted.
+        batch_to_problem: a batch -> (inputs, targets), for batches that are something else: a plain function, which a
+            configuration file can name.
+        num_samples: most samples to probe, of an iterable dataset the first. With fewer than the training set the
+            distance is a lower bound and the drift is not predicted.
         noise: what training does; default: the module's dropout layers, the optimizer's weight decay, and what
             `InjectNoise` callbacks inject.
         every_n_steps: a probe every so many optimizer steps, whatever it costs; default: at `window` times powers of
@@ -154,6 +157,7 @@ class SingularLimitMonitor(Callback):
         *,
         loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor], Tensor] | None = None,
         data: tuple[Tensor, Tensor] | None = None,
+        batch_to_problem: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
         num_samples: int = 1000,
         noise: NoiseSystem | None = None,
         every_n_steps: int | None = None,
@@ -163,7 +167,7 @@ class SingularLimitMonitor(Callback):
         reference: bool = False,
         num_draws: int = 32,
         separation: float = 3.0,
-        dtype: torch.dtype = torch.float64,
+        dtype: Literal["float64", "float32"] = "float64",
         batch_size: int | None = None,
         prog_bar: bool = False,
         name: str = "singlim",
@@ -181,8 +185,10 @@ class SingularLimitMonitor(Callback):
             raise ValueError(f"max_overhead must be a positive share of the wall time, or None, got {max_overhead}")
         self.max_overhead = None if every_n_steps is not None else max_overhead
         self.loss, self.data, self.num_samples, self.noise = loss, data, num_samples, noise
+        self.batch_to_problem = batch_to_problem
         self.every_n_steps, self.window, self.replicas, self.reference = every_n_steps, window, replicas, reference
-        self.num_draws, self.separation, self.dtype, self.batch_size = num_draws, separation, dtype, batch_size
+        self.num_draws, self.separation, self.batch_size = num_draws, separation, batch_size
+        self.dtype = {"float64": torch.float64, "float32": torch.float32}[dtype]
         self.prog_bar, self.name, self.seed = prog_bar, name, seed
         self._begun, self._resumed = False, None
         # steps of a window at which the weights are kept, for standard errors
@@ -242,7 +248,10 @@ class SingularLimitMonitor(Callback):
         self._open: _OpenWindow | None = None
         with self._aside():
             self._generator = torch.Generator().manual_seed(self.seed)
-            probe = given_probe_set(trainer, *self.data) if self.data else read_probe_set(trainer, self.num_samples)
+            if self.data:
+                probe = given_probe_set(trainer, *self.data)
+            else:
+                probe = read_probe_set(trainer, self.num_samples, batch_to_problem=self.batch_to_problem)
             injected = injected_noise(trainer)
             if injected is not None and self.noise is not None:
                 raise ValueError(
@@ -256,6 +265,7 @@ class SingularLimitMonitor(Callback):
                 noise=injected or self.noise,
                 dtype=self.dtype,
                 batch_size=self.batch_size,
+                team=Team(trainer.global_rank, trainer.world_size),
             )
             self._set_descent(
                 trainer, pl_module, probe, injected, orders=None if resumed is None else resumed["orders"]
@@ -320,8 +330,8 @@ class SingularLimitMonitor(Callback):
         self._is_subset = probe.is_subset
         if probe.is_subset:
             reasons += (
-                f"the probe set has {len(probe.inputs)} of {probe.train_size} training samples: the distance is a "
-                "lower bound; for the drift pass num_samples",
+                f"the probe set has {len(probe.inputs)} of {probe.train_size or 'a stream of'} training samples: the "
+                "distance is a lower bound; for the drift pass num_samples",
             )
         self.not_covered = (*descent.not_covered, *reasons)
 
@@ -396,7 +406,8 @@ class SingularLimitMonitor(Callback):
     def _attempt(self, trainer: Trainer, what: Callable[[], object]) -> None:
         """Do it beside the training, which it may not end: what does not work is left out, with one warning.
 
-        Out of memory it is tried again with fewer samples at once.
+        Out of memory it is tried again with fewer samples at once. Among several processes, which wait for one another,
+        nothing can be left out by one.
         """
         while True:
             try:
@@ -404,6 +415,12 @@ class SingularLimitMonitor(Callback):
                     what()
                 return
             except Exception as error:
+                if trainer.world_size > 1:
+                    raise RuntimeError(
+                        f"torch_singlim: the probe at step {trainer.global_step} failed on rank {trainer.global_rank}, "
+                        f"and the others wait for it: {type(error).__name__}: {error}; leave the monitor out, or train "
+                        "on one device, where a failing probe is left out"
+                    ) from error
                 if _out_of_memory(error) and self._problem.batch_size > 1:
                     self._problem.batch_size = (self._problem.batch_size + 1) // 2
                     rank_zero_info(
@@ -438,7 +455,7 @@ class SingularLimitMonitor(Callback):
         if observation is not None:
             scalars |= observation_scalars(observation)
             line = f", distance {observation.foot.distance:.3g}" + line
-        elif self._budget.affords("linearised", self._expected["linearised"]):
+        elif self._affords("linearised"):
             scalars |= self._linearised(w)
             line = f", linearised distance {scalars['singlim/distance/linearised']:.3g}" + line
         self._open = None
@@ -456,7 +473,7 @@ class SingularLimitMonitor(Callback):
 
     def _compare(self, trainer: Trainer, opened: _OpenWindow, step: int) -> WindowObservation | None:
         """The window that ends here, held against theory, if there is time for it."""
-        if self._sgd is None or not self._budget.affords("window", self._expected["window"]):
+        if self._sgd is None or not self._affords("window"):
             return None
         mean_lr = (self._step_lengths - opened.step_lengths) / self.window
         with self._timed("window"):
@@ -471,7 +488,7 @@ class SingularLimitMonitor(Callback):
                 forecast=opened.forecast,
                 replicas=self.replicas,
                 reference=self.reference,
-                accurate=self._budget.affords("steps", self._expected["steps"]),
+                accurate=self._affords("steps"),
                 between=opened.between,
                 velocity=opened.velocity,
                 generator=self._generator,
@@ -482,11 +499,9 @@ class SingularLimitMonitor(Callback):
 
     def _look(self, trainer: Trainer, w: Tensor, step: int) -> Observation | None:
         """Distance and the limit's prediction at weights w ``[P]``, as far as there is time for them."""
-        if not self._budget.affords("distance", self._expected["distance"]):
+        if not self._affords("distance"):
             return None
-        covered = not self.not_covered and self._budget.affords(
-            "limit", self._expected["distance"] + self._expected["limit"]
-        )
+        covered = not self.not_covered and self._affords("limit", also="distance")
         with self._timed("limit" if covered else "distance"):
             observation = observe(
                 self._problem,
@@ -513,6 +528,11 @@ class SingularLimitMonitor(Callback):
             "singlim/distance/linearised": torch.linalg.vector_norm(displacement.x).item(),
             "singlim/quality/linear_residual": displacement.residual,
         }
+
+    def _affords(self, kind: str, also: str | None = None) -> bool:
+        """Whether there is time for it (and for something else besides); the first process decides for all."""
+        expected = self._expected[kind] + (self._expected[also] if also else 0.0)
+        return bool(self._problem.team.of_first(self._budget.affords(kind, expected), self._problem.device))
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:
@@ -556,7 +576,7 @@ class SingularLimitMonitor(Callback):
 
     def _log(self, trainer: Trainer, scalars: dict[str, float]) -> None:
         self.history[trainer.global_step] = scalars
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.log_metrics(self._named(scalars), step=trainer.global_step)
         self._publish(trainer, scalars)
 

@@ -20,7 +20,7 @@ from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, rade
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.descent import SGDSettings, stationary_variance
 from torch_singlim.theory.noise import Covariance, NoiseSystem, parts
-from torch_singlim.theory.potential import noisy_gradient, random_direction
+from torch_singlim.theory.potential import chunk_gradient, of_chunk, random_direction
 
 _SAMPLES = 32  # of the gradient noise, where its basis is too large: the variance is then right to about a quarter
 
@@ -30,10 +30,15 @@ __all__ = ["GradientNoise", "gradient_noise", "noise_factor", "noise_product", "
 def noise_product(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas: list[Tensor]) -> Tensor:
     """M eta = d/dt grad_w Lhat(w, t eta) at t = 0  ``[P]``: the gradient noise to first order, full batch."""
 
-    def along(t: Tensor) -> Tensor:
-        return noisy_gradient(system, problem, w, [t * eta for eta in etas])
+    def over(chunk: slice) -> Tensor:
+        own = of_chunk(system, etas, chunk)
 
-    return jvp(along, (w.new_zeros(()),), (w.new_ones(()),))[1]  # type: ignore[return-value]
+        def along(t: Tensor) -> Tensor:
+            return chunk_gradient(system, problem, w, [t * eta for eta in own], chunk)
+
+        return jvp(along, (w.new_zeros(()),), (w.new_ones(()),))[1]  # type: ignore[return-value]
+
+    return problem.mean(over)
 
 
 def noise_factor(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor, *, batch_size: int) -> Tensor:
@@ -75,7 +80,7 @@ def output_noise(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tens
         R = problem.output_factor(f, chunk)  # [n, rows, C]
         RD = torch.stack([pull(row)[0] for row in R.unbind(1)], 1) * scale  # [n, rows, D]
         blocks.append(RD @ RD.mT)
-    return torch.cat(blocks)
+    return problem.team.whole(torch.cat(blocks), problem.num_samples)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from torch_singlim.theory.noise import NoiseSystem, noisy_loss, parts, stratifie
 __all__ = [
     "Potential",
     "averaged_gradient",
+    "chunk_gradient",
     "noisy_gradient",
+    "of_chunk",
     "potential",
     "random_direction",
     "second_order_gradient",
@@ -71,7 +73,7 @@ def _shape(part: NoiseSystem, problem: ZeroLossProblem) -> tuple[int, ...]:
     return (problem.num_samples, dimension) if part.per_sample else (dimension,)
 
 
-def _of_chunk(system: NoiseSystem, etas: Sequence[Tensor], chunk: slice) -> tuple[Tensor, ...]:
+def of_chunk(system: NoiseSystem, etas: Sequence[Tensor], chunk: slice) -> tuple[Tensor, ...]:
     """The noise of some of the samples."""
     return tuple(eta[chunk] if part.per_sample else eta for part, eta in zip(parts(system), etas, strict=True))
 
@@ -88,14 +90,18 @@ def random_direction(
     )
 
 
+def chunk_gradient(
+    system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas: Sequence[Tensor], chunk: slice
+) -> Tensor:
+    """grad_w Lhat(w, eta) over some of the samples  ``[P]``, eta theirs."""
+    x, y = problem.inputs[chunk], problem.targets[chunk]
+    return grad(lambda v: noisy_loss(system, problem.batch_loss, v, x, y, etas))(w)
+
+
 def noisy_gradient(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas: Sequence[Tensor]) -> Tensor:
     """grad_w Lhat(w, eta) over the whole probe set  ``[P]``, one eta for each part ``[N, D]`` or ``[D]``."""
 
-    def over(chunk: slice) -> Tensor:
-        x, y, own = problem.inputs[chunk], problem.targets[chunk], _of_chunk(system, etas, chunk)
-        return grad(lambda v: noisy_loss(system, problem.batch_loss, v, x, y, own))(w)
-
-    return problem.mean(over)
+    return problem.mean(lambda chunk: chunk_gradient(system, problem, w, of_chunk(system, etas, chunk), chunk))
 
 
 def second_order_gradient(
@@ -108,7 +114,7 @@ def second_order_gradient(
     """
 
     def over(chunk: slice) -> Tensor:
-        x, y, own = problem.inputs[chunk], problem.targets[chunk], _of_chunk(system, s, chunk)
+        x, y, own = problem.inputs[chunk], problem.targets[chunk], of_chunk(system, s, chunk)
 
         def at(t: Tensor) -> tuple[Tensor, Tensor]:
             return grad_and_value(

@@ -54,8 +54,10 @@ def ito_drift(problem: ZeroLossProblem, point: Tensor, factor: Tensor, hessian: 
     Y = V @ factor.T  # [r, k]
     tangential = factor - Y.T @ V  # [k, P]
 
+    alone = problem.alone()  # the products go through vmap
+
     def third(a: Tensor, b: Tensor) -> Tensor:  # T[., a, b]
-        return jvp(lambda v: problem.hessian_product(v, b), (point,), (a,))[1]  # type: ignore[return-value]
+        return jvp(lambda v: alone.hessian_product(v, b), (point,), (a,))[1]  # type: ignore[return-value]
 
     def contract(A: Tensor, B: Tensor) -> Tensor:  # sum_q T[., a_q, b_q]
         return vmap(third, chunk_size=_BATCH)(A, B).sum(0) if len(A) else torch.zeros_like(point)
@@ -110,11 +112,13 @@ def row_gradient(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> tuple[Tensor
     # one gradient [P] for each sample is held at once: bounded by the chunk that Jacobian rows have too
     size = samples_at_once(problem, 1)
     totals, square = torch.zeros_like(w), w.new_zeros(())
-    for start in range(0, problem.num_samples, size):
-        part = slice(start, start + size)
+    own = problem.team.own(problem.num_samples)
+    for start in range(own.start, own.stop, size):
+        part = slice(start, min(start + size, own.stop))
         each, squares = vmap(sample)(problem.inputs[part], u[part])
         totals, square = totals + each.sum(0), square + squares.sum()
-    return totals / problem.num_samples, square / problem.num_samples
+    team, N = problem.team, problem.num_samples
+    return team.sum(totals) / N, team.sum(square) / N
 
 
 def log_pseudo_determinant(

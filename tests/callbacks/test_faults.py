@@ -11,7 +11,7 @@ import torch
 import torch_singlim
 from tests.callbacks.test_monitor import Net, Recorder, fit, seeded, weights
 from torch_singlim import AntiCorrelated, InjectNoise, SingularLimitMonitor
-from torch_singlim.callbacks.monitor import _OpenWindow
+from torch_singlim.callbacks.schedule import OpenWindow
 
 PACKAGE = str(Path(torch_singlim.__file__).parent)
 
@@ -60,7 +60,7 @@ class Sabotaged(SingularLimitMonitor):
             # a fault ends the window in progress: another one, so that this probe has something to compare
             start = trainer.global_step - self.window
             lengths = self._step_lengths - 0.4
-            self._open = _OpenWindow(start, self._drifting(trainer), None, lengths, self.forecast)
+            self._open = OpenWindow(start, self._drifting(trainer), None, lengths, self.forecast)
         elif self.sites is not None:
             return super()._observe(trainer)
         self.saboteur.target = target

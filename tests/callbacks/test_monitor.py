@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torch_singlim import SingularLimitMonitor, WeightDecay
 from torch_singlim.callbacks.detect import read_probe_set
-from torch_singlim.callbacks.monitor import _out_of_memory, probe_starts
+from torch_singlim.callbacks.monitor import _out_of_memory
+from torch_singlim.callbacks.schedule import probe_starts
 from torch_singlim.observe import FiniteNoise, observe
 
 

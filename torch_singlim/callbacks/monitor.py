@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,10 +25,10 @@ from torch_singlim.callbacks.detect import (
     read_probe_set,
 )
 from torch_singlim.callbacks.inject import InjectNoise, injected_noise
+from torch_singlim.callbacks.schedule import OpenWindow, probe_starts, window_marks
 from torch_singlim.geometry import linearised_displacement, nearest_point
 from torch_singlim.loss import SampleLoss
-from torch_singlim.observe import Forecast, Observation, WindowObservation, observe, observe_window, tangent_at
-from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.observe import Observation, WindowObservation, observe, observe_window
 from torch_singlim.team import Team
 from torch_singlim.theory import (
     CustomNoise,
@@ -41,63 +41,13 @@ from torch_singlim.theory import (
 )
 from torch_singlim.verdict import observation_scalars, verdict, window_scalars
 
-__all__ = ["SingularLimitMonitor", "probe_starts"]
-
-
-@dataclass
-class _OpenWindow:
-    """A window that has begun: where, and what was there."""
-
-    start: int
-    drifting: Tensor  # [P]
-    velocity: Tensor | None  # the optimizer's momentum [P]
-    step_lengths: float  # sum of the learning rates so far
-    forecast: Forecast | None
-    between: dict[int, Tensor] = field(default_factory=dict)  # what drifted at some of its steps
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers; the tangent space is found again from its point."""
-        f = self.forecast
-        forecast = None if f is None else {k: getattr(f, k) for k in ("point", "drift", "diffusion", "dimension")}
-        return {**vars(self), "forecast": forecast}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], problem: ZeroLossProblem) -> _OpenWindow:
-        """The window as it was."""
-        f = state["forecast"]
-        if f is not None:
-            f = Forecast(tangent=tangent_at(problem, f["point"]), **f)
-        return cls(**{**state, "forecast": f})
+__all__ = ["SingularLimitMonitor"]
 
 
 # strategies that hold a part of the weights in each process
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 # what the progress bar shows, where it is known
 _SHOWN = ("loss_gap", "distance/measured", "distance/linearised")
-# equal parts of a window, whose scatter gives the standard errors
-_PARTS = 4
-
-
-def probe_starts(window: int, every_n_steps: int | None, total: int | None) -> Iterator[int]:
-    """Optimizer steps at which windows begin: 0, then every n steps; or at window times powers of two.
-
-    Without `every_n_steps` the last window of a run of known length ends with it.
-
-    >>> list(probe_starts(100, None, 1000))
-    [0, 100, 200, 400, 800, 900]
-    >>> list(probe_starts(100, 300, 1000))
-    [0, 300, 600, 900]
-    """
-    limit = math.inf if total is None else total - window
-    starts = [0]
-    step = every_n_steps or window
-    while step <= limit and len(starts) < 10_000:
-        starts.append(step)
-        step += every_n_steps or step
-    if every_n_steps is None and total is not None and limit > 0:
-        # a last doubling that would overlap the final window gives way to it
-        starts = [s for s in starts if s + window <= limit] + [int(limit)]
-    yield from starts
 
 
 class SingularLimitMonitor(Callback):
@@ -191,8 +141,7 @@ class SingularLimitMonitor(Callback):
         self.dtype = {"float64": torch.float64, "float32": torch.float32}[dtype]
         self.prog_bar, self.name, self.seed = prog_bar, name, seed
         self._begun, self._resumed = False, None
-        # steps of a window at which the weights are kept, for standard errors
-        self._marks = {round(window * part / _PARTS) for part in range(1, _PARTS)} - {0, window}
+        self._marks = window_marks(window)
         self.history: dict[int, dict[str, float]] = {}
         self.last_observation: Observation | None = None
         self.last_window: WindowObservation | None = None
@@ -217,8 +166,8 @@ class SingularLimitMonitor(Callback):
             "last_probe": self._last_probe,
             "open": None if self._open is None else self._open.state_dict(),
             "orders": [part.order for part in parts(self._noise)],
-            "history": self.history,
-            "withdrawn": self.withdrawn,
+            "history": dict(self.history),
+            "withdrawn": list(self.withdrawn),
             "generator": self._generator.get_state(),
             "budget": self._budget.state_dict(),
         }
@@ -245,7 +194,7 @@ class SingularLimitMonitor(Callback):
         self._warned = False
         self._slow_time = self._step_lengths = 0.0
         self._last_probe, self._last_step = -1, trainer.global_step
-        self._open: _OpenWindow | None = None
+        self._open: OpenWindow | None = None
         with self._aside():
             self._generator = torch.Generator().manual_seed(self.seed)
             if self.data:
@@ -293,7 +242,7 @@ class SingularLimitMonitor(Callback):
         """Go on with what a checkpoint holds."""
         self._slow_time, self._step_lengths = state["slow_time"], state["step_lengths"]
         self._last_probe, self.history, self.withdrawn = state["last_probe"], state["history"], state["withdrawn"]
-        self._open = None if state["open"] is None else _OpenWindow.from_state(state["open"], self._problem)
+        self._open = None if state["open"] is None else OpenWindow.from_state(state["open"], self._problem)
         self._generator.set_state(state["generator"])
         self._budget.load_state_dict(state["budget"])
         for step in sorted(self.history):
@@ -316,7 +265,7 @@ class SingularLimitMonitor(Callback):
         self._noise = self.noise if self.noise is not None else noise
         self._noise.check(self._problem)
         custom = any(isinstance(part, CustomNoise) for part in parts(self._noise))
-        if custom and orders is not None:  # as measured when the run began
+        if custom and orders is not None and len(orders) == len(parts(self._noise)):  # as measured when the run began
             known = zip(parts(self._noise), orders, strict=True)
             self._noise = Sum(tuple(replace(n, claimed_order=k) if isinstance(n, CustomNoise) else n for n, k in known))
         elif custom:
@@ -460,7 +409,7 @@ class SingularLimitMonitor(Callback):
             line = f", linearised distance {scalars['singlim/distance/linearised']:.3g}" + line
         self._open = None
         if not self.not_covered and step in self._starts:
-            self._open = _OpenWindow(
+            self._open = OpenWindow(
                 step,
                 self._drifting(trainer),
                 self._velocity(trainer),
@@ -471,7 +420,7 @@ class SingularLimitMonitor(Callback):
         self._log(trainer, scalars)
         rank_zero_info(f"torch_singlim step {step}: loss gap {scalars['singlim/loss_gap']:.2e}{line}")
 
-    def _compare(self, trainer: Trainer, opened: _OpenWindow, step: int) -> WindowObservation | None:
+    def _compare(self, trainer: Trainer, opened: OpenWindow, step: int) -> WindowObservation | None:
         """The window that ends here, held against theory, if there is time for it."""
         if self._sgd is None or not self._affords("window"):
             return None

@@ -118,21 +118,20 @@ def verdict(
         values = (point.get(f"singlim/{tag}") for tag in tags)
         return " | ".join("-" if v is None else f"{v:.3g}" for v in values)
 
-    probes = {step: p for step, p in history.items() if "singlim/distance/measured" in p}
+    probes = {step: p for step, p in history.items() if "singlim/distance/linearised" in p}
     windows = {step: p for step, p in history.items() if "singlim/drift/window" in p}
     lines = ["The distance was not measured."]
     if probes:
         lines = [
-            "| step | loss gap | distance | settled part | expected | share of settled modes |",
-            "|---:|---:|---:|---:|---:|---:|",
+            "| step | loss gap | distance | linearised | settled part | expected | share of settled modes |",
+            "|---:|---:|---:|---:|---:|---:|---:|",
         ]
     for step, point in probes.items():
-        star = "" if point["singlim/quality/converged"] else " *"
+        star = "" if point.get("singlim/quality/converged", 1.0) else " *"
         distance = row(point, ["loss_gap", "distance/measured"])
-        lines.append(
-            f"| {step} | {distance}{star} | {row(point, ['distance/separated', 'distance/predicted', 'separation'])} |"
-        )
-    if not all(p["singlim/quality/converged"] for p in probes.values()):
+        settled = ["distance/linearised", "distance/separated", "distance/predicted", "separation"]
+        lines.append(f"| {step} | {distance}{star} | {row(point, settled)} |")
+    if not all(p.get("singlim/quality/converged", 1.0) for p in probes.values()):
         lines.append("\n\\* the nearest point was not found to tolerance: an upper bound")
     if windows:
         lines += [

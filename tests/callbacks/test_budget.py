@@ -22,8 +22,8 @@ class Clock:
 def test_the_account():
     clock = Clock()
     budget = Budget(0.1, clock=clock)
-    assert budget.affords("distance", 0.9)
-    assert not budget.affords("distance", 1.1)  # one second of grace, nothing earned so far
+    assert budget.affords("distance", 0.4)
+    assert not budget.affords("distance", 0.6)  # half a second of grace, nothing earned so far
     clock.now = 100.0
     with budget.spending():
         clock.now = 105.0
@@ -32,7 +32,7 @@ def test_the_account():
         clock.now = 106.0
     assert budget.spent == 6.0
     assert budget.overhead == pytest.approx(6 / 106)
-    assert not budget.affords("distance", 0.0)  # it took 6: 6 + 6 > 1 + 10.6
+    assert not budget.affords("distance", 0.0)  # it took 6: 6 + 6 > 0.5 + 10.6
     clock.now = 120.0
     assert budget.affords("distance", 0.0)
     assert budget.left_out == {"distance": 2}
@@ -71,6 +71,7 @@ def test_what_is_dropped_first(name, monkeypatch):
     assert ("limit/cosine" in logged) == ("limit" in afforded)
     assert ("these were left out" in monitor.verdict) == (name != "all")
     assert ("distance/linearised" in logged) == bool({"linearised", "distance"} & set(afforded))
+    assert ("The distance was not measured" in monitor.verdict) == (not {"linearised", "distance"} & set(afforded))
     alone, _ = fit(seeded(Net), steps=40, logger=Recorder())
     assert torch.equal(weights(trained), weights(alone))
 

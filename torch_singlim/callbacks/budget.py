@@ -14,8 +14,8 @@ from torch_singlim.problem import ZeroLossProblem
 
 __all__ = ["Budget", "expected_seconds", "left_out_in_words"]
 
-# seconds that probes may take in any case: a few per cent of half a minute
-_GRACE = 1.0
+# seconds that probes may take in any case: two per cent of half a minute
+_GRACE = 0.5
 # gradients of the probe set, about: a linearised distance; matrix functions by Lanczos and a nearest point by products;
 # a draw of the limit's potential (third derivatives); long steps over a window that is not followed step by step
 _LINEARISED, _LANCZOS, _DRAW, _LONG_STEPS = 130, 300, 12, 300
@@ -37,7 +37,7 @@ class Budget:
         clock: seconds.
 
     >>> budget = Budget(0.1, clock=iter([0.0, 20.0, 20.0]).__next__)
-    >>> budget.affords("distance", 2.9), budget.affords("distance", 3.1)  # 1 s of grace and a tenth of 20 s
+    >>> budget.affords("distance", 2.4), budget.affords("distance", 2.6)  # half a second of grace and a tenth of 20 s
     (True, False)
     """
 

@@ -139,7 +139,7 @@ def structural_copy(module: nn.Module) -> nn.Module:
 def _uncompile(part: nn.Module) -> None:
     """Undo torch.compile: derivatives of every order are taken of the module itself, hooks and all."""
     if hasattr(part, "_orig_mod"):  # what torch.compile makes of a module
-        part.forward = part._orig_mod.__call__  # type: ignore[union-attr]
+        part.forward = part._orig_mod.__call__  # type: ignore[union-attr]  # a module
     elif getattr(part, "_compiler_ctx", None) is not None:  # what Lightning makes of a compiled LightningModule
         for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             vars(part).pop(name, None)
@@ -157,7 +157,7 @@ def in_precision(twin: nn.Module, dtype: torch.dtype) -> nn.Module:
             for name, tensor in held.items():
                 if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype:
                     value = tensor.detach().to(dtype)
-                    held[name] = (  # type: ignore[assignment]
+                    held[name] = (  # type: ignore[assignment]  # of the kind that this dict holds
                         nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
                     )
     return twin

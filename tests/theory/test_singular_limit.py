@@ -107,7 +107,7 @@ def test_distance_on_the_separated_modes():
     part = expected_distance(T.hessian, gradient, noise, sgd=sgd, level=level)
     values, vectors = torch.linalg.eigh(dense.gauss_newton(w))
     normal = values > 1e-11 * values[-1]
-    V, l = vectors[:, normal], values[normal]  # noqa: E741
+    V, l = vectors[:, normal], values[normal]  # noqa: E741  # lambda, as in the formula
     share = 1 / (1 + (level / l) ** 4)
     offset = -V @ (share * (V.T @ dense.dropout_potential_gradient(w)) / l)
     S = dense.dropout_noise_covariance(w, 2)

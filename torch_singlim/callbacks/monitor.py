@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -316,8 +317,8 @@ class SingularLimitMonitor(Callback):
         step, before = trainer.global_step, self._last_step
         self._last_step = step
         ends = self._open is not None and step == self._open.start + self.window
-        # more than one step at a time: manual optimization
-        begins = step in self._starts or any(between in self._starts for between in range(before + 1, step))
+        # under manual optimization more than one step at a time
+        begins = any(each in self._starts for each in range(before + 1, step + 1))
         if (begins or ends) and step != self._last_probe:
             self._probe(trainer)
         elif self._open is not None and step - self._open.start in self._marks:
@@ -349,7 +350,8 @@ class SingularLimitMonitor(Callback):
     def _probe(self, trainer: Trainer) -> None:
         """Where a window ends here, compare it; observe the weights; where a window begins, open it."""
         self._last_probe = trainer.global_step
-        with trainer.profiler.profile(f"[{type(self).__name__}]{self.name}.probe"):  # type: ignore[attr-defined]
+        profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # Lightning sets it from a helper
+        with profiler.profile(f"[{type(self).__name__}]{self.name}.probe"):
             self._attempt(trainer, lambda: self._observe(trainer))
 
     def _attempt(self, trainer: Trainer, what: Callable[[], object]) -> None:

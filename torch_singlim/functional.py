@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,14 +44,18 @@ class LinearCall:
     Args:
         input: a ``[n, fan_in]``.
         probe: a zero that was added to its output ``[n, fan_out]``: g is the gradient in it.
-        weight: name of its weight, None if that is not trained.
-        bias: of its bias, None if there is none that is trained.
+        weight: name of its weight, None if that is not probed.
+        bias: of its bias, None if there is none that is probed.
+        weight_rate: relative step size r of the weight: the gradient in its coordinate is sqrt(r) g a^T; 0: not probed.
+        bias_rate: of the bias.
     """
 
     input: Tensor
     probe: Tensor
     weight: str | None
     bias: str | None
+    weight_rate: float
+    bias_rate: float
 
 
 class _Tape:
@@ -170,6 +174,13 @@ class FunctionalModule:
     buffers in `dtype`. Weights are the parameters that require a gradient, in the order of ``module.parameters()``.
     Every ``nn.Dropout`` of the copy is a noise site; in the order of calls, sites split the columns of eta ``[n, D]``.
 
+    With `step_ratios` r (parameter name -> its step size relative to alpha) the coordinates are those in which steps of
+    different sizes are one descent: w = sqrt(r) u, where
+
+        w <- w - alpha r grad_w L      is      u <- u - alpha grad_u L(sqrt(r) u)
+
+    and |u| is the norm of the metric 1/r. Parameters that it does not name are held where the module has them.
+
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 1))
     >>> f = FunctionalModule(net, dtype=torch.float64)
     >>> f.num_weights, [(s.rate, s.shape) for s in f.sites(torch.ones(1, 2).double())]
@@ -178,11 +189,27 @@ class FunctionalModule:
     torch.Size([4, 1])
     """
 
-    def __init__(self, module: nn.Module, *, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        step_ratios: Mapping[str, float] | None = None,
+    ) -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if step_ratios is not None:
+            unknown = sorted(step_ratios.keys() - dict(named).keys())
+            if unknown or not all(ratio > 0 for ratio in step_ratios.values()):
+                raise ValueError(
+                    "step_ratios must give a positive number for names of trainable parameters, got "
+                    f"{', '.join(unknown) or dict(step_ratios)}"
+                )
+            named = [(name, p) for name, p in named if name in step_ratios]
         if not named:
             raise ValueError("the module has no trainable parameters: there is no weight space to measure in")
         self.module = module
+        self.step_ratios = {name: 1.0 if step_ratios is None else float(step_ratios[name]) for name, _ in named}
         self.dtype = dtype
         self.device = torch.device(device) if device is not None else named[0][1].device
         self.names = [name for name, _ in named]
@@ -190,6 +217,9 @@ class FunctionalModule:
         self.num_weights = sum(p.numel() for _, p in named)
         self._tape = _Tape()
         self._copy = self._evaluation_copy()
+        sizes = [p.new_full(p.shape, self.step_ratios[name] ** 0.5, dtype=dtype).reshape(-1) for name, p in named]
+        plain = all(ratio == 1 for ratio in self.step_ratios.values())
+        self._scale = None if plain else torch.cat(sizes).to(self.device)  # sqrt(r) [P]
         self.refresh_constants()
 
     def _evaluation_copy(self) -> nn.Module:
@@ -211,8 +241,8 @@ class FunctionalModule:
         return holder["root"].eval()
 
     def refresh_constants(self) -> None:
-        """Take the module's present buffers and frozen parameters (running statistics move while it trains)."""
-        constants = [(n, p) for n, p in self.module.named_parameters() if not p.requires_grad]
+        """Take the module's present buffers and other parameters (running statistics move while it trains)."""
+        constants = [(n, p) for n, p in self.module.named_parameters() if n not in self.step_ratios]
         constants += list(self.module.named_buffers())
         self.constants = {name: self._cast(tensor) for name, tensor in constants}
 
@@ -220,19 +250,26 @@ class FunctionalModule:
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.detach().to(self.device, dtype, copy=True)
 
+    def at_precision(self, dtype: torch.dtype) -> FunctionalModule:
+        """The same function in another floating point type."""
+        return FunctionalModule(self.module, dtype=dtype, device=self.device, step_ratios=self.step_ratios)
+
     def weights(self) -> Tensor:
         """The module's present weights ``[P]``, a copy."""
         parameters = dict(self.module.named_parameters())
-        return torch.cat([self._cast(parameters[name]).reshape(-1) for name in self.names])
+        return self.flatten([parameters[name] for name in self.names])
 
-    def flatten(self, tensors: list[Tensor]) -> Tensor:
-        """Tensors of the weights' shapes, in their order, as one vector ``[P]``."""
-        return torch.cat([self._cast(t).reshape(-1) for t in tensors])
+    def flatten(self, tensors: list[Tensor], *, gradients: bool = False) -> Tensor:
+        """Weights, or gradients, of the weights' shapes, in their order, as one vector ``[P]``."""
+        flat = torch.cat([self._cast(t).reshape(-1) for t in tensors])
+        if self._scale is None:
+            return flat
+        return flat * self._scale if gradients else flat / self._scale
 
     def unflatten(self, w: Tensor) -> dict[str, Tensor]:
-        """The weights by name, as views of w ``[P]``."""
+        """The weights by name, from w ``[P]``."""
         sizes = [shape.numel() for shape in self.shapes]
-        parts = w.split(sizes)
+        parts = (w if self._scale is None else w * self._scale).split(sizes)
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     def __call__(self, w: Tensor, x: Tensor, eta: Tensor | None = None) -> Tensor:
@@ -311,7 +348,8 @@ class FunctionalModule:
             if args[0].ndim != 2 or (weight is None and bias is None):
                 return out
             probe = torch.zeros_like(out, requires_grad=True)
-            calls.append(LinearCall(args[0].detach(), probe, weight, bias))
+            rates = [0.0 if n is None else self.step_ratios[n] for n in (weight, bias)]
+            calls.append(LinearCall(args[0].detach(), probe, weight, bias, *rates))
             return out + probe
 
         hooks = [
@@ -338,7 +376,10 @@ class FunctionalModule:
         gradient, *pulled = torch.autograd.grad(out, [w, *(call.probe for call in calls)], cotangent)
         parts: dict[str | None, Tensor] = {}
         for call, g in zip(calls, pulled, strict=True):
-            parts |= {call.weight: g.T @ call.input, call.bias: g.sum(0)}
+            parts |= {
+                call.weight: call.weight_rate**0.5 * g.T @ call.input,
+                call.bias: call.bias_rate**0.5 * g.sum(0),
+            }
         assembled = torch.cat([parts[name].reshape(-1) for name in self.names])
         scale = torch.linalg.vector_norm(gradient)
         if torch.linalg.vector_norm(assembled - gradient) > 1e3 * torch.finfo(out.dtype).eps * scale:

@@ -1,6 +1,7 @@
 """K = B B^T, the Gram matrix of the residuals' gradients, by the cheapest of three ways.
 
-layers     K = (1/N) sum_l (A_l A_l^T + 1) o (G_l G_l^T)     linear layers, from their inputs A and gradients G
+layers     K = (1/N) sum_l (r A_l A_l^T + s) o (G_l G_l^T)   linear layers, from their inputs A and gradients G;
+                                                             r, s the relative step sizes of weight and bias
 pushing    K = B B^T column by column                        M products with B
 rows       K = B B^T block by block                          the rows of B themselves
 """
@@ -127,9 +128,8 @@ def _from_layers(problem: Residuals, w: Tensor, f: Tensor) -> Tensor:
             last = min(i + width, own.stop)
             at = slice(i * rows, last * rows)
             block = G[at] @ G.T  # [n rows, M]
-            inner = A[i:last] @ A.T if call.weight else block.new_zeros(1, 1)
-            if call.bias:
-                inner = inner + 1
+            inner = call.weight_rate * (A[i:last] @ A.T) if call.weight else block.new_zeros(1, 1)
+            inner = inner + call.bias_rate
             K[at] += block.view(-1, rows, N, rows).mul_(inner[:, None, :, None]).view_as(block)
     return team.sum(K) / N
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -94,6 +94,8 @@ class ZeroLossProblem:
         device: default: where the module's weights are.
         batch_size: samples evaluated at once; default: as many as fit into half of the memory that is free now. Where
             these are all, the pass that products with the Jacobian share is made once and kept.
+        step_ratios: parameter name -> its step size, relative to the descent's lr; those not named are held where they
+            are. Default: all trainable ones, 1. Weights w ``[P]`` are then those of the metric, divided by the root.
         team: processes that share the samples: each evaluates its own, sums and outputs are exchanged.
 
     Raises:
@@ -123,13 +125,14 @@ class ZeroLossProblem:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = None,
         batch_size: int | None = None,
+        step_ratios: Mapping[str, float] | None = None,
         team: Team = Team(),  # noqa: B008  # frozen
     ) -> None:
         check_samples(inputs, targets)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.sample_loss = resolve_loss(loss)
-        self.function = FunctionalModule(module, dtype=dtype, device=device)
+        self.function = FunctionalModule(module, dtype=dtype, device=device, step_ratios=step_ratios)
         self.dtype, self.device = dtype, self.function.device
         self.inputs = inputs.detach().to(self.device)
         if self.inputs.is_floating_point():
@@ -180,7 +183,7 @@ class ZeroLossProblem:
     def subset(self, count: int, *, dtype: torch.dtype = torch.float64) -> ZeroLossProblem:
         """The same problem on its first samples, all of them evaluated here."""
         part = self.alone()
-        part.function = FunctionalModule(self.function.module, dtype=dtype, device=self.device)
+        part.function = self.function.at_precision(dtype)
         part.dtype = dtype
         part.inputs = self.inputs[:count]
         if part.inputs.is_floating_point():

@@ -16,7 +16,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tests.callbacks.test_monitor import Net, Normed, Recorder, data, seeded, weights
-from torch_singlim import DropConnect, Dropout, InjectNoise, LabelNoise, SingularLimitMonitor
+from torch_singlim import (
+    AntiCorrelated,
+    DropConnect,
+    Dropout,
+    InjectNoise,
+    InputNoise,
+    LabelNoise,
+    SingularLimitMonitor,
+)
 
 
 class Noisy(Net):
@@ -98,6 +106,22 @@ def scheduled(self):
     return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5), "interval": "step"}]
 
 
+def warmed_up(self):
+    optimizer = torch.optim.SGD(self.parameters(), lr=0.2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 4, 1.0))
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def groups(self, first, second, **common):
+    parts = [{"params": self.body.parameters(), **first}, {"params": self.head.parameters(), **second}]
+    return torch.optim.SGD(parts, lr=0.2, **common)
+
+
+def scheduled_groups(self):
+    optimizer = groups(self, {"lr": 0.1}, {}, momentum=0.5)
+    return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5), "interval": "step"}]
+
+
 class Functional(Net):
     def forward(self, x):
         return F.dropout(super().forward(x), 0.1, self.training)
@@ -124,6 +148,23 @@ class Frozen(Net):
 
     def configure_optimizers(self):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.2)
+
+
+class Held(Frozen):
+    """Frozen weights, which the optimizer is given all the same."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.2)
+
+
+class OwnClipping(Net):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
+
+
+class Module(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(data(), batch_size=6, shuffle=True)
 
 
 class Tied(Net):
@@ -202,6 +243,16 @@ REFUSED = {
         message=r"batch_to_problem must return \(inputs, targets\), two tensors, got Tensor",
     ),
     "two optimizers": Case(Two, {"loss": "mse"}, message="one optimizer, got 2"),
+    "no such parameters": Case(
+        monitor={"parameters": "heads.*"}, message=r"'heads\.\*' matches none .* which are body"
+    ),
+    "tensors of one's own": Case(
+        DictNet,
+        {"batch_to_problem": of_dict},
+        dataset=Named(),
+        callbacks=lambda: [InjectNoise(InputNoise(0.1), batch_to_problem=lambda b: (b["x"] * 1, b["y"]["label"]))],
+        message="batch's own tensors",
+    ),
     "dropout missing": Case(lambda: Net(dropout=0.0), {"noise": Dropout()}, message=r"needs nn\.Dropout layers"),
     "infinite data": Case(monitor={"data": Bad}, message="inputs contain nan"),
     "labels out of range": Case(monitor={"data": Far, "loss": "mse"}, message="class labels must be 0 to 2 .* got 7"),
@@ -219,25 +270,37 @@ MARKED = {
     "rmsprop": Case(with_optimizer(lambda m: torch.optim.RMSprop(m.parameters())), message="RMSprop rescales"),
     "batch norm": Case(Normed, message="batch normalisation couples"),
     "functional dropout": Case(Functional, message="random beyond the nn.Dropout layers"),
-    "groups": Case(
-        with_optimizer(
-            lambda m: torch.optim.SGD(
-                [{"params": m.body.parameters(), "lr": 0.1}, {"params": m.head.parameters()}], lr=0.2
-            )
-        ),
-        message="parameter groups",
+    "groups with different momentum": Case(
+        with_optimizer(lambda m: groups(m, {"momentum": 0.5}, {})),
+        message="groups differ in momentum; the learning rate",
+    ),
+    "groups with and without decay": Case(
+        with_optimizer(lambda m: groups(m, {"weight_decay": 1e-3}, {})), message="groups differ in weight_decay"
+    ),
+    "groups and decay": Case(
+        with_optimizer(lambda m: groups(m, {"lr": 0.1}, {}, weight_decay=1e-3)),
+        message="different learning rates under WeightDecay",
+    ),
+    "a group that stands": Case(
+        with_optimizer(lambda m: groups(m, {"lr": 0.0}, {})), message="rate of a parameter group is 0"
     ),
     "part of the weights": Case(
-        with_optimizer(lambda m: torch.optim.SGD(m.head.parameters(), lr=0.2)), message="does not hold exactly"
+        with_optimizer(lambda m: torch.optim.SGD(m.head.parameters(), lr=0.2)),
+        message=r"holds 2 parameters, 4 are probed.*parameters=",
+    ),
+    "part of the weights probed": Case(
+        monitor={"parameters": ["head.weight", "body.*"]}, message="holds 4 parameters, 3 are probed"
+    ),
+    "part of the weights probed under noise": Case(
+        monitor={"parameters": "head.*"},
+        callbacks=lambda: [InjectNoise(AntiCorrelated(0.01))],
+        message="holds 4 parameters, 2 are probed",
     ),
     "maximize": Case(
         with_optimizer(lambda m: torch.optim.SGD(m.parameters(), lr=1e-3, maximize=True)), message="maximizes"
     ),
     "no step size": Case(with_optimizer(lambda m: torch.optim.SGD(m.parameters(), lr=0.0)), message="rate is 0"),
-    "clipping": Case(trainer={"gradient_clip_val": 1.0}, message="gradient clipping is on"),
-    "clipping by value": Case(
-        trainer={"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, message="gradient clipping is on"
-    ),
+    "clipping of one's own": Case(OwnClipping, message="clips gradients in its own way"),
     "subset": Case(monitor={"num_samples": 10}, message="10 of 20 training samples"),
     "a long stream": Case(monitor={"num_samples": 10}, dataset=Stream(), message="10 of a stream of training samples"),
     "manual optimization": Case(Manual, {"loss": "mse"}, message="manual optimization"),
@@ -251,6 +314,17 @@ FINE = {
     "float32 probes": Case(monitor={"dtype": "float32"}),
     "chunks": Case(monitor={"batch_size": 7}),
     "momentum and schedule": Case(with_optimizer(scheduled)),
+    "warm-up from zero": Case(with_optimizer(warmed_up)),
+    "groups": Case(with_optimizer(lambda m: groups(m, {"lr": 0.1}, {}))),
+    "groups with momentum and schedule": Case(with_optimizer(scheduled_groups)),
+    "groups and weight noise": Case(
+        with_optimizer(lambda m: groups(m, {"lr": 0.1}, {})), callbacks=lambda: [InjectNoise(DropConnect(0.1))]
+    ),
+    "the weights that are trained": Case(
+        with_optimizer(lambda m: torch.optim.SGD(m.head.parameters(), lr=0.2)), {"parameters": "head.*"}
+    ),
+    "clipping that never acts": Case(trainer={"gradient_clip_val": 1e3}),
+    "clipping by value that never acts": Case(trainer={"gradient_clip_val": 1e3, "gradient_clip_algorithm": "value"}),
     "nesterov": Case(lambda: Net("smoothed", momentum=0.9, nesterov=True, lr=0.02)),
     "dampening": Case(lambda: Net(momentum=0.5, dampening=0.5)),
     "weight decay": Case(lambda: Net(weight_decay=1e-3)),
@@ -260,6 +334,7 @@ FINE = {
     ),
     "layer norm": Case(Normalised),
     "frozen weights": Case(Frozen),
+    "frozen weights in the optimizer": Case(Held),
     "tied weights": Case(Tied),
     "weights added late": Case(Late),
     "compiled": Case(Compiled),
@@ -267,7 +342,14 @@ FINE = {
     "integer inputs": Case(Words, dataset=words()),
     "validation in between": Case(Validated, trainer={"val_check_interval": 1}),
     "a stream": Case(dataset=Stream()),
+    "a data module": Case(dataset=Module()),
     "dict batches": Case(DictNet, {"batch_to_problem": of_dict}, dataset=Named()),
+    "dict batches with noise": Case(
+        DictNet,
+        {"batch_to_problem": of_dict},
+        dataset=Named(),
+        callbacks=lambda: [InjectNoise(InputNoise(0.1), batch_to_problem=of_dict)],
+    ),
     "probe set given": Case(monitor={"data": data().tensors}),
     "profiler": Case(trainer={"profiler": "simple"}),
     "no logger": Case(trainer={"logger": False}),
@@ -288,6 +370,9 @@ def run(case, *monitors, logger=True):
         enable_checkpointing=False,
         log_every_n_steps=1,
     )
+    if isinstance(dataset, L.LightningDataModule):
+        trainer.fit(model, dataset)
+        return weights(model), trainer
     several = dataset if isinstance(dataset, list) else [dataset]
     loaders = [DataLoader(each, batch_size=6, shuffle=not isinstance(each, IterableDataset)) for each in several]
     trainer.fit(model, loaders if len(loaders) > 1 else loaders[0])
@@ -298,19 +383,15 @@ def monitor_of(case, **options):
     return SingularLimitMonitor(max_overhead=None, **{"window": 5} | case.monitor | options)
 
 
-def test_there_are_forty_and_more():
-    assert len(REFUSED) + len(MARKED) + len(FINE) > 40
+def refused(case):
+    """Before training, with advice."""
+    with pytest.raises(ValueError, match=case.message):
+        run(case, monitor_of(case))
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_before_training(name):
-    with pytest.raises(ValueError, match=REFUSED[name].message):
-        run(REFUSED[name], monitor_of(REFUSED[name]))
-
-
-@pytest.mark.parametrize("name", MARKED)
-def test_outside_the_theory_geometry_is_measured_and_the_drift_marked(name):
-    case, monitor = MARKED[name], monitor_of(MARKED[name])
+def marked(case):
+    """Outside the theory: geometry is measured, the drift marked."""
+    monitor = monitor_of(case)
     with pytest.warns(UserWarning, match="drift not predicted: .*" + case.message):
         trained, trainer = run(case, monitor)
     tags = {tag for _, metrics in trainer.logger.points for tag in metrics}
@@ -321,10 +402,9 @@ def test_outside_the_theory_geometry_is_measured_and_the_drift_marked(name):
     assert torch.equal(trained, run(case)[0])
 
 
-@pytest.mark.parametrize("name", FINE)
-@pytest.mark.filterwarnings("ignore:.*not over-parameterised")
-def test_measured_as_any_other_and_no_weight_changed(name):
-    case, monitor = FINE[name], monitor_of(FINE[name])
+def measured(case):
+    """As any other training, and no weight changed."""
+    monitor = monitor_of(case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's own, about a run this small
         trained, _ = run(case, monitor)
@@ -334,6 +414,68 @@ def test_measured_as_any_other_and_no_weight_changed(name):
     logged = {tag for metrics in monitor.history.values() for tag in metrics}
     assert {"singlim/distance/measured", "singlim/drift/cosine", "singlim/drift/null_cosine"} <= logged
     assert torch.equal(trained, alone)
+
+
+SETUPS = [
+    *(pytest.param(refused, case, id=f"refused: {name}") for name, case in REFUSED.items()),
+    *(pytest.param(marked, case, id=f"marked: {name}") for name, case in MARKED.items()),
+    *(pytest.param(measured, case, id=f"measured: {name}") for name, case in FINE.items()),
+]
+
+
+@pytest.mark.parametrize(("outcome", "case"), SETUPS)
+@pytest.mark.filterwarnings("ignore:.*not over-parameterised")
+def test_setups(outcome, case):
+    """Each has its outcome, and there are 40 and more."""
+    outcome(case)
+
+
+class Norms(L.Callback):
+    """Sizes of the gradients before they are clipped."""
+
+    def __init__(self, order):
+        self.order, self.sizes = order, []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        gradient = torch.cat([p.grad.reshape(-1) for p in pl_module.parameters()])
+        self.sizes.append(torch.linalg.vector_norm(gradient, self.order).item())
+
+
+@pytest.mark.parametrize(("algorithm", "order", "bound"), [("norm", 2, 0.8), ("value", math.inf, 0.25)])
+def test_clipping_that_acts_withdraws_its_windows(algorithm, order, bound):
+    norms = Norms(order)
+    clipping = {"gradient_clip_val": bound, "gradient_clip_algorithm": algorithm, "max_steps": 60}
+    case = Case(trainer=clipping, callbacks=lambda: [norms])
+    monitor = monitor_of(case, window=5, every_n_steps=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(case, monitor)
+    starts = range(0, 60, 5)
+    counts = {start: sum(size > bound for size in norms.sizes[start : start + 5]) for start in starts}
+    assert 0 in counts.values()
+    assert any(counts.values())
+    predicted = {step - 5 for step, point in monitor.history.items() if "singlim/drift/window" in point}
+    assert predicted == {start for start, count in counts.items() if count == 0}
+    assert monitor.withdrawn == [
+        f"gradients were clipped in {count} of the steps {start}-{start + 5}"
+        for start, count in counts.items()
+        if count
+    ]
+
+
+def test_a_schedule_that_changes_the_groups_ratio_ends_the_predictions():
+    def drifting_apart(self):
+        optimizer = groups(self, {"lr": 0.1}, {})
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1.0, lambda step: 0.9 ** (step // 6)])
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    case = Case(with_optimizer(drifting_apart))
+    monitor = monitor_of(case)
+    with pytest.warns(UserWarning, match="changes the ratio of the parameter groups' learning rates"):
+        run(case, monitor)
+    windows = [step for step, point in monitor.history.items() if "singlim/drift/window" in point]
+    assert windows == [5]
+    assert "changes the ratio" in monitor.verdict
 
 
 def test_half_precision_is_upcast_and_said(caplog):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +19,12 @@ from torch_singlim.functional import FunctionalModule, in_precision, structural_
 from torch_singlim.loss import MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
 from torch_singlim.problem import ZeroLossProblem, check_samples
 from torch_singlim.team import Team
-from torch_singlim.theory import Dropout, LabelFlips, Minibatch, NoiseSystem, SGDSettings, Sum, WeightDecay, parts
+from torch_singlim.theory import Dropout, LabelFlips, Minibatch, NoiseSystem, Sum, WeightDecay, parts
 
 __all__ = [
     "BatchToProblem",
-    "Descent",
+    "as_problem",
     "ProbeSet",
-    "detect_descent",
     "detect_noise",
     "detect_problem",
     "given_probe_set",
@@ -95,8 +94,8 @@ def read_probe_set(trainer: Trainer, num_samples: int, *, batch_to_problem: Batc
         items, again = ([dataset[i] for i in range(min(n, size))] for n in (num_samples, 8))
     if not items:
         raise ValueError("the training dataset is empty: there is nothing to probe")
-    inputs, targets = _as_problem(collate(items), batch_to_problem)
-    repeated, _ = _as_problem(collate(again), batch_to_problem)
+    inputs, targets = as_problem(collate(items), batch_to_problem)
+    repeated, _ = as_problem(collate(again), batch_to_problem)
     few = min(len(inputs), len(repeated))
     if not torch.equal(inputs[:few], repeated[:few]):
         raise ValueError(
@@ -107,8 +106,8 @@ def read_probe_set(trainer: Trainer, num_samples: int, *, batch_to_problem: Batc
     return ProbeSet(inputs, targets, size, lambda part: collate(items[part]))
 
 
-def _as_problem(batch: Any, batch_to_problem: BatchToProblem | None) -> tuple[Tensor, Tensor]:
-    """(inputs, targets) of a batch."""
+def as_problem(batch: Any, batch_to_problem: BatchToProblem | None) -> tuple[Tensor, Tensor]:
+    """(inputs, targets) of a batch; ValueError where it is something else."""
     pair = batch if batch_to_problem is None else batch_to_problem(batch)
     if isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(each, Tensor) for each in pair):
         return pair[0], pair[1]
@@ -117,7 +116,8 @@ def _as_problem(batch: Any, batch_to_problem: BatchToProblem | None) -> tuple[Te
         raise ValueError(f"batch_to_problem must return (inputs, targets), two tensors, got {got}")
     raise ValueError(
         f"batches must be (inputs, targets), two tensors, got {got}; say how to read them: "
-        "SingularLimitMonitor(batch_to_problem=function), or pass the probe set: data=(inputs, targets)"
+        "batch_to_problem=function, of SingularLimitMonitor and of InjectNoise; a monitor takes the probe set, too: "
+        "data=(inputs, targets)"
     )
 
 
@@ -257,6 +257,7 @@ def detect_problem(
     noise: NoiseSystem | None,
     dtype: torch.dtype,
     batch_size: int | None,
+    step_ratios: Mapping[str, float],
     team: Team,
 ) -> ZeroLossProblem:
     """The zero-loss problem that this module trains, its loss checked against ``training_step`` on a few samples.
@@ -296,60 +297,16 @@ def detect_problem(
     if flips is not None and chosen == SoftCrossEntropy():
         chosen = SoftCrossEntropy(flips.rate)
     targets = _as_targets(chosen, probe.targets, trials.outputs[0])
-    return ZeroLossProblem(module, chosen, probe.inputs, targets, dtype=dtype, batch_size=batch_size, team=team)
-
-
-@dataclass(frozen=True)
-class Descent:
-    """How the optimizer descends, or why the theory does not cover it."""
-
-    sgd: SGDSettings | None
-    weight_decay: float
-    not_covered: tuple[str, ...]
-
-
-def detect_descent(trainer: Trainer, module: LightningModule, batch_size: int | None) -> Descent:
-    """SGD settings from the one optimizer; anything else is named in `not_covered`.
-
-    Raises:
-        ValueError: several optimizers.
-    """
-    if len(trainer.optimizers) != 1:
-        raise ValueError(
-            f"expected one optimizer, got {len(trainer.optimizers)}: the weights' motion is then not one descent; "
-            "train the other networks in a run of their own"
-        )
-    optimizer = trainer.optimizers[0]
-    # Lightning may wrap it
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(optimizer, torch.optim.SGD):
-        name = type(optimizer).__name__
-        return Descent(None, 0.0, (f"{name} rescales or reshapes the gradient, the theory covers torch.optim.SGD",))
-    reasons = []
-    groups = optimizer.param_groups
-    keys = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
-    if any(group[key] != groups[0][key] for group in groups for key in keys):
-        reasons.append("parameter groups with different settings")
-    first = groups[0]
-    if not module.automatic_optimization:
-        reasons.append("manual optimization: what happens between two steps of the optimizer is not known")
-    if first["maximize"]:
-        reasons.append("the optimizer maximizes")
-    if trainer.gradient_clip_val:
-        reasons.append("gradient clipping is on (gradient_clip_val)")
-    held = {id(p) for group in groups for p in group["params"]}
-    if held != {id(p) for p in module.parameters() if p.requires_grad}:
-        reasons.append("the optimizer does not hold exactly the module's trainable parameters")
-    if first["lr"] <= 0:
-        return Descent(None, 0.0, (*reasons, f"the learning rate is {first['lr']}"))
-    sgd = SGDSettings(
-        lr=float(first["lr"]),
-        momentum=float(first["momentum"]),
-        dampening=float(first["dampening"]),
-        nesterov=bool(first["nesterov"]),
+    return ZeroLossProblem(
+        module,
+        chosen,
+        probe.inputs,
+        targets,
+        dtype=dtype,
         batch_size=batch_size,
+        step_ratios=step_ratios,
+        team=team,
     )
-    return Descent(sgd, float(first["weight_decay"]), tuple(reasons))
 
 
 def detect_noise(
@@ -369,4 +326,7 @@ def detect_noise(
         reasons.append("batch normalisation couples the samples of a batch in training mode (GroupNorm does not)")
     elif problem.function.is_random(problem.inputs[:2], training=True):
         reasons.append("training mode is random beyond the nn.Dropout layers (functional dropout, attention dropout)")
+    fixed = [type(part).__name__ for part in parts(noise) if not part.scale_free]
+    if fixed and set(problem.function.step_ratios.values()) != {1.0}:
+        reasons.append(f"parameter groups with different learning rates under {' and '.join(fixed)}")
     return noise, tuple(reasons)

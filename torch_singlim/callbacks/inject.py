@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from torch_singlim.callbacks.detect import read_probe_set, recognise_loss
+from torch_singlim.callbacks.detect import BatchToProblem, as_problem, read_probe_set, recognise_loss
 from torch_singlim.functional import ActivationSite
 from torch_singlim.loss import SampleLoss, SoftCrossEntropy
 from torch_singlim.theory import (
@@ -59,10 +60,12 @@ class InjectNoise(Callback):
     sample. The generators' state goes into checkpoints, with the last draw of `AntiCorrelated`. The
     `SingularLimitMonitor` beside it finds the noise and predicts from it.
 
-    Batches must be (inputs, targets); the tensors that a training step sees are perturbed, and are put back after it.
+    What it calls weights are the trainable parameters that the optimizer holds. The tensors that a training step sees
+    are perturbed, and are put back after it.
 
     Args:
         noise: the system, or a sum. Dropout layers, minibatches and weight decay are in the training already.
+        batch_to_problem: a batch -> (inputs, targets), two of its own tensors, for batches of another form.
         seed: of the noise.
 
     Raises:
@@ -75,11 +78,11 @@ class InjectNoise(Callback):
     LabelNoise(std=0.1)
     """
 
-    def __init__(self, noise: NoiseSystem, *, seed: int = 0) -> None:
+    def __init__(self, noise: NoiseSystem, *, batch_to_problem: BatchToProblem | None = None, seed: int = 0) -> None:
         for part in parts(noise):
             if type(part) in _NATIVE:
                 raise ValueError(f"{type(part).__name__} is not to be injected: {_NATIVE[type(part)]}")
-        self.noise = noise
+        self.noise, self.batch_to_problem = noise, batch_to_problem
         self.seed = seed
         # one for what all processes draw alike, one for what each draws for its own samples
         self._generator, self._own = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
@@ -89,6 +92,13 @@ class InjectNoise(Callback):
         self._shared: dict[int, Tensor] = {}  # part -> eta of the optimizer step in progress
         self._swapped: list[tuple[Tensor, Tensor]] = []  # tensor, what it holds in truth
         self._perturbed: list[tuple[Tensor, Tensor]] = []  # the same for weights
+
+    @property
+    def carried(self) -> dict[nn.Parameter, Tensor]:
+        """The perturbation that each parameter carries at present; empty: none."""
+        if self.memory is None:
+            return {}
+        return dict(zip(self._parameters, self._split(self.memory), strict=True))
 
     @property
     def state_key(self) -> str:
@@ -121,12 +131,13 @@ class InjectNoise(Callback):
                 "InjectNoise works with automatic optimization, got a module with automatic_optimization=False: let "
                 "the Trainer call backward and step"
             )
-        self._parameters = [p for p in pl_module.parameters() if p.requires_grad]
+        held = {p for each in trainer.optimizers for group in each.param_groups for p in group["params"]}
+        self._parameters = [p for p in pl_module.parameters() if p.requires_grad and p in held]
         self._forward = tuple(part for part in parts(self.noise) if not isinstance(part, AntiCorrelated))
         self._num_outputs = 0
         if any(isinstance(part, LabelNoise | LabelFlips | CustomNoise) for part in self._forward):
             with isolate_rng():
-                probe = read_probe_set(trainer, 16)
+                probe = read_probe_set(trainer, 16, batch_to_problem=self.batch_to_problem)
                 loss, self._num_outputs = recognise_loss(pl_module, probe)
             for part in self._forward:
                 _check_targets(part, loss, probe.targets)
@@ -170,9 +181,15 @@ class InjectNoise(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Perturb what this training step will see."""
-        if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(b, Tensor) for b in batch)):
-            raise ValueError(f"InjectNoise needs batches (inputs, targets), two tensors, got {type(batch).__name__}")
-        x, y = batch
+        x, y = as_problem(batch, self.batch_to_problem)
+        if self.batch_to_problem is not None:
+            held: list[int] = []
+            apply_to_collection(batch, Tensor, lambda tensor: held.append(id(tensor)))
+            if not {id(x), id(y)} <= set(held):
+                raise ValueError(
+                    "InjectNoise perturbs the batch's own tensors, and batch_to_problem returned others: return "
+                    "tensors of the batch as they are, and let the dataset do what is done to them"
+                )
         etas = self._draw(x)
         with torch.no_grad():
             w = torch.cat([p.reshape(-1) for p in self._parameters])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -17,9 +17,16 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from torch_singlim.callbacks.budget import Budget, expected_seconds, left_out_in_words
+from torch_singlim.callbacks.descent import (
+    Descent,
+    detect_descent,
+    select_parameters,
+    step_batch_size,
+    step_clipped,
+    step_skipped,
+)
 from torch_singlim.callbacks.detect import (
     ProbeSet,
-    detect_descent,
     detect_noise,
     detect_problem,
     given_probe_set,
@@ -73,6 +80,8 @@ class SingularLimitMonitor(Callback):
             configuration file can name.
         num_samples: most samples to probe, of an iterable dataset the first. With fewer than the training set the
             distance is a lower bound and the drift is not predicted.
+        parameters: the trainable parameters to probe, by shell patterns of their names; default: all. The others count
+            as held fixed; where the optimizer moves them, the drift is not predicted.
         noise: what training does; default: the module's dropout layers, the optimizer's weight decay, and what
             `InjectNoise` callbacks inject.
         every_n_steps: a probe every so many optimizer steps, whatever it costs; default: at `window` times powers of
@@ -110,6 +119,7 @@ class SingularLimitMonitor(Callback):
         data: tuple[Tensor, Tensor] | None = None,
         batch_to_problem: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
         num_samples: int = 1000,
+        parameters: str | Sequence[str] | None = None,
         noise: NoiseSystem | None = None,
         every_n_steps: int | None = None,
         max_overhead: float | None = 0.1,
@@ -136,7 +146,7 @@ class SingularLimitMonitor(Callback):
             raise ValueError(f"max_overhead must be a positive share of the wall time, or None, got {max_overhead}")
         self.max_overhead = None if every_n_steps is not None else max_overhead
         self.loss, self.data, self.num_samples, self.noise = loss, data, num_samples, noise
-        self.batch_to_problem = batch_to_problem
+        self.batch_to_problem, self.parameters = batch_to_problem, parameters
         self.every_n_steps, self.window, self.replicas, self.reference = every_n_steps, window, replicas, reference
         self.num_draws, self.separation, self.batch_size = num_draws, separation, batch_size
         self.dtype = {"float64": torch.float64, "float32": torch.float32}[dtype]
@@ -164,6 +174,7 @@ class SingularLimitMonitor(Callback):
         return {
             "slow_time": self._slow_time,
             "step_lengths": self._step_lengths,
+            "clipped": int(self._clipped),
             "last_probe": self._last_probe,
             "open": None if self._open is None else self._open.state_dict(),
             "orders": [part.order for part in parts(self._noise)],
@@ -194,6 +205,7 @@ class SingularLimitMonitor(Callback):
         self._budget = Budget(self.max_overhead)
         self._warned = False
         self._slow_time = self._step_lengths = 0.0
+        self._clipped: int | Tensor = 0  # steps; on the device, that no step has to wait for it
         self._last_probe, self._last_step = -1, trainer.global_step
         self._open: OpenWindow | None = None
         with self._aside():
@@ -208,6 +220,9 @@ class SingularLimitMonitor(Callback):
                     f"the noise is given twice, by SingularLimitMonitor(noise={self.noise}) and by "
                     f"InjectNoise({injected}): leave it out of the monitor, which finds what is injected"
                 )
+            descent = detect_descent(
+                trainer, pl_module, select_parameters(pl_module, self.parameters), step_batch_size(trainer)
+            )
             self._problem = detect_problem(
                 pl_module,
                 probe,
@@ -215,11 +230,10 @@ class SingularLimitMonitor(Callback):
                 noise=injected or self.noise,
                 dtype=self.dtype,
                 batch_size=self.batch_size,
+                step_ratios=descent.step_ratios,
                 team=Team(trainer.global_rank, trainer.world_size),
             )
-            self._set_descent(
-                trainer, pl_module, probe, injected, orders=None if resumed is None else resumed["orders"]
-            )
+            self._set_descent(descent, probe, injected, orders=None if resumed is None else resumed["orders"])
             total = trainer.estimated_stepping_batches
             total_steps = int(total) if math.isfinite(total) else None
             self._starts = set(probe_starts(self.window, self.every_n_steps, total_steps))
@@ -242,6 +256,7 @@ class SingularLimitMonitor(Callback):
     def _resume(self, trainer: Trainer, state: dict[str, Any]) -> None:
         """Go on with what a checkpoint holds."""
         self._slow_time, self._step_lengths = state["slow_time"], state["step_lengths"]
+        self._clipped = state["clipped"]
         self._last_probe, self.history, self.withdrawn = state["last_probe"], state["history"], state["withdrawn"]
         self._open = None if state["open"] is None else OpenWindow.from_state(state["open"], self._problem)
         self._generator.set_state(state["generator"])
@@ -250,18 +265,8 @@ class SingularLimitMonitor(Callback):
             self._publish(trainer, self.history[step])
 
     def _set_descent(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        probe: ProbeSet,
-        injected: NoiseSystem | None,
-        *,
-        orders: list[int | None] | None,
+        self, descent: Descent, probe: ProbeSet, injected: NoiseSystem | None, *, orders: list[int | None] | None
     ) -> None:
-        loader = trainer.train_dataloader
-        loader_batch = getattr(loader, "batch_size", None)
-        batch = loader_batch * trainer.accumulate_grad_batches * trainer.world_size if loader_batch else None
-        descent = detect_descent(trainer, module, batch)
         noise, reasons = detect_noise(self._problem, descent.weight_decay, injected)
         self._noise = self.noise if self.noise is not None else noise
         self._noise.check(self._problem)
@@ -277,6 +282,7 @@ class SingularLimitMonitor(Callback):
         check_derivatives(self._problem, self._noise)
         self._variance = self._noise.variance(self._problem)
         self._sgd = descent.sgd
+        self._group_ratios = descent.group_ratios
         self._is_subset = probe.is_subset
         if probe.is_subset:
             reasons += (
@@ -296,15 +302,25 @@ class SingularLimitMonitor(Callback):
             f"{type(p.sample_loss).__name__}, noise {self._noise}{settings}{half}"
         )
         for reason in self.not_covered:
-            rank_zero_warn(f"torch_singlim: drift not predicted: {reason}. Geometry is still measured.")
+            _warn_not_covered(reason)
+
+    def _stop_predicting(self, reason: str) -> None:
+        """What the theory does not cover has begun in the middle of the training."""
+        if reason not in self.not_covered:
+            self.not_covered = (*self.not_covered, reason)
+            self._open = None
+            _warn_not_covered(reason)
 
     # --- the clock and the schedule --------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Advance the clock by the learning rate that this step uses."""
-        if self._sgd is None:
+        if self._sgd is None or step_skipped(trainer, optimizer):
             return
-        lr = float(optimizer.param_groups[0]["lr"])
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        lr = rates[0]
+        if any(abs(rate - ratio * lr) > 1e-6 * lr for rate, ratio in zip(rates, self._group_ratios, strict=True)):
+            self._stop_predicting("the schedule changes the ratio of the parameter groups' learning rates")
         self._step_lengths += lr
         order = self._noise.order
         if order is not None and lr > 0:
@@ -316,6 +332,8 @@ class SingularLimitMonitor(Callback):
         """Close a window, open the next, log; between probes nothing but a comparison of two integers."""
         step, before = trainer.global_step, self._last_step
         self._last_step = step
+        if trainer.gradient_clip_val and step > before:
+            self._clipped = self._clipped + step_clipped(trainer)
         ends = self._open is not None and step == self._open.start + self.window
         # under manual optimization more than one step at a time
         begins = any(each in self._starts for each in range(before + 1, step + 1))
@@ -389,6 +407,7 @@ class SingularLimitMonitor(Callback):
                 return
 
     def _loss_gap(self) -> float:
+        self._problem.function.refresh_constants()
         return self._problem.loss(self._problem.weights()).item()
 
     def _observe(self, trainer: Trainer) -> None:
@@ -416,6 +435,7 @@ class SingularLimitMonitor(Callback):
                 self._drifting(trainer),
                 self._velocity(trainer),
                 self._step_lengths,
+                int(self._clipped),
                 None if observation is None else observation.forecast,
             )
         scalars["singlim/cost/overhead"] = self._budget.overhead
@@ -424,7 +444,10 @@ class SingularLimitMonitor(Callback):
 
     def _compare(self, trainer: Trainer, opened: OpenWindow, step: int) -> WindowObservation | None:
         """The window that ends here, held against theory, if there is time for it."""
-        if self._sgd is None or not self._affords("window"):
+        clipped = int(self._clipped) - opened.clipped
+        if clipped:
+            self._withdraw(f"gradients were clipped in {clipped} of the steps {opened.start}-{step}")
+        if self._sgd is None or clipped or not self._affords("window"):
             return None
         mean_lr = (self._step_lengths - opened.step_lengths) / self.window
         with self._timed("window"):
@@ -506,9 +529,17 @@ class SingularLimitMonitor(Callback):
 
     def _carried(self, trainer: Trainer) -> Tensor | None:
         """What the injected noise has the weights carry at present ``[P]``, in the problem's dtype."""
-        memories = [each.memory for each in trainer.callbacks if isinstance(each, InjectNoise)]  # type: ignore[attr-defined]
-        carried = [memory for memory in memories if memory is not None]
-        return self._problem.function.flatten(carried) if carried else None
+        carried: dict[nn.Parameter, Tensor] = {}
+        for each in trainer.callbacks:  # type: ignore[attr-defined]
+            carried |= each.carried if isinstance(each, InjectNoise) else {}
+        if not carried:
+            return None
+        return self._problem.function.flatten([carried.get(p, torch.zeros_like(p)) for p in self._probed()])
+
+    def _probed(self) -> list[nn.Parameter]:
+        function = self._problem.function
+        parameters = dict(function.module.named_parameters())
+        return [parameters[name] for name in function.names]
 
     def _drifting(self, trainer: Trainer) -> Tensor:
         """The weights without what they carry for a step ``[P]``."""
@@ -519,11 +550,10 @@ class SingularLimitMonitor(Callback):
     def _velocity(self, trainer: Trainer) -> Tensor | None:
         """The optimizer's momentum buffers ``[P]``, where they exist."""
         state = trainer.optimizers[0].state
-        parameters = dict(self._problem.function.module.named_parameters())
-        buffers = [state.get(parameters[name], {}).get("momentum_buffer") for name in self._problem.function.names]
+        buffers = [state.get(p, {}).get("momentum_buffer") for p in self._probed()]
         if any(b is None for b in buffers):
             return None
-        return self._problem.function.flatten(buffers)
+        return self._problem.function.flatten(buffers, gradients=True)
 
     def _log(self, trainer: Trainer, scalars: dict[str, float]) -> None:
         self.history[trainer.global_step] = scalars
@@ -563,6 +593,10 @@ class SingularLimitMonitor(Callback):
     @property
     def _device_type(self) -> str:
         return self._problem.device.type if hasattr(self, "_problem") else "cpu"
+
+
+def _warn_not_covered(reason: str) -> None:
+    rank_zero_warn(f"torch_singlim: drift not predicted: {reason}. Geometry is still measured.")
 
 
 def _out_of_memory(error: Exception) -> bool:

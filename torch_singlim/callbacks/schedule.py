@@ -57,6 +57,7 @@ class OpenWindow:
     drifting: Tensor  # [P]
     velocity: Tensor | None  # the optimizer's momentum [P]
     step_lengths: float  # sum of the learning rates so far
+    clipped: int  # steps so far whose gradient was clipped
     forecast: Forecast | None
     between: dict[int, Tensor] = field(default_factory=dict)  # what drifted at some of its steps
 

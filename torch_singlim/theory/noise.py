@@ -78,11 +78,13 @@ class NoiseSystem(ABC):
         per_sample: eta is ``[n, D]``, a row for each sample; otherwise ``[D]``, one for the whole step.
         additive: adds a term of the weights themselves to the loss; in a sum it sees them unperturbed.
         moves_outputs: acts through the outputs f of each sample (and on nothing else).
+        scale_free: the same in coordinates in which each weight has another unit, as steps of different sizes need.
     """
 
     per_sample: ClassVar[bool] = True
     additive: ClassVar[bool] = False
     moves_outputs: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = True
 
     @property
     @abstractmethod

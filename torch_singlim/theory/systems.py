@@ -188,6 +188,7 @@ class AntiCorrelated(_WithStd):
     """
 
     per_sample: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = False
 
     @property
     def order(self) -> int:
@@ -244,6 +245,7 @@ class WeightDecay(NoiseSystem):
 
     coefficient: float
     additive: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _require_positive("coefficient", self.coefficient)
@@ -402,6 +404,7 @@ class Langevin(_WithStd):
 
     per_sample: ClassVar[bool] = False
     additive: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = False
 
     @property
     def order(self) -> int:
@@ -455,6 +458,8 @@ class CustomNoise(NoiseSystem):
     >>> CustomNoise(noisy, std=0.1, like="inputs").per_sample
     True
     """
+
+    scale_free: ClassVar[bool] = False
 
     function: Callable[[BatchLoss, Tensor, Tensor, Tensor, Tensor], Tensor]
     std: float

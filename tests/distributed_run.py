@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import torch_singlim
 from tests.callbacks.test_monitor import Net, data, seeded, weights
+from tests.callbacks.test_setups import Tied
 from torch_singlim import AntiCorrelated, DropConnect, InjectNoise, SingularLimitMonitor
 from torch_singlim.functional import FunctionalModule
 from torch_singlim.observe import observe
@@ -21,14 +22,16 @@ SAMPLES = 20
 CASES = {
     "plain": {},
     "dropout by products": {"products": True},
-    "by pushing": {"way": "pushing"},
+    "dropout in training": {"dropout": 0.2},
+    # where every layer is a matrix, one process pushes through its kept pass, which makes no call that is counted
+    "by pushing": {"way": "pushing", "network": Tied},
     "by rows": {"way": "rows"},
     "weight noise": {"inject": DropConnect(0.1)},
     "carried noise": {"inject": AntiCorrelated(0.01)},
 }
 
 
-def main(case: str, devices: int, out: Path, fault: bool) -> None:
+def main(case: str, devices: int, out: Path, fault: bool, monitored: bool) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     rows = 0
@@ -53,13 +56,14 @@ def main(case: str, devices: int, out: Path, fault: bool) -> None:
         devices=devices,
         strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
         precision="64-true",
-        callbacks=[*injected, monitor],
+        callbacks=[*injected, *([monitor] if monitored else [])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    model = seeded(lambda: Net(dropout=0.0, momentum=0.5))
+    make = CASES[case].get("network", Net)
+    model = seeded(lambda: make(dropout=CASES[case].get("dropout", 0.0), momentum=0.5))
     if fault:
 
         def fail(*args, **kwargs):
@@ -78,4 +82,5 @@ def main(case: str, devices: int, out: Path, fault: bool) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), fault="fault" in sys.argv[4:])
+    how = sys.argv[4:]
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), fault="fault" in how, monitored="alone" not in how)

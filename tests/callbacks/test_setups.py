@@ -168,8 +168,8 @@ class Module(L.LightningDataModule):
 
 
 class Tied(Net):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **options):
+        super().__init__(**options)
         self.middle = nn.Linear(32, 32)
 
     def forward(self, x):

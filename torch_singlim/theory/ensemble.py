@@ -149,9 +149,11 @@ def _run(
     generator: torch.Generator | None,
     done: Callable[[int], object],
 ) -> Tensor:
-    """Runs side by side from W ``[R, P]``: where they end."""
+    """Runs side by side from W ``[R, P]``: where they end. Processes share the runs; all draw the noise of all."""
     R, N, B = len(W), problem.num_samples, sgd.batch(problem.num_samples)
-    V = None if velocity is None else velocity.expand(R, -1)
+    own = problem.team.own(R)
+    W = W[own]
+    V = None if velocity is None else velocity.expand(len(W), -1)
 
     def of_batch(v: Tensor, x: Tensor, y: Tensor, *etas: Tensor) -> Tensor:
         return grad(lambda u: noisy_loss(noise, problem.batch_loss, u, x, y, etas))(v)
@@ -162,7 +164,7 @@ def _run(
     for _ in range(steps):
         if B == N:  # the order of a full batch does not matter
             etas = draw_noise(noise, problem, N, replicas=R, generator=generator)
-            gradient = whole(W, problem.inputs, problem.targets, *etas)
+            gradient = whole(W, problem.inputs, problem.targets, *(eta[own] for eta in etas)) if len(W) else W
         else:
             if not batches:  # a new epoch on every replica
                 device = "cpu" if generator is None else generator.device
@@ -170,7 +172,8 @@ def _run(
                 batches = list(orders.to(W.device).split(B, dim=1))
             index = batches.pop(0)  # [R, n]
             etas = draw_noise(noise, problem, index.shape[1], replicas=R, generator=generator)
-            gradient = batched(W, problem.inputs[index], problem.targets[index], *etas)
+            x, y = problem.inputs[index[own]], problem.targets[index[own]]
+            gradient = batched(W, x, y, *(eta[own] for eta in etas)) if len(W) else W
         W, V = sgd.step(W, V, gradient)
         done(1)
-    return W
+    return problem.team.whole(W, R)

@@ -48,7 +48,7 @@ NOISES = {
 }
 
 
-def run(folder, *, noise, checkpoint=None, stop=STEPS):
+def run(folder, *, noise, checkpoint=None, stop=STEPS, watched=True):
     """Weights, monitor and what was logged, from the start or from a checkpoint; stopped at a step."""
     monitor, recorder = SingularLimitMonitor(max_overhead=None, window=8, replicas=2), Recorder()
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -63,7 +63,7 @@ def run(folder, *, noise, checkpoint=None, stop=STEPS):
         accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Reseed(), *NOISES[noise](), monitor, saver, Stop()],
+        callbacks=[Reseed(), *NOISES[noise](), *([monitor] if watched else []), saver, Stop()],
         logger=recorder,
         log_every_n_steps=1,
     )
@@ -99,6 +99,16 @@ def test_interrupted_and_resumed(tmp_path, noise):
         assert list(again.history) == list(monitor.history)
         assert [h.keys() for h in again.history.values()] == [h.keys() for h in monitor.history.values()]
         assert again.verdict == monitor.verdict
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`")
+def test_resumed_without_the_monitor_the_weights_are_the_same(tmp_path):
+    at = tmp_path / "part" / "step=12.ckpt"
+    run(tmp_path / "part", noise="anti-correlated", stop=12)
+    with_it, monitor, _ = run(tmp_path / "with", noise="anti-correlated", checkpoint=at)
+    without, _, _ = run(tmp_path / "without", noise="anti-correlated", checkpoint=at, watched=False)
+    assert monitor.history
+    assert torch.equal(with_it, without)
 
 
 def test_a_checkpoint_holds_tensors_and_numbers_alone(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -428,6 +429,38 @@ SETUPS = [
 def test_setups(outcome, case):
     """Each has its outcome, and there are 40 and more."""
     outcome(case)
+
+
+class Moves(L.Callback):
+    """Whether each step has moved the weights."""
+
+    def __init__(self):
+        self.moved = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before = weights(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.moved.append(not torch.equal(self.before, weights(pl_module)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_16_mixed_counts_the_steps_that_its_loss_scaling_lets_through():
+    """The scale starts too high: the first steps are left out, by torch, and the clock stands."""
+
+    def scaled():
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+        return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)], "max_steps": 20}
+
+    moves, monitor = Moves(), monitor_of(Case(), every_n_steps=5)
+    trained, _ = run(Case(trainer=scaled(), callbacks=lambda: [moves]), monitor)
+    assert torch.equal(trained, run(Case(trainer=scaled()))[0])
+    assert not all(moves.moved[:5])
+    assert all(moves.moved[10:])
+    assert monitor.state_dict()["step_lengths"] == pytest.approx(0.2 * sum(moves.moved))
+    assert 20 in {step for step, point in monitor.history.items() if "singlim/drift/cosine" in point}
+    if not any(moves.moved[:5]):
+        assert monitor.withdrawn == ["no weight was moved in the steps 0-5"]
 
 
 class Norms(L.Callback):

@@ -447,9 +447,11 @@ class SingularLimitMonitor(Callback):
         clipped = int(self._clipped) - opened.clipped
         if clipped:
             self._withdraw(f"gradients were clipped in {clipped} of the steps {opened.start}-{step}")
-        if self._sgd is None or clipped or not self._affords("window"):
-            return None
         mean_lr = (self._step_lengths - opened.step_lengths) / self.window
+        if mean_lr == 0:
+            self._withdraw(f"no weight was moved in the steps {opened.start}-{step}")
+        if self._sgd is None or clipped or mean_lr == 0 or not self._affords("window"):
+            return None
         with self._timed("window"):
             window = observe_window(
                 self._problem,

@@ -24,7 +24,7 @@ ROOMS = {
     "observe": {"linalg", "gram", "problem", "geometry", "theory", "agreement"},
     "verdict": {"agreement", "observe"},
     "scaling": {"linalg"},
-    "report": {"observe", "scaling", "verdict"},
+    "report": {"linalg", "observe", "scaling", "verdict"},
     "callbacks": {
         "linalg",
         "loss",
@@ -36,10 +36,11 @@ ROOMS = {
         "theory",
         "observe",
         "verdict",
+        "report",
     },
     "__init__": {"linalg", "problem", "geometry", "theory", "agreement", "callbacks"},
 }
-HEAVY = {"lightning": "callbacks", "matplotlib": "report"}
+HEAVY = {"lightning": {"callbacks"}, "matplotlib": {"report"}}
 
 
 def imports():
@@ -59,7 +60,7 @@ def test_imports_point_one_way():
             target = parts[1] if len(parts) > 1 else "__init__"
             assert target == room or target in ROOMS[room], f"{path} imports {name}"
         if parts[0] in HEAVY:
-            assert room == HEAVY[parts[0]], f"{path} imports {name}"
+            assert room in HEAVY[parts[0]], f"{path} imports {name}"
 
 
 def test_import_alone_is_light():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_singlim.linalg import Estimate
 
-__all__ = ["Agreement", "Scatter", "compare", "jackknife", "noise_ceiling", "noise_pull"]
+__all__ = ["Agreement", "Plane", "Scatter", "compare", "jackknife", "noise_ceiling", "noise_pull", "plane"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,38 @@ def compare(measured: Tensor, predicted: Tensor) -> Agreement:
         measured=m,
         predicted=q,
     )
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Two paths in the plane of the predicted drift and the measured motion's largest deviation from it.
+
+    Args:
+        measured: coordinates along the predicted displacement and across it, from the origin on ``[k + 1, 2]``.
+        predicted: likewise.
+    """
+
+    measured: Tensor
+    predicted: Tensor
+
+
+def plane(measured: Sequence[Tensor], predicted: Sequence[Tensor]) -> Plane:
+    """Both paths ``[P]``, point by point, on e_1 = q/|q| and e_2 = d/|d|, d the part of m - q across e_1 at the end.
+
+    >>> plane([torch.tensor([1.0, 1.0])], [torch.tensor([2.0, 0.0])]).measured
+    tensor([[0., 0.],
+            [1., 1.]])
+    """
+    q = predicted[-1]
+    along = q / torch.linalg.vector_norm(q).clamp_min(torch.finfo(q.dtype).tiny)
+    deviation = measured[-1] - torch.dot(measured[-1], along) * along
+    across = deviation / torch.linalg.vector_norm(deviation).clamp_min(torch.finfo(q.dtype).tiny)
+
+    def coordinates(path: Sequence[Tensor]) -> Tensor:
+        points = [(torch.dot(v, along).item(), torch.dot(v, across).item()) for v in path]
+        return torch.tensor([(0.0, 0.0), *points])
+
+    return Plane(coordinates(measured), coordinates(predicted))
 
 
 @dataclass(frozen=True)

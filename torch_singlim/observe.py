@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from torch_singlim.agreement import Agreement, Scatter, compare, jackknife, noise_ceiling, noise_pull
+from torch_singlim.agreement import Agreement, Plane, Scatter, compare, jackknife, noise_ceiling, noise_pull, plane
 from torch_singlim.geometry import FootPoint, TangentSpace, nearest_point, separation_level, tangent_space
 from torch_singlim.gram import MAX_DENSE
 from torch_singlim.linalg import Estimate, VectorEstimate
@@ -99,7 +99,6 @@ class Observation:
 
     Args:
         step: optimizer steps so far.
-        slow_time: sum of alpha^order sigma^2 over them.
         weights: ``[P]``.
         drifting: the weights without what a noise has them carry for a step (`AntiCorrelated`) ``[P]``: what drifts.
         loss_gap: L(w).
@@ -122,7 +121,6 @@ class Observation:
     """
 
     step: int
-    slow_time: float
     weights: Tensor = field(repr=False)
     drifting: Tensor = field(repr=False)
     loss_gap: float
@@ -190,7 +188,6 @@ def observe(
     w: Tensor,
     *,
     step: int,
-    slow_time: float = 0.0,
     noise: NoiseSystem | None = None,
     sgd: SGDSettings | None = None,
     carried: Tensor | None = None,
@@ -208,7 +205,6 @@ def observe(
         problem: loss and probe set.
         w: weights.
         step: optimizer steps so far: what had the time to settle.
-        slow_time: the clock, passed through.
         noise: the system; None where the theory does not cover the training (geometry only).
         sgd: the descent's settings; None likewise.
         carried: what the weights carry for this step on top of what drifts ``[P]``.
@@ -261,7 +257,6 @@ def observe(
             tangent_steps = 1 / (sgd.effective_lr * tangent.curvature(limit.drift))
     return Observation(
         step=step,
-        slow_time=slow_time,
         weights=w,
         drifting=drifting,
         loss_gap=problem.loss(w).item(),
@@ -321,6 +316,7 @@ class WindowObservation:
         limit: the tangential part of the measured motion against the singular limit's (None where nothing moves).
         spread: how far along Gamma, where the limit diffuses (else None): no deterministic prediction has a direction.
         ceiling: the best cosine that any deterministic prediction can have (nan without replicas).
+        plane: the two paths in the plane of prediction and deviation (None without a prediction).
         products: gradients of the whole probe set that the predictions took.
     """
 
@@ -338,6 +334,7 @@ class WindowObservation:
     limit: Agreement | None
     spread: Spread | None
     ceiling: float
+    plane: Plane | None = field(repr=False)
     products: int
 
     @property
@@ -458,5 +455,6 @@ def observe_window(
         limit=limit,
         spread=spread,
         ceiling=noise_ceiling(runs),
+        plane=None if prediction is None else plane(path, list(prediction.path)),
         products=sum({id(each): each.products for each in (null, prediction, flow) if each is not None}.values()),
     )

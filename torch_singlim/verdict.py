@@ -37,8 +37,6 @@ def observation_scalars(o: Observation) -> dict[str, float]:
             scalars["distance/separated"] = o.separated
             scalars["distance/predicted"] = math.nan if o.expected is None else o.expected
             scalars["distance/cosine"] = o.direction
-    if o.expected is not None and o.moves:
-        scalars["clock/slow_time"] = o.slow_time
     if o.finite_noise is not None:
         scalars |= {
             "drift/finite_noise_cosine": o.finite_noise.cosine,
@@ -49,7 +47,6 @@ def observation_scalars(o: Observation) -> dict[str, float]:
         scalars |= {
             "potential": o.limit.potential.mean,
             "potential_stderr": o.limit.potential.stderr,
-            "clock/time_scale": o.limit.time_scale,
         }
     return _finite(scalars)
 

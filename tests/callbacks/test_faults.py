@@ -60,7 +60,7 @@ class Sabotaged(SingularLimitMonitor):
             # a fault ends the window in progress: another one, so that this probe has something to compare
             start = trainer.global_step - self.window
             lengths = self._step_lengths - 0.4
-            self._open = OpenWindow(start, self._drifting(trainer), None, lengths, self.forecast)
+            self._open = OpenWindow(start, self._drifting(trainer), None, lengths, 0, self.forecast)
         elif self.sites is not None:
             return super()._observe(trainer)
         if self.sites is not None:

@@ -15,8 +15,18 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from torch_singlim.callbacks.budget import Budget, expected_seconds, left_out_in_words
+from torch_singlim.callbacks.dashboard import (
+    Series,
+    bands,
+    card,
+    figures,
+    layout,
+    write_hyperparameters,
+    writers,
+)
 from torch_singlim.callbacks.descent import (
     Descent,
     detect_descent,
@@ -40,11 +50,14 @@ from torch_singlim.observe import Observation, WindowObservation, observe, obser
 from torch_singlim.team import Team
 from torch_singlim.theory import (
     CustomNoise,
+    Langevin,
     NoiseSystem,
     SGDSettings,
     Sum,
     check_derivatives,
+    has_effective_flow,
     parts,
+    time_scale,
     with_measured_order,
 )
 from torch_singlim.verdict import observation_scalars, verdict, window_scalars
@@ -175,6 +188,7 @@ class SingularLimitMonitor(Callback):
             "slow_time": self._slow_time,
             "step_lengths": self._step_lengths,
             "clipped": int(self._clipped),
+            "last_figures": self._last_figures,
             "last_probe": self._last_probe,
             "open": None if self._open is None else self._open.state_dict(),
             "orders": [part.order for part in parts(self._noise)],
@@ -190,6 +204,7 @@ class SingularLimitMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be probed, before anything is trained."""
+        self._begun = False
         strategy = type(trainer.strategy).__name__
         if strategy in _SHARDED:
             raise ValueError(
@@ -208,6 +223,7 @@ class SingularLimitMonitor(Callback):
         self._clipped: int | Tensor = 0  # steps; on the device, that no step has to wait for it
         self._last_probe, self._last_step = -1, trainer.global_step
         self._open: OpenWindow | None = None
+        self._last_figures = 0
         with self._aside():
             self._generator = torch.Generator().manual_seed(self.seed)
             if self.data:
@@ -252,11 +268,12 @@ class SingularLimitMonitor(Callback):
         self._describe(probe)
         if resumed is None:
             self._probe(trainer)
+        self._attempt(trainer, lambda: self._open_dashboard(trainer))
 
     def _resume(self, trainer: Trainer, state: dict[str, Any]) -> None:
         """Go on with what a checkpoint holds."""
         self._slow_time, self._step_lengths = state["slow_time"], state["step_lengths"]
-        self._clipped = state["clipped"]
+        self._clipped, self._last_figures = state["clipped"], state["last_figures"]
         self._last_probe, self.history, self.withdrawn = state["last_probe"], state["history"], state["withdrawn"]
         self._open = None if state["open"] is None else OpenWindow.from_state(state["open"], self._problem)
         self._generator.set_state(state["generator"])
@@ -358,10 +375,82 @@ class SingularLimitMonitor(Callback):
             left_out=left_out_in_words(self._budget.left_out, self._budget.share),
         )
         rank_zero_info("torch_singlim verdict\n\n" + self.verdict + "\n")
-        for logger in trainer.loggers:
-            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)  # TensorBoard has it
-            if add_text is not None:
-                add_text(f"{self.name}/verdict", self.verdict, trainer.global_step)
+        for writer in writers(trainer):
+            writer.add_text(f"{self.name}/verdict", self.verdict, trainer.global_step)
+            self._add_figures(writer, trainer.global_step)
+            write_hyperparameters(writer, self._settings, self._final())
+
+    # --- TensorBoard -----------------------------------------------------------------------------------------------
+
+    def _open_dashboard(self, trainer: Trainer) -> None:
+        """The card of what was found; by the last monitor to start, the layout of the charts of all."""
+        monitors = [each for each in trainer.callbacks if isinstance(each, SingularLimitMonitor)]  # type: ignore[attr-defined]
+        for writer in writers(trainer):
+            writer.add_text(f"{self.name}/set-up", card(self._settings, self.not_covered), trainer.global_step)
+            if all(each._begun for each in monitors):
+                writer.add_custom_scalars(layout({each.name: each._expected_series for each in monitors}))
+
+    @property
+    def _expected_series(self) -> Series:
+        """Which series there will be, if time allows."""
+        covered, noise = not self.not_covered, self._noise
+        return Series(
+            covered=covered,
+            flow=covered and has_effective_flow(noise, self._problem),
+            moves=covered and noise.order is not None,
+            diffuses=covered and any(isinstance(part, Langevin) for part in parts(noise)),
+            replicas=bool(self.replicas),
+            bands=bool(self._marks),
+        )
+
+    @property
+    def _settings(self) -> dict[str, str | float]:
+        """What was found, for the card and the table of hyperparameters."""
+        p, s = self._problem, self._sgd
+        settings: dict[str, str | float] = {
+            "network": type(p.function.module).__name__,
+            "weights": p.num_weights,
+            "loss": str(p.sample_loss),
+            "samples": p.num_samples,
+            "residuals": p.num_residuals,
+            "noise": str(self._noise),
+            "window": self.window,
+        }
+        if s is not None:
+            settings |= {
+                "lr": s.lr,
+                "momentum": s.momentum,
+                "batch": s.batch(p.num_samples),
+                "step size": s.effective_lr,
+            }
+            if not self.not_covered and self._noise.order is not None:
+                settings |= {
+                    "noise level": math.sqrt(self._variance),
+                    "order": self._noise.order,
+                    "steps per unit of slow time": time_scale(s, self._noise.order, self._variance),
+                }
+            if self.last_observation is not None:
+                stiffest = self.last_observation.tangent.hessian.largest
+                settings["steps in which the stiffest mode relaxes"] = 1 / (s.effective_lr * stiffest)
+        return settings
+
+    def _final(self) -> dict[str, float]:
+        """The last value of everything that was logged."""
+        last = {tag: value for _, point in sorted(self.history.items()) for tag, value in point.items()}
+        return self._named(last)
+
+    def _draw(self, trainer: Trainer) -> None:
+        """Figures, each time the steps have doubled."""
+        if trainer.global_step < 2 * max(self._last_figures, 1):
+            return
+        for writer in writers(trainer):
+            self._add_figures(writer, trainer.global_step)
+
+    def _add_figures(self, writer: SummaryWriter, step: int) -> None:
+        self._last_figures = step
+        lr = None if self._sgd is None else self._sgd.effective_lr
+        for name, figure in figures(self.history, self.last_observation, self.last_window, lr, self.separation).items():
+            writer.add_figure(f"{self.name}/{name}", figure, step)
 
     # --- one probe -------------------------------------------------------------------------------------------------
 
@@ -438,9 +527,25 @@ class SingularLimitMonitor(Callback):
                 int(self._clipped),
                 None if observation is None else observation.forecast,
             )
+        scalars |= self._clock(trainer)
         scalars["singlim/cost/overhead"] = self._budget.overhead
         self._log(trainer, scalars)
+        self._draw(trainer)
         rank_zero_info(f"torch_singlim step {step}: loss gap {scalars['singlim/loss_gap']:.2e}{line}")
+
+    def _clock(self, trainer: Trainer) -> dict[str, float]:
+        """Step size, noise level, and where the noise moves the weights, the slow clock."""
+        sgd, order = self._current_sgd(trainer), self._noise.order
+        if self.not_covered or sgd is None:
+            return {}
+        scalars = {"singlim/clock/step_size": sgd.effective_lr}
+        if order is not None:
+            scalars |= {
+                "singlim/clock/noise_level": math.sqrt(self._variance),
+                "singlim/clock/slow_time": self._slow_time,
+                "singlim/clock/time_scale": time_scale(sgd, order, self._variance),
+            }
+        return scalars
 
     def _compare(self, trainer: Trainer, opened: OpenWindow, step: int) -> WindowObservation | None:
         """The window that ends here, held against theory, if there is time for it."""
@@ -483,7 +588,6 @@ class SingularLimitMonitor(Callback):
                 self._problem,
                 w,
                 step=step,
-                slow_time=self._slow_time,
                 noise=self._noise if covered else None,
                 sgd=self._current_sgd(trainer),
                 carried=self._carried(trainer),
@@ -561,6 +665,9 @@ class SingularLimitMonitor(Callback):
         self.history[trainer.global_step] = scalars
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.log_metrics(self._named(scalars), step=trainer.global_step)
+        for writer in writers(trainer):
+            for tag, value in self._named(bands(scalars)).items():
+                writer.add_scalar(tag, value, trainer.global_step)
         self._publish(trainer, scalars)
 
     def _named(self, scalars: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,183 @@
+"""What TensorBoard shows of a monitor: a layout of charts, cards, figures, hyperparameters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning.pytorch import Trainer
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from torch_singlim.geometry import separation_level
+from torch_singlim.observe import Observation, WindowObservation
+from torch_singlim.report import (
+    Figure,
+    agreement_figure,
+    plane_figure,
+    spectrum_figure,
+    speed_figure,
+    time_scales_figure,
+)
+from torch_singlim.verdict import History
+
+__all__ = ["Series", "bands", "card", "figures", "layout", "write_hyperparameters", "writers"]
+
+Chart = list[str | list[str]]
+Layout = dict[str, dict[str, Chart]]
+
+# series that are drawn with their standard error; both have the steps of the series itself
+_BANDS = ("drift/cosine", "drift/speed_ratio", "drift/pull", "potential")
+# of the table of hyperparameters: what a run is judged by
+_FINAL = ("loss_gap", "distance/measured", "drift/cosine", "drift/null_cosine", "drift/speed_ratio", "drift/pull")
+
+
+def writers(trainer: Trainer) -> Iterator[SummaryWriter]:
+    """The trainer's TensorBoard writers, on the process that writes."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        writer = getattr(logger, "experiment", None)
+        if isinstance(writer, SummaryWriter):
+            yield writer
+
+
+@dataclass(frozen=True)
+class Series:
+    """Which series a monitor logs, if time allows.
+
+    Args:
+        covered: drift is predicted at all.
+        flow: descent on the effective loss is.
+        moves: the noise moves the weights on one of the two clocks.
+        diffuses: the limit does.
+        replicas: windows are run again, for the ceiling.
+        bands: standard errors within windows.
+    """
+
+    covered: bool
+    flow: bool
+    moves: bool
+    diffuses: bool
+    replicas: bool
+    bands: bool
+
+
+def layout(monitors: Mapping[str, Series]) -> Layout:
+    """The charts of all monitors: category -> title with unit -> what is drawn.
+
+    >>> series = Series(covered=False, flow=False, moves=False, diffuses=False, replicas=False, bands=False)
+    >>> layout({"singlim": series})["Distance"]["Loss gap [loss]"]
+    ['Multiline', ['^singlim/loss_gap$']]
+    """
+    charts: Layout = {}
+    for name, series in monitors.items():
+        of = f" ({name})" if len(monitors) > 1 else ""
+        charts |= {f"{category}{of}": each for category, each in _charts(name, series).items() if each}
+    return charts
+
+
+def _charts(name: str, s: Series) -> Layout:
+    def lines(*tags: str) -> Chart:
+        return ["Multiline", [f"^{re.escape(f'{name}/{tag}')}$" for tag in tags]]
+
+    def band(tag: str) -> Chart:
+        return ["Margin", [f"{name}/{tag}", f"{name}/{tag}_lower", f"{name}/{tag}_upper"]]
+
+    distance = {
+        "Loss gap [loss]": lines("loss_gap"),
+        "Distance to the zero-loss set [weight norm]": lines("distance/measured", "distance/linearised"),
+    }
+    drift: dict[str, Chart] = {}
+    clock: dict[str, Chart] = {}
+    quality = {
+        "Share of the wall time spent probing": lines("cost/overhead"),
+        "Nearest point found [0 or 1]": lines("quality/converged"),
+        "Residual left at the nearest point [root of loss]": lines("quality/residual"),
+    }
+    if s.covered:
+        distance |= {
+            "Settled part, measured and expected [weight norm]": lines("distance/separated", "distance/predicted"),
+            "Settled modes [share]": lines("separation"),
+        }
+        cosines = ["drift/cosine", "drift/null_cosine", "limit/cosine", *(["drift/ceiling"] if s.replicas else [])]
+        drift["Cosine with the measured motion: flow, null, limit, ceiling"] = lines(*cosines)
+        drift["Displacement over a window [weight norm]"] = lines("drift/measured", "drift/predicted")
+        clock["Step size"] = lines("clock/step_size")
+        quality["Gradients spent on a window [number]"] = lines("cost/products")
+    if s.flow and s.bands:
+        drift["Cosine with the effective flow, standard error"] = band("drift/cosine")
+        drift["Speed, measured / predicted, standard error"] = band("drift/speed_ratio")
+    if s.flow and s.replicas:
+        drift["Pull of the noise, measured / predicted, standard error"] = band("drift/pull")
+    if s.flow:
+        quality["Error of the prediction [weight norm]"] = lines("quality/stderr", "quality/error")
+    if s.moves:
+        along = ("spread_measured", "spread_predicted") if s.diffuses else ("measured", "predicted")
+        drift["Motion along the zero-loss set, and its limit [weight norm]"] = lines(
+            *(f"limit/{each}" for each in along)
+        )
+        clock["Slow time [sum of step size^order sigma^2]"] = lines("clock/slow_time")
+        clock["Optimizer steps per unit of slow time"] = lines("clock/time_scale")
+        clock["Potential of the noise, standard error [loss]"] = band("potential")
+    return {"Distance": distance, "Drift": drift, "Clock": clock, "Quality and cost": quality}
+
+
+def bands(scalars: Mapping[str, float]) -> dict[str, float]:
+    """Value minus and plus its standard error, for the charts that draw them.
+
+    >>> bands({"singlim/potential": 2.0, "singlim/potential_stderr": 0.5})
+    {'singlim/potential_lower': 1.5, 'singlim/potential_upper': 2.5}
+    """
+    found = {}
+    for tag in (f"singlim/{each}" for each in _BANDS):
+        if f"{tag}_stderr" in scalars:
+            value, error = scalars[tag], scalars[f"{tag}_stderr"]
+            found |= {f"{tag}_lower": value - error, f"{tag}_upper": value + error}
+    return found
+
+
+def card(settings: Mapping[str, str | float], not_covered: Sequence[str]) -> str:
+    """What was found at the start, as markdown.
+
+    >>> print(card({"weights": 10}, ["Adam"]))
+    | found | |
+    |:---|:---|
+    | weights | 10 |
+    <BLANKLINE>
+    Drift not predicted: Adam.
+    """
+    lines = ["| found | |", "|:---|:---|"]
+    for key, value in settings.items():
+        lines.append(f"| {key} | {value if isinstance(value, str | int) else f'{value:.4g}'} |")
+    return "\n".join([*lines, *(f"\nDrift not predicted: {reason}." for reason in not_covered)])
+
+
+def figures(
+    history: History,
+    observation: Observation | None,
+    window: WindowObservation | None,
+    lr: float | None,
+    separation: float,
+) -> dict[str, Figure]:
+    """Name -> figure, of what there is to draw so far."""
+    drawn = {"figures/1_time_scales": time_scales_figure(history)}
+    if window is not None:
+        drawn |= {"figures/2_agreement": agreement_figure(history), "figures/3_speed": speed_figure({"": history})}
+        if window.plane is not None:
+            drawn["figures/4_plane"] = plane_figure(window)
+    if observation is not None:
+        step = observation.step
+        level = None if lr is None else separation_level(lr, step, separation) if step else math.inf
+        drawn["figures/5_spectrum"] = spectrum_figure(observation.tangent.spectrum(), level=level, step=step)
+    return drawn
+
+
+def write_hyperparameters(
+    writer: SummaryWriter, settings: Mapping[str, str | float], final: Mapping[str, float]
+) -> None:
+    """The run as one row of the HPARAMS tab: what was found, and the last value of what it is judged by."""
+    judged = {tag: value for tag, value in final.items() if tag.split("/", 1)[1] in _FINAL}
+    for summary in hparams(dict(settings), judged):
+        assert writer.file_writer is not None
+        writer.file_writer.add_summary(summary)

@@ -1,0 +1,33 @@
+"""Figures and pages from what was logged; the only place that imports matplotlib."""
+
+from torch_singlim.report.figures import (
+    Figure,
+    agreement_figure,
+    drift_figure,
+    plane_figure,
+    scaling_figure,
+    spectrum_figure,
+    speed_figure,
+    sweep_figure,
+    time_scales_figure,
+)
+from torch_singlim.report.page import report
+from torch_singlim.report.runs import Run, find_runs, read_run
+
+__all__ = [
+    # a finished run, or several
+    "report",
+    "find_runs",
+    "read_run",
+    "Run",
+    # its figures
+    "Figure",
+    "time_scales_figure",
+    "agreement_figure",
+    "speed_figure",
+    "plane_figure",
+    "spectrum_figure",
+    "sweep_figure",
+    "drift_figure",
+    "scaling_figure",
+]

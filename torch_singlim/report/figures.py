@@ -1,0 +1,405 @@
+"""Figures from what a monitor recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from torch_singlim.observe import WindowObservation
+from torch_singlim.scaling import Rate, Scaling
+from torch_singlim.verdict import History
+
+__all__ = [
+    "Figure",
+    "agreement_figure",
+    "drift_figure",
+    "plane_figure",
+    "scaling_figure",
+    "spectrum_figure",
+    "speed_figure",
+    "sweep_figure",
+    "time_scales_figure",
+]
+
+# Okabe and Ito's colours, told apart by every kind of colour vision
+_MEASURED, _THEORY, _CONTROL, _LIMIT, _CEILING = "#0072B2", "#D55E00", "#999999", "#009E73", "#000000"
+_CYCLE = (_MEASURED, _THEORY, _LIMIT, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+# a panel as wide as a column of a paper, in inches, and letters that can be read there
+_PANEL = (3.5, 2.9)
+_COLUMN = rc_context(
+    {
+        "font.size": 8,
+        "axes.titlesize": 8.5,
+        "legend.fontsize": 7,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "lines.markersize": 4,
+        "axes.prop_cycle": f"cycler('color', {list(_CYCLE)})",
+    }
+)
+
+
+def _panels(columns: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1]), layout="constrained", dpi=160)
+    return figure, list(figure.subplots(1, columns, squeeze=False).flat)
+
+
+def _series(history: History, tag: str) -> tuple[list[int], list[float]]:
+    """Steps after the first, and values, of what was logged."""
+    points = [(step, p[f"singlim/{tag}"]) for step, p in sorted(history.items()) if step and f"singlim/{tag}" in p]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _empty(axes: Axes, words: str) -> None:
+    """Say what is missing where a panel would be empty."""
+    axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes, color="0.4", wrap=True)
+    axes.set(xticks=[], yticks=[])
+
+
+@_COLUMN
+def time_scales_figure(history: History) -> Figure:
+    """The fast fall and the slow drift: loss gap and distance over the steps, motion over slow time.
+
+    Right: displacement of each window and what was predicted, summed up; where no clock runs, over the steps.
+
+    Args:
+        history: what was logged, step -> tag -> value.
+    """
+    figure, (fall, drift) = _panels(2)
+    lines = [("loss_gap", _CEILING, ".", "loss gap [loss]"), ("distance/measured", _MEASURED, "s", "distance [norm]")]
+    if not _series(history, "distance/measured")[0]:
+        lines[1] = ("distance/linearised", _MEASURED, "s", "linearised distance [norm]")
+    lines += [
+        ("distance/separated", _LIMIT, "o", "its settled part [norm]"),
+        ("distance/predicted", _THEORY, "^", "the same, expected [norm]"),
+    ]
+    for tag, color, marker, label in lines:
+        steps, values = _series(history, tag)
+        if steps:
+            fall.plot(steps, values, color=color, marker=marker, label=label, lw=1)
+    fall.set(xscale="log", yscale="log", xlabel="optimizer steps", title="Distance to the zero-loss set")
+    fall.set_ylabel("loss, or weight norm")
+    if fall.lines:
+        fall.legend()
+    ends = [step for step, p in sorted(history.items()) if "singlim/drift/measured" in p]
+    if not ends:
+        _empty(drift, "the drift was not measured")
+        return figure
+    clock = dict(zip(*_series(history, "clock/slow_time"), strict=True))
+    timed = all(end in clock for end in ends) and clock[ends[-1]] > 0
+    at = [clock[end] if timed else end for end in ends]
+    for tag, color, marker, label in (
+        ("measured", _MEASURED, "o", "measured"),
+        ("predicted", _THEORY, "^", "predicted, effective flow"),
+    ):
+        values = [history[end].get(f"singlim/drift/{tag}", math.nan) for end in ends]
+        drift.plot(at, values, color=color, marker=marker, label=label, lw=1, ls="-" if tag == "measured" else "--")
+    drift.set_ylim(bottom=0)
+    drift.set(xlabel="slow time Σ α^order σ²" if timed else "optimizer steps", ylabel="weight norm")
+    drift.set_title("Displacement over each window")
+    drift.legend()
+    return figure
+
+
+@_COLUMN
+def agreement_figure(history: History) -> Figure:
+    """Direction and speed of the drift, window by window, with standard errors, ceiling and null control.
+
+    Args:
+        history: what was logged, step -> tag -> value.
+    """
+    figure, (direction, speed) = _panels(2)
+    for tag, color, marker, label in (
+        ("drift/cosine", _THEORY, "o", "effective flow"),
+        ("limit/cosine", _LIMIT, "D", "singular limit"),
+        ("drift/null_cosine", _CONTROL, "s", "loss alone (null)"),
+        ("drift/ceiling", _CEILING, "_", "noise ceiling"),
+    ):
+        _with_errors(direction, history, tag, color=color, marker=marker, label=label)
+    direction.axhline(0, color="0.8", lw=0.5, zorder=0)
+    direction.set(xlabel="end of the window, optimizer steps", ylabel="cosine with the measured drift")
+    direction.set_ylim(-0.35, 1.08)
+    direction.set_title("Which prediction points where training went")
+    for tag, color, marker, label in (
+        ("drift/speed_ratio", _THEORY, "o", "effective flow"),
+        ("limit/speed_ratio", _LIMIT, "D", "singular limit"),
+    ):
+        _with_errors(speed, history, tag, color=color, marker=marker, label=label)
+    speed.axhline(1, color="0.6", lw=0.8, ls=":", zorder=0)
+    speed.set(xlabel="end of the window, optimizer steps", ylabel="measured / predicted", title="Speed ratio")
+    speed.set_ylim(bottom=min(0, speed.get_ylim()[0]), top=max(1.15, speed.get_ylim()[1]))
+    for axes in (direction, speed):
+        if axes.containers:
+            axes.legend(loc="lower left" if axes is direction else "best", ncols=2 if axes is direction else 1)
+        else:
+            axes.cla()
+            _empty(axes, "no drift was held against the theory")
+    return figure
+
+
+def _with_errors(axes: Axes, history: History, tag: str, **style: Any) -> None:
+    """A logged series with its standard errors, where there are some."""
+    steps, values = _series(history, tag)
+    errors = [history[step].get(f"singlim/{tag}_stderr", 0.0) for step in steps]
+    if steps:
+        axes.errorbar(steps, values, yerr=errors, lw=1, capsize=2, **style)
+
+
+@_COLUMN
+def speed_figure(runs: Mapping[str, History]) -> Figure:
+    """Measured against predicted speed, a point for each window of each run; on the diagonal they agree.
+
+    Measured is the part of the motion along the prediction, with the standard error of the speed ratio.
+
+    Args:
+        runs: name -> what was logged.
+    """
+    figure, (axes,) = _panels(1)
+    largest = 0.0
+    for color, (name, history) in zip(_CYCLE * (1 + len(runs) // len(_CYCLE)), runs.items(), strict=False):
+        points = [p for _, p in sorted(history.items()) if "singlim/drift/speed_ratio" in p]
+        if not points:
+            continue
+        q = [p["singlim/drift/predicted"] / p["singlim/drift/window"] for p in points]
+        m = [each * p["singlim/drift/speed_ratio"] for each, p in zip(q, points, strict=True)]
+        errors = [each * p.get("singlim/drift/speed_ratio_stderr", 0.0) for each, p in zip(q, points, strict=True)]
+        axes.errorbar(q, m, yerr=errors, fmt="o", color=color, capsize=2, label=name if len(runs) > 1 else None)
+        largest = max(largest, *q, *m)
+    if not largest:
+        _empty(axes, "no drift was held against the theory")
+        return figure
+    axes.plot(
+        [0, 1.1 * largest], [0, 1.1 * largest], color="0.6", lw=0.8, ls=":", label="measured = predicted", zorder=0
+    )
+    axes.set(xlim=(0, 1.1 * largest), ylim=(0, 1.1 * largest))
+    axes.set(
+        xlabel="predicted, weight norm per step", ylabel="measured, weight norm per step", title="Speed of the drift"
+    )
+    axes.ticklabel_format(style="sci", scilimits=(-2, 3))
+    axes.legend()
+    return figure
+
+
+@_COLUMN
+def plane_figure(window: WindowObservation) -> Figure:
+    """The measured and the predicted path over a window, in the plane of the prediction and the largest deviation.
+
+    Args:
+        window: with a prediction.
+    """
+    figure, (axes,) = _panels(1)
+    axes.set(xlabel="along the predicted drift, weight norm", ylabel="across it, weight norm")
+    axes.set_title(f"Drift from step {window.start} to {window.stop}")
+    if window.plane is None:
+        _empty(axes, "no prediction")
+        return figure
+    for path, color, marker, style, label in (
+        (window.plane.measured, _MEASURED, "o", "-", "measured"),
+        (window.plane.predicted, _THEORY, "^", "--", "effective flow"),
+    ):
+        axes.plot(*path.T.tolist(), color=color, marker=marker, ls=style, lw=1, label=label)
+    axes.plot(0, 0, color=_CEILING, marker="o", ls="", label="start")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.legend()
+    return figure
+
+
+@_COLUMN
+def spectrum_figure(eigenvalues: Tensor, *, level: float | None, step: int) -> Figure:
+    """The nonzero eigenvalues of H, descending, and which of them have settled.
+
+    Args:
+        eigenvalues: ``[rank]``.
+        level: eigenvalue from which a mode counts as settled, c / (α steps); None: not known.
+        step: where it was taken.
+    """
+    figure, (axes,) = _panels(1)
+    values = eigenvalues[eigenvalues > 0].sort(descending=True).values.double().cpu()
+    index = torch.arange(1, len(values) + 1)
+    settled = values >= (math.inf if level is None else level)
+    for chosen, color, label in ((settled, _MEASURED, "settled"), (~settled, _CONTROL, "not settled")):
+        if chosen.any():
+            name = f"{label}: {int(chosen.sum())}" if level is not None else None
+            axes.plot(index[chosen].tolist(), values[chosen].tolist(), ".", color=color, label=name, ms=3)
+    if level is not None and math.isfinite(level):
+        axes.axhline(level, color=_THEORY, lw=0.8, ls="--", label="c / (α steps)")
+    axes.set(xscale="log", yscale="log", xlabel="normal mode", ylabel="eigenvalue λ of H, loss / norm²")
+    axes.set_title(f"Spectrum at step {step}")
+    if level is not None:
+        axes.legend()
+    return figure
+
+
+@_COLUMN
+def sweep_figure(rates: Sequence[Rate], *, title: str) -> Figure:
+    """Speed of the drift in the last window of several runs, over step size and over noise level.
+
+    Args:
+        rates: one for each run; of those with the same other parameter a line is drawn.
+        title: the fitted exponents, or why there are none.
+    """
+    figure, panels = _panels(2)
+    figure.suptitle(title)
+    for axes, which, other, symbol, label in (
+        (panels[0], "alpha", "sigma", "σ", "step size α"),
+        (panels[1], "sigma", "alpha", "α", "noise level σ"),
+    ):
+        for color, value in zip(_CYCLE, sorted({getattr(r, other) for r in rates}), strict=False):
+            chosen = sorted((r for r in rates if getattr(r, other) == value), key=lambda r: getattr(r, which))
+            x = [getattr(r, which) for r in chosen]
+            measured = [r.measured.mean for r in chosen]
+            errors = [0.0 if math.isnan(r.measured.stderr) else r.measured.stderr for r in chosen]
+            axes.errorbar(x, measured, yerr=errors, color=color, marker="o", lw=1, label=f"{symbol} = {value:.3g}")
+            axes.plot(x, [r.predicted for r in chosen], color=color, ls="--", marker="^", mfc="none", lw=1)
+        axes.plot([], [], color="0.4", ls="--", marker="^", mfc="none", lw=1, label="predicted")
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="weight norm per step")
+        ticks = sorted({getattr(r, which) for r in rates})
+        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.legend()
+    return figure
+
+
+def drift_figure(history: History, last_window: WindowObservation | None, *, title: str) -> Figure:
+    """Four panels, measured against theory: loss gap, distance to Gamma, agreement by window, drift weight by weight.
+
+    Where the limit diffuses the last one is the length of the motion, which alone can be predicted.
+
+    Args:
+        history: what was logged, step -> tag -> value: a monitor's `history`.
+        last_window: its `last_window`, which has the displacement of every weight.
+        title: above all of it.
+    """
+    figure = Figure(figsize=(10, 7.5), layout="constrained", dpi=150)
+    figure.suptitle(title)
+    panels = figure.subplots(2, 2)
+    _loss(panels[0, 0], history)
+    _distance(panels[0, 1], history)
+    _agreement(panels[1, 0], history)
+    if last_window is not None and last_window.spread is not None:
+        _length(panels[1, 1], history)
+    else:
+        _parity(panels[1, 1], last_window)
+    return figure
+
+
+def _line(axes: Axes, history: History, tag: str, **style: Any) -> None:
+    """One logged series over the steps; nothing where it was not logged."""
+    points = [(step, p[f"singlim/{tag}"]) for step, p in sorted(history.items()) if step and f"singlim/{tag}" in p]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
+
+
+def _windows(history: History) -> list[tuple[int, int]]:
+    """Start and end of every window, in steps."""
+    ends = [(step, p["singlim/drift/window"]) for step, p in sorted(history.items()) if "singlim/drift/window" in p]
+    return [(step - int(length), step) for step, length in ends]
+
+
+def _loss(axes: Axes, history: History) -> None:
+    _line(axes, history, "loss_gap", color=_MEASURED, marker=".", label="loss gap L(w)")
+    for i, (start, stop) in enumerate(_windows(history)):
+        axes.axvspan(max(start, 1), stop, color=_CONTROL, alpha=0.12 + 0.1 * (i % 2), lw=0)
+    axes.set(
+        xscale="log", yscale="log", xlabel="optimizer steps", ylabel="loss", title="Fast, then slow (windows shaded)"
+    )
+    axes.legend(frameon=False)
+
+
+def _distance(axes: Axes, history: History) -> None:
+    _line(axes, history, "distance/measured", color=_CONTROL, marker="s", label="whole distance (no prediction)")
+    _line(axes, history, "distance/separated", color=_MEASURED, marker="o", label="settled modes, measured")
+    _line(axes, history, "distance/predicted", color=_THEORY, marker="^", ls="--", label="settled modes, expected")
+    axes.set(xlabel="optimizer steps", ylabel="weight norm", title="Distance to the zero-loss set")
+    axes.set_ylim(bottom=0)
+    if axes.lines:
+        axes.legend(frameon=False)
+
+
+def _agreement(axes: Axes, history: History) -> None:
+    axes.axhline(0, color=_CONTROL, lw=0.5)
+    for i, (start, stop) in enumerate(_windows(history)):
+        ceiling = history[stop].get("singlim/drift/ceiling")
+        if ceiling is not None:
+            axes.hlines(ceiling, start, stop, color=_CEILING, lw=1, label="noise ceiling" if i == 0 else "")
+    _line(axes, history, "drift/cosine", color=_THEORY, marker="o", label="effective flow")
+    _line(axes, history, "limit/cosine", color=_LIMIT, marker="D", label="singular limit")
+    _line(axes, history, "drift/null_cosine", color=_CONTROL, marker="s", label="loss alone (null)")
+    axes.set(ylim=(-0.3, 1.05), xlabel="end of the window, optimizer steps", ylabel="cosine with the measured drift")
+    axes.set_title("Which prediction points where training went")
+    if _windows(history):
+        axes.legend(frameon=False, loc="lower left", ncols=2)
+
+
+def _parity(axes: Axes, last: WindowObservation | None) -> None:
+    axes.set(xlabel="predicted displacement", ylabel="measured displacement", title="Drift, weight by weight")
+    if last is None or last.flow is None:
+        return
+    q, m = last.flow.displacement.cpu().numpy(), last.displacement.cpu().numpy()
+    reach = float(max(abs(q).max(), abs(m).max())) or 1.0
+    extent = (-reach, reach, -reach, reach)
+    cells = axes.hexbin(q, m, gridsize=60, extent=extent, bins="log", cmap="cividis", mincnt=1)
+    axes.figure.colorbar(cells, ax=axes, label="weights per cell")
+    axes.plot([-reach, reach], [-reach, reach], color=_THEORY, lw=1, ls="--", label="measured = predicted")
+    axes.set_title(f"Drift, weight by weight (steps {last.start}-{last.stop})")
+    axes.set_aspect("equal")
+    axes.legend(frameon=False, loc="upper left")
+
+
+def _length(axes: Axes, history: History) -> None:
+    _line(axes, history, "limit/spread_measured", color=_MEASURED, marker="o", label="measured")
+    _line(
+        axes, history, "limit/spread_predicted", color=_LIMIT, marker="D", ls="--", label="singular limit (diffusion)"
+    )
+    axes.set(xlabel="end of the window, optimizer steps", ylabel="weight norm", title="Length of the motion along Γ")
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+    axes.legend(frameon=False, loc="lower left")
+
+
+def scaling_figure(scalings: Sequence[Scaling], *, title: str) -> Figure:
+    """A panel for each system: measured rate over the step size, one line for each noise level, beside the limit's.
+
+    Args:
+        scalings: measured rates and fitted exponents.
+        title: above all of it.
+    """
+    columns = min(len(scalings), 3)
+    rows = -(-len(scalings) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.3 * rows + 0.4), layout="constrained", dpi=150)
+    figure.suptitle(title)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, scaling in zip(panels, scalings, strict=False):
+        _scaling(axes, scaling)
+    for axes in panels[len(scalings) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _scaling(axes: Axes, scaling: Scaling) -> None:
+    levels = sorted({r.sigma for r in scaling.rates}, reverse=True)
+    for sigma, color in zip(levels, (_THEORY, _MEASURED, _LIMIT, _CEILING), strict=False):
+        rates = sorted((r for r in scaling.rates if r.sigma == sigma), key=lambda r: r.alpha)
+        alphas = [r.alpha for r in rates]
+        axes.plot(alphas, [r.predicted for r in rates], color=color, lw=1, ls="--")
+        measured, errors = [r.measured.mean for r in rates], [r.measured.stderr for r in rates]
+        axes.errorbar(alphas, measured, yerr=errors, color=color, fmt="o", ms=4, label=f"σ = {sigma:g}")
+    a, b = scaling.expected
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="step size α",
+        ylabel="motion along Γ per step",
+        title=f"{scaling.name}\n$\\alpha^{{{scaling.fit.alpha.mean:.2f}}}\\sigma^{{{scaling.fit.sigma.mean:.2f}}}$, "
+        f"theory $\\alpha^{{{a}}}\\sigma^{{{b}}}$",
+    )
+    axes.set_xticks(alphas := sorted({r.alpha for r in scaling.rates}), [f"{alpha:g}" for alpha in alphas], minor=False)
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize="small")

@@ -38,6 +38,7 @@ ROOMS = {
         "verdict",
         "report",
     },
+    "__main__": {"callbacks", "report", "verdict"},
     "__init__": {"linalg", "problem", "geometry", "theory", "agreement", "callbacks"},
 }
 HEAVY = {"lightning": {"callbacks"}, "matplotlib": {"report"}}

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.pytorch import Trainer
 from torch.utils.tensorboard import SummaryWriter
@@ -23,7 +24,7 @@ from torch_singlim.report import (
 )
 from torch_singlim.verdict import History
 
-__all__ = ["Series", "bands", "card", "figures", "layout", "write_hyperparameters", "writers"]
+__all__ = ["Series", "bands", "begin_hyperparameters", "card", "end_hyperparameters", "figures", "layout", "writers"]
 
 Chart = list[str | list[str]]
 Layout = dict[str, dict[str, Chart]]
@@ -100,8 +101,9 @@ def _charts(name: str, s: Series) -> Layout:
             "Settled part, measured and expected [weight norm]": lines("distance/separated", "distance/predicted"),
             "Settled modes [share]": lines("separation"),
         }
-        cosines = ["drift/cosine", "drift/null_cosine", "limit/cosine", *(["drift/ceiling"] if s.replicas else [])]
-        drift["Cosine with the measured motion: flow, null, limit, ceiling"] = lines(*cosines)
+        cosines = {"drift/null_cosine": True, "drift/cosine": s.flow, "drift/ceiling": s.replicas}
+        title = "Cosine with the measured motion: loss alone, effective flow, noise ceiling"
+        drift[title] = lines(*(tag for tag, logged in cosines.items() if logged))
         drift["Displacement over a window [weight norm]"] = lines("drift/measured", "drift/predicted")
         clock["Step size"] = lines("clock/step_size")
         quality["Gradients spent on a window [number]"] = lines("cost/products")
@@ -173,11 +175,17 @@ def figures(
     return drawn
 
 
-def write_hyperparameters(
-    writer: SummaryWriter, settings: Mapping[str, str | float], final: Mapping[str, float]
-) -> None:
-    """The run as one row of the HPARAMS tab: what was found, and the last value of what it is judged by."""
-    judged = {tag: value for tag, value in final.items() if tag.split("/", 1)[1] in _FINAL}
-    for summary in hparams(dict(settings), judged):
-        assert writer.file_writer is not None
-        writer.file_writer.add_summary(summary)
+def begin_hyperparameters(writer: SummaryWriter, settings: Mapping[str, Any], names: Sequence[str]) -> None:
+    """The run as a row of the HPARAMS tab: its settings, and which tags it is judged by, once they are logged.
+
+    TensorBoard takes the first such record of a run alone, and Lightning writes one for a module with hyperparameters.
+    """
+    plain = {key: value for key, value in settings.items() if isinstance(value, bool | str | float | int)}
+    metrics = {f"{name}/{tag}": 0.0 for name in names for tag in _FINAL}  # the names count, no value is kept
+    for summary in hparams(plain, metrics)[:2]:
+        writer._get_file_writer().add_summary(summary)
+
+
+def end_hyperparameters(writer: SummaryWriter) -> None:
+    """The run is finished: its metrics are the last values that were logged."""
+    writer._get_file_writer().add_summary(hparams({}, {})[2])

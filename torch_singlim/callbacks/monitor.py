@@ -21,10 +21,11 @@ from torch_singlim.callbacks.budget import Budget, expected_seconds, left_out_in
 from torch_singlim.callbacks.dashboard import (
     Series,
     bands,
+    begin_hyperparameters,
     card,
+    end_hyperparameters,
     figures,
     layout,
-    write_hyperparameters,
     writers,
 )
 from torch_singlim.callbacks.descent import (
@@ -212,6 +213,13 @@ class SingularLimitMonitor(Callback):
                 'use strategy="ddp" or one device, or probe the checkpoints afterwards'
             )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The row of a module with hyperparameters of its own gets the metrics, before Lightning writes it."""
+        given = {**pl_module.hparams_initial} if pl_module.hparams_initial else {}
+        monitors = _monitors(trainer)
+        for writer in writers(trainer) if given and monitors[0] is self else ():
+            begin_hyperparameters(writer, given, [each.name for each in monitors])
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the problem, the descent and the noise; probe the first weights, or go on from a checkpoint."""
         resumed, self._resumed, self._begun = self._resumed, None, False
@@ -378,14 +386,17 @@ class SingularLimitMonitor(Callback):
         for writer in writers(trainer):
             writer.add_text(f"{self.name}/verdict", self.verdict, trainer.global_step)
             self._add_figures(writer, trainer.global_step)
-            write_hyperparameters(writer, self._settings, self._final())
+            if _monitors(trainer)[0] is self:
+                end_hyperparameters(writer)
 
     # --- TensorBoard -----------------------------------------------------------------------------------------------
 
     def _open_dashboard(self, trainer: Trainer) -> None:
         """The card of what was found; by the last monitor to start, the layout of the charts of all."""
-        monitors = [each for each in trainer.callbacks if isinstance(each, SingularLimitMonitor)]  # type: ignore[attr-defined]
+        monitors = _monitors(trainer)
         for writer in writers(trainer):
+            if monitors[0] is self and not trainer.lightning_module.hparams_initial:
+                begin_hyperparameters(writer, self._settings, [each.name for each in monitors])
             writer.add_text(f"{self.name}/set-up", card(self._settings, self.not_covered), trainer.global_step)
             if all(each._begun for each in monitors):
                 writer.add_custom_scalars(layout({each.name: each._expected_series for each in monitors}))
@@ -433,11 +444,6 @@ class SingularLimitMonitor(Callback):
                 stiffest = self.last_observation.tangent.hessian.largest
                 settings["steps in which the stiffest mode relaxes"] = 1 / (s.effective_lr * stiffest)
         return settings
-
-    def _final(self) -> dict[str, float]:
-        """The last value of everything that was logged."""
-        last = {tag: value for _, point in sorted(self.history.items()) for tag, value in point.items()}
-        return self._named(last)
 
     def _draw(self, trainer: Trainer) -> None:
         """Figures, each time the steps have doubled."""
@@ -702,6 +708,10 @@ class SingularLimitMonitor(Callback):
     @property
     def _device_type(self) -> str:
         return self._problem.device.type if hasattr(self, "_problem") else "cpu"
+
+
+def _monitors(trainer: Trainer) -> list[SingularLimitMonitor]:
+    return [each for each in trainer.callbacks if isinstance(each, SingularLimitMonitor)]  # type: ignore[attr-defined]
 
 
 def _warn_not_covered(reason: str) -> None:

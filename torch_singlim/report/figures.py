@@ -47,9 +47,9 @@ _COLUMN = rc_context(
 )
 
 
-def _panels(columns: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1]), layout="constrained", dpi=160)
-    return figure, list(figure.subplots(1, columns, squeeze=False).flat)
+def _panels(rows: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(_PANEL[0], _PANEL[1] * rows), layout="constrained", dpi=160)
+    return figure, list(figure.subplots(rows, 1, squeeze=False).flat)
 
 
 def _series(history: History, tag: str) -> tuple[list[int], list[float]]:
@@ -68,7 +68,7 @@ def _empty(axes: Axes, words: str) -> None:
 def time_scales_figure(history: History) -> Figure:
     """The fast fall and the slow drift: loss gap and distance over the steps, motion over slow time.
 
-    Right: displacement of each window and what was predicted, summed up; where no clock runs, over the steps.
+    Below: displacement of each window and what was predicted, summed up; where no clock runs, over the steps.
 
     Args:
         history: what was logged, step -> tag -> value.
@@ -247,7 +247,7 @@ def sweep_figure(rates: Sequence[Rate], *, title: str) -> Figure:
         title: the fitted exponents, or why there are none.
     """
     figure, panels = _panels(2)
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     for axes, which, other, symbol, label in (
         (panels[0], "alpha", "sigma", "σ", "step size α"),
         (panels[1], "sigma", "alpha", "α", "noise level σ"),

@@ -47,13 +47,15 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bot
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
 th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
 th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption, .note { color: #555; font-size: 13px; }
+.row { display: flex; flex-wrap: wrap; gap: 2rem; align-items: start; }
+figure { margin: 1rem 0; max-width: 30rem; flex: 1 1 22rem; } img { width: 100%; height: auto; }
+figcaption, .note { color: #555; font-size: 13px; }
 pre { font-size: 12px; background: #f7f7f7; padding: .8rem; overflow-x: auto; }
 """
 
 _CAPTIONS = {
-    "time_scales": "Left: the fast fall; the settled part of the distance beside what the theory expects of it. Right: "
-    "the slow drift, window by window, beside descent on the effective loss.",
+    "time_scales": "Above: the fast fall; the settled part of the distance beside what the theory expects of it. "
+    "Below: the slow drift, window by window, beside descent on the effective loss.",
     "agreement": "Direction and speed. The effective flow should reach the noise ceiling and a speed ratio of 1; the "
     "null control, descent on the loss alone, must lie below it for the noise to be seen.",
     "speed": "A point for each window; bars are standard errors. Measured is the motion along the prediction.",
@@ -116,10 +118,14 @@ def _read(roots: Sequence[Path], name: str) -> list[Run]:
     common = min((folder.parts for folder in folders), key=len)
     while not all(folder.parts[: len(common)] == common for folder in folders):
         common = common[:-1]
+    # a logger's version_0, if all end in it
+    same = len({folder.name for folder in folders}) == 1 and all(len(f.parts) > len(common) + 1 for f in folders)
+    tail = 1 if same else 0
     runs, problems = [], []
     for folder in folders:
         try:
-            runs.append(read_run(folder, name=name, shown="/".join(folder.parts[len(common) :]) or folder.name))
+            parts = folder.parts[len(common) : len(folder.parts) - tail]
+            runs.append(read_run(folder, name=name, shown="/".join(parts) or folder.name))
         except ValueError as error:
             problems.append(error)
     if not runs:
@@ -185,12 +191,11 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ["".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in row) for kind, row in _kinds(rows)]
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in body) + "</table>"
-
-
-def _kinds(rows: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str]]]:
-    return [("td" if i else "th", row) for i, row in enumerate(rows)]
+    """A column for each run, which is easier to read than a long row."""
+    head, *body = zip(*rows, strict=True)
+    lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
+    lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body]
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _inline(figure: Figure, caption: str) -> str:
@@ -203,16 +208,20 @@ def _inline(figure: Figure, caption: str) -> str:
     )
 
 
+def _row(figures: Sequence[tuple[Figure, str]]) -> str:
+    return f"<div class=row>{''.join(_inline(*each) for each in figures)}</div>"
+
+
 def _page(runs: Sequence[Run], figures: dict[str, tuple[Figure, str]]) -> str:
     title = f"torch_singlim: {runs[0].name}" if len(runs) == 1 else f"torch_singlim: {len(runs)} runs"
     parts = [f"<h1>{html.escape(title)}</h1>", "<p>Last values of each run.</p>", _html_table(_table(runs))]
-    parts += [_inline(*figures[each]) for each in ("sweep", "speed") if each in figures]
+    parts.append(_row([figures[each] for each in ("sweep", "speed") if each in figures]))
     for i, run in enumerate(runs):
         end = f"_{i}" if len(runs) > 1 else ""
         parts.append(f"<h2>{html.escape(run.name)}</h2><p class=note>{html.escape(str(run.path))}</p>")
         if run.cut_off is not None:
             parts.append(f"<p class=note>{html.escape(run.cut_off.name)} is cut off: what comes before is shown.</p>")
-        parts += [_inline(*figures[f"{each}{end}"]) for each in ("time_scales", "agreement")]
+        parts.append(_row([figures[f"{each}{end}"] for each in ("time_scales", "agreement")]))
         parts.append(f"<details><summary>all probes</summary><pre>{html.escape(verdict(run.history))}</pre></details>")
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'

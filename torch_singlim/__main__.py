@@ -1,0 +1,109 @@
+"""The command line: ``torch_singlim report`` and ``torch_singlim probe``."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+
+def _named(reference: str) -> Any:
+    """The object that ``package.module:name`` or ``path/to/file.py:name`` names."""
+    where, _, name = reference.rpartition(":")
+    if not where or not name:
+        raise ValueError(f"expected package.module:name or file.py:name, got {reference!r}")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+        return getattr(module, name)
+    except (ImportError, FileNotFoundError, AttributeError) as error:
+        raise ValueError(f"{reference} was not found: {error}") from error
+
+
+def _report(options: argparse.Namespace) -> None:
+    from torch_singlim.report import report
+
+    page = report(options.runs, options.out, name=options.name, overwrite=options.overwrite, partial=options.partial)
+    print(f"report: {page}")
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from torch_singlim.callbacks.offline import probe_checkpoints
+    from torch_singlim.verdict import verdict
+
+    table = options.out / "metrics.csv"
+    if table.exists() and not options.overwrite:
+        raise FileExistsError(f"{table} is there already: pass --overwrite, or another folder with --out")
+    history = probe_checkpoints(
+        _named(options.module)(),
+        _named(options.data)(),
+        options.checkpoints,
+        batch_size=options.batch_size,
+        noise=None if options.noise is None else _named(options.noise),
+        replicas=options.replicas,
+        dtype=options.dtype,
+    )
+    tags = sorted({tag for point in history.values() for tag in point})
+    options.out.mkdir(parents=True, exist_ok=True)
+    with table.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, ["step", *tags])
+        writer.writeheader()
+        writer.writerows({"step": step, **point} for step, point in history.items())
+    print(verdict(history))
+    print(f"\ntable: {table}\nlook:  torch_singlim report {options.out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="torch_singlim", description="Look at runs after the fact.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    report = commands.add_parser("report", help="a page, figures and a table from the logs of one or several runs")
+    report.add_argument("runs", nargs="+", type=Path, help="folders with event files or metrics.csv, or above them")
+    report.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (default: report)")
+    report.add_argument("--name", default="singlim", help="the monitor's name (default: singlim)")
+    report.add_argument("--overwrite", action="store_true", help="replace a report that is there already")
+    report.add_argument("--partial", action="store_true", help="read event files that are cut off up to there")
+    report.set_defaults(run=_report)
+
+    probe = commands.add_parser("probe", help="the monitor's measurements on checkpoints of a finished run")
+    probe.add_argument("checkpoints", nargs="+", type=Path, help="files that Lightning's ModelCheckpoint wrote")
+    probe.add_argument(
+        "--module", required=True, help="file.py:name or package.module:name, called: the LightningModule"
+    )
+    probe.add_argument("--data", required=True, help="likewise: (inputs, targets), all samples that were trained on")
+    probe.add_argument("--noise", help="likewise, not called: a noise system that was injected")
+    probe.add_argument("--batch-size", type=int, help="samples of one optimizer step (default: all)")
+    probe.add_argument("--replicas", type=int, default=0, help="independent runs for the noise ceiling (default: 0)")
+    probe.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="of the probe")
+    probe.add_argument("--out", type=Path, default=Path("probe"), help="folder to write to (default: probe)")
+    probe.add_argument("--overwrite", action="store_true", help="replace a table that is there already")
+    probe.set_defaults(run=_probe)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; what cannot be done is said in one line, exit status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, FileExistsError) as error:
+        print(f"torch_singlim: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

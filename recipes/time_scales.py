@@ -91,7 +91,8 @@ def measure(sweep: Sweep, alpha: float, sigma: float, *, replicas: int, seed: in
     )
     settled = run(point, steps=round(4 / (alpha * SLOWEST)))
     steps = round(sweep.slow_time * limit.time_scale)
-    ensemble = run(settled.weights, steps=steps, foot=functools.partial(foot_of, problem))
+    # without what the weights carry for a step alone, which every run puts on top
+    ensemble = run(point + settled.displacements, steps=steps, foot=functools.partial(foot_of, problem))
     if sweep.spreads:
         return Rate(alpha, sigma, ensemble.spread.scaled(1 / steps), limit.diffusion * limit.dimension)
     mean = ensemble.mean.mean

@@ -104,13 +104,14 @@ def _charts(name: str, s: Series) -> Layout:
         cosines = {"drift/null_cosine": True, "drift/cosine": s.flow, "drift/ceiling": s.replicas}
         title = "Cosine with the measured motion: loss alone, effective flow, noise ceiling"
         drift[title] = lines(*(tag for tag, logged in cosines.items() if logged))
-        drift["Displacement over a window [weight norm]"] = lines("drift/measured", "drift/predicted")
+        displacement = ("drift/measured", "drift/predicted") if s.flow else ("drift/measured",)
+        drift["Displacement over a window [weight norm]"] = lines(*displacement)
         clock["Step size"] = lines("clock/step_size")
         quality["Gradients spent on a window [number]"] = lines("cost/products")
     if s.flow and s.bands:
         drift["Cosine with the effective flow, standard error"] = band("drift/cosine")
         drift["Speed, measured / predicted, standard error"] = band("drift/speed_ratio")
-    if s.flow and s.replicas:
+    if s.flow and s.replicas and s.moves:
         drift["Pull of the noise, measured / predicted, standard error"] = band("drift/pull")
     if s.flow:
         quality["Error of the prediction [weight norm]"] = lines("quality/stderr", "quality/error")

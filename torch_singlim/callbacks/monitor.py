@@ -385,7 +385,8 @@ class SingularLimitMonitor(Callback):
         rank_zero_info("torch_singlim verdict\n\n" + self.verdict + "\n")
         for writer in writers(trainer):
             writer.add_text(f"{self.name}/verdict", self.verdict, trainer.global_step)
-            self._add_figures(writer, trainer.global_step)
+            if self._last_figures != trainer.global_step:
+                self._add_figures(writer, trainer.global_step)
             if _monitors(trainer)[0] is self:
                 end_hyperparameters(writer)
 

@@ -97,7 +97,8 @@ def simulate(
 
     Args:
         problem: loss and the samples that training uses.
-        w: weights at the start ``[P]``, or one row for each replica ``[replicas, P]`` (to go on with an ensemble).
+        w: weights at the start ``[P]``, or one row for each replica ``[replicas, P]``. To go on with an ensemble, add
+            its displacements to where it started: its `weights` have on top what they carry for a step alone.
         noise: the system.
         sgd: step size, momentum, batch size.
         steps: K.

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch_singlim.linalg import Estimate, FactoredOperator
 from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.theory.gradient_noise import noise_product
-from torch_singlim.theory.noise import NoiseSystem, Sum, parts
-from torch_singlim.theory.potential import potential, random_direction
+from torch_singlim.theory.noise import NoiseSystem, Sum, draw_noise, parts
+from torch_singlim.theory.potential import potential
 from torch_singlim.theory.systems import CustomNoise
 
 __all__ = ["Degeneracy", "degeneracy", "with_measured_order"]
@@ -74,7 +74,8 @@ def degeneracy(
     size = torch.linalg.vector_norm(point).item()
     rounding = 1e-8 if hessian.exact else 1e-2
     floor = rounding * (torch.linalg.vector_norm(V.gradient.mean).item() + abs(V.value.mean) / max(size, 1e-300))
-    etas = [random_direction(noise, problem, generator=generator) for _ in range(_DRAWS)]
+    # as the noise draws: random signs could cancel in every draw, where few components act together
+    etas = [draw_noise(noise, problem, problem.num_samples, generator=generator) for _ in range(_DRAWS)]
     draws = torch.stack([noise_product(noise, problem, point, list(eta)) for eta in etas])
     rms = draws.square().sum(1).mean().sqrt().item()
     stiffest = hessian.largest

@@ -49,6 +49,9 @@ _COLUMN = rc_context(
 
 def _panels(rows: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(_PANEL[0], _PANEL[1] * rows), layout="constrained", dpi=160)
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(h_pad=0.1)  # type: ignore[call-arg]  # inches, of the constrained layout
     return figure, list(figure.subplots(rows, 1, squeeze=False).flat)
 
 

@@ -1,0 +1,155 @@
+"""Reports of finished runs: what is in them, that they need no network, and what bad input gives."""
+
+import csv
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from tests.callbacks.test_monitor import Net, fit, seeded
+from torch_singlim import DropConnect, Estimate, InjectNoise, SingularLimitMonitor
+from torch_singlim.__main__ import main
+from torch_singlim.report import find_runs, read_run, report
+from torch_singlim.report.page import _exponents, _rate
+
+SWEEP = [(lr, std) for lr in (0.1, 0.2) for std in (0.1, 0.2, 0.3)]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Six runs under DropConnect, with event files; of the first, CSV too."""
+    root = tmp_path_factory.mktemp("sweep")
+    histories = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for lr, std in SWEEP:
+            monitor = SingularLimitMonitor(every_n_steps=10, window=10, replicas=2)
+            loggers = [TensorBoardLogger(root / "events", name=f"lr{lr}_std{std}", version="")]
+            if not histories:
+                loggers.append(CSVLogger(root / "csv", name="", version=""))
+            net = seeded(lambda lr=lr: Net(dropout=0.0, lr=lr))
+            fit(net, InjectNoise(DropConnect(std)), monitor, steps=30, logger=loggers)
+            histories[f"lr{lr}_std{std}"] = monitor.history
+    return root, histories
+
+
+def same(found, logged, *, rel):
+    assert found.keys() == logged.keys()
+    for step, point in logged.items():
+        assert {tag: found[step][tag] for tag in point} == pytest.approx(point, rel=rel), step
+
+
+def test_what_was_logged_is_read_back(sweep):
+    root, histories = sweep
+    for name, history in histories.items():
+        same(read_run(root / "events" / name).history, history, rel=1e-6)  # event files hold float32
+    run = read_run(root / "csv")
+    same(run.history, histories["lr0.1_std0.1"], rel=1e-12)
+    assert run.cut_off is None
+    assert len(find_runs(root)) == 7
+
+
+def test_one_page_without_network(sweep, tmp_path):
+    root, histories = sweep
+    page = report([root / "events"], tmp_path / "report")
+    text = page.read_text()
+    assert page.stat().st_size < 3e6
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
+    assert "http" not in re.sub(r"data:[^\"]*", "", text)
+    assert "<script" not in text
+    rows = list(csv.DictReader((tmp_path / "report" / "runs.csv").read_text().splitlines()))
+    assert [row["run"] for row in rows] == sorted(histories)
+    for row in rows:
+        last = histories[row["run"]][30]
+        assert float(row["cosine"]) == pytest.approx(last["singlim/drift/cosine"], rel=1e-3)
+        assert float(row["step size α"]) == pytest.approx(float(row["run"][2:5]))
+        assert float(row["noise level σ"]) == pytest.approx(float(row["run"][-3:]))
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"sweep.png", "sweep.pdf", "speed.pdf", "time_scales_5.png", "agreement_0.pdf"} <= names
+    assert text.count("<img") == 2 + 2 * 6
+
+
+def test_a_power_law_is_fitted(sweep):
+    """To speeds that are one by construction."""
+    root, _ = sweep
+    rates = [_rate(read_run(folder).history) for folder in find_runs(root / "events")]
+    assert all(rate is not None for rate in rates)
+    lawful = [replace(r, measured=Estimate(3 * r.alpha * r.sigma**2, 1e-4 * r.alpha * r.sigma**2)) for r in rates]
+    assert _exponents(lawful).startswith("speed ∝ α^a σ^b: a = 1.00 ± ")
+    assert ", b = 2.00 ± " in _exponents(lawful)
+    assert "at least four rates" in _exponents(lawful[:3])
+
+
+def test_nothing_is_replaced_unless_asked(sweep, tmp_path, capsys):
+    root, _ = sweep
+    out = tmp_path / "report"
+    command = ["report", str(root / "csv"), "--out", str(out)]
+    main(command)
+    before = (out / "report.html").read_bytes()
+    (out / "report.html").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2
+    assert (out / "report.html").read_text() == "mine"
+    assert "report.html is there already: pass --overwrite" in capsys.readouterr().err
+    main([*command, "--overwrite"])
+    assert (out / "report.html").read_bytes() == before
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["report", *map(str, arguments)])
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed
+
+
+def test_bad_input_is_said_and_writes_nothing(sweep, tmp_path, capsys):
+    root, _ = sweep
+    out = tmp_path / "report"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no event files and no metrics.csv" in refused(capsys, empty, "--out", out)
+    assert "no folder" in refused(capsys, tmp_path / "absent", "--out", out)
+    assert "no tag under other/" in refused(capsys, root / "csv", "--name", "other", "--out", out)
+
+    plain = tmp_path / "plain"
+    fit(seeded(Net), steps=4, logger=TensorBoardLogger(plain, name="", version=""))
+    assert "no tag under singlim/" in refused(capsys, plain, "--out", out)
+
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    whole = next((root / "events" / "lr0.1_std0.1").glob("events*"))
+    (cut / whole.name).write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    assert "cut off in the middle of a record" in refused(capsys, cut, "--out", out)
+    assert not out.exists()
+    main(["report", str(cut), "--out", str(out), "--partial"])
+    assert "is cut off: what comes before is shown" in (out / "report.html").read_text()
+
+
+def test_runs_with_different_tags_are_shown_side_by_side(sweep, tmp_path):
+    """A run whose drift is not predicted beside one whose is; what one has not stays empty."""
+    root, _ = sweep
+    part = SingularLimitMonitor(every_n_steps=10, window=10, num_samples=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(seeded(Net), part, steps=20, logger=TensorBoardLogger(tmp_path, name="subset", version=""))
+    report([tmp_path / "subset", root / "csv"], tmp_path / "report")
+    rows = {row["run"]: row for row in csv.DictReader((tmp_path / "report" / "runs.csv").read_text().splitlines())}
+    assert len(rows) == 2
+    (subset,) = [row for name, row in rows.items() if name.endswith("subset")]
+    assert subset["cosine"] == ""
+    assert float(subset["distance [norm]"]) > 0
+
+
+def test_as_a_module():
+    shown = subprocess.run(
+        [sys.executable, "-m", "torch_singlim", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "report" in shown.stdout
+    assert "probe" in shown.stdout

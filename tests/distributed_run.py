@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
@@ -21,6 +22,7 @@ from torch_singlim.observe import observe
 SAMPLES = 20
 CASES = {
     "plain": {},
+    # and with figures, for which every process takes part in the products
     "dropout by products": {"products": True},
     "dropout in training": {"dropout": 0.2},
     # where every layer is a matrix, one process pushes through its kept pass, which makes no call that is counted
@@ -57,7 +59,7 @@ def main(case: str, devices: int, out: Path, fault: bool, monitored: bool) -> No
         strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
         precision="64-true",
         callbacks=[*injected, *([monitor] if monitored else [])],
-        logger=False,
+        logger=TensorBoardLogger(out.parent, name=f"board {out.name}") if CASES[case].get("products") else False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from playwright.sync_api import sync_playwright
 from torch.utils.tensorboard import SummaryWriter
 
 from tests import browser
 from tests.callbacks.test_monitor import Net, fit, seeded
 from torch_singlim import SingularLimitMonitor
+from torch_singlim.report import report
 
 # screenshots are kept here, for people to look at
 SHOTS = Path(__file__).parents[1] / "artefacts" / "tensorboard"
@@ -45,6 +47,26 @@ def test_every_chart_has_its_curves(tmp_path):
     assert len(seen["rows"]) == 2  # a row for each run, and no stray ones
     assert sorted(row["settings"]["width"] for row in seen["rows"]) == [24, 32]
     assert all(row["metrics"]["singlim/drift/cosine"] is not None for row in seen["rows"])
+
+
+def test_a_report_asks_the_network_for_nothing(tmp_path):
+    """And nothing on it is wider than the window."""
+    monitor = SingularLimitMonitor(every_n_steps=10, window=10)
+    fit(seeded(Net), monitor, steps=20, logger=TensorBoardLogger(tmp_path / "runs", name="one"))
+    page = report([tmp_path / "runs"], tmp_path / "report")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser.chromium(), args=browser.ARGUMENTS)
+        window = chromium.new_page(viewport={"width": 1000, "height": 1400})
+        asked: list[str] = []
+        window.on("request", lambda request: asked.append(request.url))
+        window.goto(page.as_uri())
+        window.screenshot(path=str(SHOTS.parent / "report.png"), full_page=True)
+        images = window.evaluate("() => [...document.images].map(i => i.complete && i.naturalWidth > 300)")
+        width = window.evaluate("() => document.documentElement.scrollWidth")
+        chromium.close()
+    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+    assert images == [True] * 3
+    assert width <= 1000
 
 
 def test_what_is_missing_is_seen(tmp_path):

@@ -33,6 +33,7 @@ def test_nothing_is_defined_and_outputs_are_small(path):
             assert not named, f"{path.name} trains: {ast.unparse(node)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path):
     """With their assertions; what they write goes elsewhere."""

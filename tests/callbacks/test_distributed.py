@@ -52,6 +52,8 @@ def test_two_processes_log_what_one_logs(case, tmp_path):
     for key, value in one["history"].items():
         if key.startswith("0 ") and "cost/overhead" not in key:
             assert two[0]["history"][key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
+    if CASES[case].get("products"):
+        assert list(tmp_path.rglob("events.out.tfevents.*"))
     print(f"{case}: samples evaluated alone {one['rows']}, by each of two {[each['rows'] for each in two]}")
     assert all(each["rows"] < 0.65 * one["rows"] for each in two)
 

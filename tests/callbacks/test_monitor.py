@@ -121,6 +121,8 @@ def test_no_arguments_logs_every_tag_and_a_verdict(tmp_path):
             "separation",
             "potential",
             "potential_stderr",
+            "clock/step_size",
+            "clock/noise_level",
             "clock/slow_time",
             "clock/time_scale",
             "quality/residual",

@@ -19,6 +19,8 @@ _GRACE = 0.5
 # gradients of the probe set, about: a linearised distance; matrix functions by Lanczos and a nearest point by products;
 # a draw of the limit's potential (third derivatives); long steps over a window that is not followed step by step
 _LINEARISED, _LANCZOS, _DRAW, _LONG_STEPS = 130, 300, 12, 300
+# seconds, the figures of one probe
+_FIGURES = 2.0
 # gradients a step where every step is followed: the loss alone, and several paths of the effective flow
 _PATHS = 8
 # operations of an eigendecomposition and of a Cholesky factorisation, in units of M^3
@@ -97,7 +99,7 @@ def expected_seconds(problem: ZeroLossProblem, *, window: int, num_draws: int, r
     """Rough times of what probes consist of, in seconds, from one gradient.
 
     "linearised" distance; "distance" to the nearest point, with what has settled; "limit", on top of it; "window";
-    "steps", each of a window's.
+    "steps", each of a window's; "figures" for TensorBoard.
 
     Args:
         problem: loss and probe set.
@@ -127,6 +129,7 @@ def expected_seconds(problem: ZeroLossProblem, *, window: int, num_draws: int, r
         "limit": num_draws * _DRAW * gradient,
         "window": (2 * min(window, _LONG_STEPS) + runs * window) * gradient,
         "steps": _PATHS * window * gradient,
+        "figures": _FIGURES,
     }
 
 
@@ -140,6 +143,7 @@ def left_out_in_words(left_out: dict[str, int], share: float | None) -> str | No
         "linearised": "any distance",
         "window": "the drift",
         "steps": "following every step, should long ones be inaccurate,",
+        "figures": "the figures",
     }
     parts = [f"{what[kind]} at {count} probe{'s' if count > 1 else ''}" for kind, count in left_out.items()]
     return (

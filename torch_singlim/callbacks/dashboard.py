@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from torch_singlim.geometry import separation_level
 from torch_singlim.observe import Observation, WindowObservation
+from torch_singlim.problem import ZeroLossProblem
 from torch_singlim.report import (
     Figure,
     agreement_figure,
@@ -22,9 +25,22 @@ from torch_singlim.report import (
     speed_figure,
     time_scales_figure,
 )
+from torch_singlim.theory import NoiseSystem, SGDSettings, time_scale
 from torch_singlim.verdict import History
 
-__all__ = ["Series", "bands", "begin_hyperparameters", "card", "end_hyperparameters", "figures", "layout", "writers"]
+__all__ = [
+    "Series",
+    "Spectrum",
+    "bands",
+    "begin_hyperparameters",
+    "card",
+    "end_hyperparameters",
+    "figures",
+    "has_board",
+    "layout",
+    "own_hyperparameters",
+    "writers",
+]
 
 Chart = list[str | list[str]]
 Layout = dict[str, dict[str, Chart]]
@@ -38,9 +54,13 @@ _FINAL = ("loss_gap", "distance/measured", "drift/cosine", "drift/null_cosine", 
 def writers(trainer: Trainer) -> Iterator[SummaryWriter]:
     """The trainer's TensorBoard writers, on the process that writes."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
-        writer = getattr(logger, "experiment", None)
-        if isinstance(writer, SummaryWriter):
-            yield writer
+        if isinstance(logger, TensorBoardLogger):
+            yield logger.experiment
+
+
+def has_board(trainer: Trainer) -> bool:
+    """Whether the trainer logs to TensorBoard, asked on any process."""
+    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
 
 
 @dataclass(frozen=True)
@@ -140,6 +160,48 @@ def bands(scalars: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
+def settings(
+    problem: ZeroLossProblem,
+    noise: NoiseSystem,
+    sgd: SGDSettings | None,
+    *,
+    window: int,
+    covered: bool,
+    observation: Observation | None,
+) -> dict[str, str | float]:
+    """What was found of network, loss, data, noise and descent, and the time scales that follow, in steps.
+
+    Args:
+        problem: loss and probe set.
+        noise: the system.
+        sgd: the descent; None: not covered.
+        window: steps over which drift is measured.
+        covered: whether the theory covers it all.
+        observation: the first, whose stiffest mode sets the fast time scale.
+    """
+    found: dict[str, str | float] = {
+        "network": type(problem.function.module).__name__,
+        "weights": problem.num_weights,
+        "loss": str(problem.sample_loss),
+        "samples": problem.num_samples,
+        "residuals": problem.num_residuals,
+        "noise": str(noise),
+        "window": window,
+    }
+    if sgd is None:
+        return found
+    found |= {"lr": sgd.lr, "momentum": sgd.momentum, "batch": sgd.batch(problem.num_samples)}
+    found["step size"] = sgd.effective_lr
+    if covered and noise.order is not None:
+        variance = noise.variance(problem)
+        found |= {"noise level": math.sqrt(variance), "order": noise.order}
+        found["steps per unit of slow time"] = time_scale(sgd, noise.order, variance)
+    if observation is not None:
+        relaxation = 1 / (sgd.effective_lr * observation.tangent.hessian.largest)
+        found["steps in which the stiffest mode relaxes"] = relaxation
+    return found
+
+
 def card(settings: Mapping[str, str | float], not_covered: Sequence[str]) -> str:
     """What was found at the start, as markdown.
 
@@ -156,24 +218,46 @@ def card(settings: Mapping[str, str | float], not_covered: Sequence[str]) -> str
     return "\n".join([*lines, *(f"\nDrift not predicted: {reason}." for reason in not_covered)])
 
 
-def figures(
-    history: History,
-    observation: Observation | None,
-    window: WindowObservation | None,
-    lr: float | None,
-    separation: float,
-) -> dict[str, Figure]:
+@dataclass(frozen=True)
+class Spectrum:
+    """The nonzero eigenvalues of H at one probe.
+
+    Args:
+        eigenvalues: descending  ``[rank]``.
+        level: from which a mode counts as settled; infinite: none does; None: not known.
+        step: of the probe.
+    """
+
+    eigenvalues: Tensor = field(repr=False)
+    level: float | None
+    step: int
+
+    @classmethod
+    def of(cls, observation: Observation, sgd: SGDSettings | None, separation: float) -> Spectrum:
+        """From what was seen; by products, where H is not decomposed."""
+        step, level = observation.step, None
+        if sgd is not None:
+            level = separation_level(sgd.effective_lr, step, separation) if step else math.inf
+        return cls(observation.tangent.spectrum(), level, step)
+
+
+def figures(history: History, window: WindowObservation | None, spectrum: Spectrum | None) -> dict[str, Figure]:
     """Name -> figure, of what there is to draw so far."""
-    drawn = {"figures/1_time_scales": time_scales_figure(history)}
+    drawn = {"1_time_scales": time_scales_figure(history)}
     if window is not None:
-        drawn |= {"figures/2_agreement": agreement_figure(history), "figures/3_speed": speed_figure({"": history})}
+        drawn |= {"2_agreement": agreement_figure(history), "3_speed": speed_figure({"": history})}
         if window.plane is not None:
-            drawn["figures/4_plane"] = plane_figure(window)
-    if observation is not None:
-        step = observation.step
-        level = None if lr is None else separation_level(lr, step, separation) if step else math.inf
-        drawn["figures/5_spectrum"] = spectrum_figure(observation.tangent.spectrum(), level=level, step=step)
+            drawn["4_plane"] = plane_figure(window)
+    if spectrum is not None:
+        drawn["5_spectrum"] = spectrum_figure(spectrum.eigenvalues, level=spectrum.level, step=spectrum.step)
     return drawn
+
+
+def own_hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    """Those that module and data module have saved, which Lightning logs when training starts; empty: none."""
+    holders = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    saved = [each.hparams_initial for each in holders if each is not None and each._log_hyperparams]
+    return {key: value for each in saved for key, value in each.items() if key != "_class_path"}
 
 
 def begin_hyperparameters(writer: SummaryWriter, settings: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -15,17 +15,20 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from torch_singlim.callbacks.budget import Budget, expected_seconds, left_out_in_words
 from torch_singlim.callbacks.dashboard import (
     Series,
+    Spectrum,
     bands,
     begin_hyperparameters,
     card,
     end_hyperparameters,
     figures,
+    has_board,
     layout,
+    own_hyperparameters,
+    settings,
     writers,
 )
 from torch_singlim.callbacks.descent import (
@@ -101,9 +104,9 @@ class SingularLimitMonitor(Callback):
         every_n_steps: a probe every so many optimizer steps, whatever it costs; default: at `window` times powers of
             two, and so that a last window ends with the run, as far as `max_overhead` allows.
         max_overhead: share of the wall time that probes may take; None: no limit. What they have not earned is left
-            out in this order: following every step of a window where long steps are inaccurate, the limit's prediction
-            with the expected distance, the nearest point, the drift over a window, the linearised distance. The loss
-            gap is always logged.
+            out in this order: the figures, following every step of a window where long steps are inaccurate, the limit's
+            prediction with the expected distance, the nearest point, the drift over a window, the linearised distance.
+            The loss gap is always logged.
         window: optimizer steps over which drift is measured; at most `every_n_steps`.
         replicas: independent copies of each window to run for the noise ceiling; 0: none. Costs as many windows of
             training again.
@@ -214,9 +217,8 @@ class SingularLimitMonitor(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The row of a module with hyperparameters of its own gets the metrics, before Lightning writes it."""
-        given = {**pl_module.hparams_initial} if pl_module.hparams_initial else {}
-        monitors = _monitors(trainer)
+        """The row of hyperparameters of the module's own gets the metrics, before Lightning writes it."""
+        given, monitors = own_hyperparameters(trainer), _monitors(trainer)
         for writer in writers(trainer) if given and monitors[0] is self else ():
             begin_hyperparameters(writer, given, [each.name for each in monitors])
 
@@ -376,6 +378,8 @@ class SingularLimitMonitor(Callback):
         self._attempt(trainer, lambda: self._conclude(trainer))
 
     def _conclude(self, trainer: Trainer) -> None:
+        if trainer.global_step != self._last_figures:
+            self._draw(trainer)
         self.verdict = verdict(
             self.history,
             not_covered=self.not_covered,
@@ -385,8 +389,6 @@ class SingularLimitMonitor(Callback):
         rank_zero_info("torch_singlim verdict\n\n" + self.verdict + "\n")
         for writer in writers(trainer):
             writer.add_text(f"{self.name}/verdict", self.verdict, trainer.global_step)
-            if self._last_figures != trainer.global_step:
-                self._add_figures(writer, trainer.global_step)
             if _monitors(trainer)[0] is self:
                 end_hyperparameters(writer)
 
@@ -394,11 +396,13 @@ class SingularLimitMonitor(Callback):
 
     def _open_dashboard(self, trainer: Trainer) -> None:
         """The card of what was found; by the last monitor to start, the layout of the charts of all."""
-        monitors = _monitors(trainer)
+        if not has_board(trainer):
+            return
+        monitors, found = _monitors(trainer), self._settings()
         for writer in writers(trainer):
-            if monitors[0] is self and not trainer.lightning_module.hparams_initial:
-                begin_hyperparameters(writer, self._settings, [each.name for each in monitors])
-            writer.add_text(f"{self.name}/set-up", card(self._settings, self.not_covered), trainer.global_step)
+            if monitors[0] is self and not own_hyperparameters(trainer):
+                begin_hyperparameters(writer, found, [each.name for each in monitors])
+            writer.add_text(f"{self.name}/set-up", card(found, self.not_covered), trainer.global_step)
             if all(each._begun for each in monitors):
                 writer.add_custom_scalars(layout({each.name: each._expected_series for each in monitors}))
 
@@ -415,49 +419,27 @@ class SingularLimitMonitor(Callback):
             bands=bool(self._marks),
         )
 
-    @property
     def _settings(self) -> dict[str, str | float]:
-        """What was found, for the card and the table of hyperparameters."""
-        p, s = self._problem, self._sgd
-        settings: dict[str, str | float] = {
-            "network": type(p.function.module).__name__,
-            "weights": p.num_weights,
-            "loss": str(p.sample_loss),
-            "samples": p.num_samples,
-            "residuals": p.num_residuals,
-            "noise": str(self._noise),
-            "window": self.window,
-        }
-        if s is not None:
-            settings |= {
-                "lr": s.lr,
-                "momentum": s.momentum,
-                "batch": s.batch(p.num_samples),
-                "step size": s.effective_lr,
-            }
-            if not self.not_covered and self._noise.order is not None:
-                settings |= {
-                    "noise level": math.sqrt(self._variance),
-                    "order": self._noise.order,
-                    "steps per unit of slow time": time_scale(s, self._noise.order, self._variance),
-                }
-            if self.last_observation is not None:
-                stiffest = self.last_observation.tangent.hessian.largest
-                settings["steps in which the stiffest mode relaxes"] = 1 / (s.effective_lr * stiffest)
-        return settings
+        return settings(
+            self._problem,
+            self._noise,
+            self._sgd,
+            window=self.window,
+            covered=not self.not_covered,
+            observation=self.last_observation,
+        )
 
     def _draw(self, trainer: Trainer) -> None:
-        """Figures, each time the steps have doubled."""
-        if trainer.global_step < 2 * max(self._last_figures, 1):
+        """Figures, if there is time for them; every process takes part in what they are drawn of."""
+        if not has_board(trainer) or not self._affords("figures"):
             return
-        for writer in writers(trainer):
-            self._add_figures(writer, trainer.global_step)
-
-    def _add_figures(self, writer: SummaryWriter, step: int) -> None:
-        self._last_figures = step
-        lr = None if self._sgd is None else self._sgd.effective_lr
-        for name, figure in figures(self.history, self.last_observation, self.last_window, lr, self.separation).items():
-            writer.add_figure(f"{self.name}/{name}", figure, step)
+        self._last_figures = trainer.global_step
+        with self._timed("figures"):
+            seen = self.last_observation
+            spectrum = None if seen is None else Spectrum.of(seen, self._sgd, self.separation)
+            for writer in writers(trainer):
+                for name, figure in figures(self.history, self.last_window, spectrum).items():
+                    writer.add_figure(f"{self.name}/figures/{name}", figure, trainer.global_step)
 
     # --- one probe -------------------------------------------------------------------------------------------------
 
@@ -537,7 +519,8 @@ class SingularLimitMonitor(Callback):
         scalars |= self._clock(trainer)
         scalars["singlim/cost/overhead"] = self._budget.overhead
         self._log(trainer, scalars)
-        self._draw(trainer)
+        if step >= 2 * max(self._last_figures, 1):
+            self._draw(trainer)
         rank_zero_info(f"torch_singlim step {step}: loss gap {scalars['singlim/loss_gap']:.2e}{line}")
 
     def _clock(self, trainer: Trainer) -> dict[str, float]:

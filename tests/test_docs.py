@@ -1,0 +1,121 @@
+"""README and the pages of docs/: every block of code runs, every command works, every tag is explained."""
+
+import inspect
+import re
+import runpy
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.test_image_recipes import folder, small  # noqa: F401  # fixtures: images, and small quick experiments
+from torch_singlim import verdict
+from torch_singlim.callbacks import monitor
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text()
+INSTALL = re.compile(r'pip install -e "\.\[(\w+)\]" && (.*)')
+COMMANDS = [
+    line
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
+    for line in block.splitlines()
+]
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # a reader's terminal shows them, and goes on
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """Where a reader works: what the blocks write is there for the commands."""
+    return tmp_path_factory.mktemp("desk")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks_run_one_after_another(page, desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    assert len(re.findall(r"```", page.read_text())) == 2 * len(re.findall(r"```(?:python|bash)\n", page.read_text()))
+    names: dict = {"__name__": "reader"}
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+    assert bool(blocks) == bool(capsys.readouterr().out)
+
+
+def recipe(command, images, out):
+    """The recipe with the options of the command, on images made here, without its check at that size."""
+    _, script, *options = shlex.split(command)
+    options += ["--out", str(out), "--check", "false"]
+    if "digits" in script:
+        options += ["--samples", "24", "--hidden", "32", "--steps", "60", "--window", "20", "--batch-size", "6"]
+    else:
+        options += ["--data-dir", str(images)]
+    return script, options
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command, desk, folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(desk)
+    if installed := INSTALL.fullmatch(command):
+        extra, command = installed.groups()
+        assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    if command == "python -m pytest":  # .ci/run runs it, word for word
+        assert "README.md" in (ROOT / ".ci" / "run").read_text()
+    elif command.startswith("python recipes/"):
+        script, options = recipe(command, folder, tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert list(tmp_path.rglob("events.out.tfevents.*"))
+    elif command.startswith("tensorboard "):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        with subprocess.Popen([*shlex.split(command), "--port", str(port)], stderr=subprocess.DEVNULL) as process:
+            for _ in range(300):
+                try:
+                    answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs").read()
+                    if b"mine/version_0" in answer:
+                        break
+                except OSError:
+                    pass
+                time.sleep(0.1)
+            process.terminate()
+        assert b"mine/version_0" in answer
+    else:
+        assert shutil.which(command.split()[0])
+        subprocess.run(shlex.split(command), check=True)
+        assert (desk / "report" / "report.html").exists()
+
+
+def test_every_logged_tag_is_explained_once():
+    scalars = inspect.getsource(verdict.observation_scalars) + inspect.getsource(verdict.window_scalars)
+    logged = set(re.findall(r'"([a-z_]+(?:/[a-z_]+)?)"', scalars)) - {"ok"}
+    logged |= set(re.findall(r'"singlim/([a-z_/]+)"', inspect.getsource(monitor))) - {"verdict"}
+    table = (ROOT / "docs" / "tags.md").read_text()
+    rows = [row for row in table.splitlines() if row.startswith("| `")]
+    explained = [tag for row in rows for tag in re.findall(r"`([a-z_/]+)`", row.split("|")[1])]
+    assert len(logged) > 20
+    assert sorted(explained) == sorted(logged)
+    # name, unit, meaning, advice
+    assert all(len(re.split(r"(?<!\\)\|", row)) == 6 for row in rows)
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_the_two_commands_come_first():
+    assert COMMANDS[:2] == [
+        'pip install -e ".[recipes]" && python recipes/digits.py',
+        'pip install -e ".[test]" && python -m pytest',
+    ]

@@ -104,9 +104,9 @@ class SingularLimitMonitor(Callback):
         every_n_steps: a probe every so many optimizer steps, whatever it costs; default: at `window` times powers of
             two, and so that a last window ends with the run, as far as `max_overhead` allows.
         max_overhead: share of the wall time that probes may take; None: no limit. What they have not earned is left
-            out in this order: the figures, following every step of a window where long steps are inaccurate, the limit's
-            prediction with the expected distance, the nearest point, the drift over a window, the linearised distance.
-            The loss gap is always logged.
+            out in this order: the figures, following every step of a window where long steps are inaccurate, the
+            limit's prediction with the expected distance, the nearest point, the drift over a window, the linearised
+            distance. The loss gap is always logged.
         window: optimizer steps over which drift is measured; at most `every_n_steps`.
         replicas: independent copies of each window to run for the noise ceiling; 0: none. Costs as many windows of
             training again.

@@ -337,7 +337,11 @@ class FunctionalModule:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [(copy.deepcopy(layer).to(self.dtype), value) for layer, value in called]
+        copies = [(copy.deepcopy(layer).to(self.dtype), value) for layer, value in called]
+        for layer, _ in copies:
+            if hasattr(layer, "inplace"):  # their input is not theirs here
+                layer.inplace = False  # type: ignore[assignment]  # a flag
+        return copies
 
     def linear_calls(self, w: Tensor, x: Tensor) -> tuple[Tensor, list[LinearCall]]:
         """Outputs ``[n, C]`` at weights w, inputs x, and every call of a linear layer on a matrix ``[n, fan_in]``."""

@@ -17,6 +17,7 @@ from torch_singlim import (
     functional,
 )
 from torch_singlim.theory import check_derivatives, potential
+from torch_singlim.theory.derivatives import _central, _mismatch
 
 DTYPE = torch.float64
 
@@ -74,6 +75,22 @@ def test_convolution_pooling_and_normalisation_pass():
         nn.Linear(32, 2),
     ).eval()
     check_derivatives(ZeroLossProblem(net, "mse", torch.randn(3, 4, 4, 4), torch.randn(3, 2)), Dropout())
+
+
+def test_a_kink_close_by_spoils_nothing():
+    """|t - 3e-6| has slope -1 at zero; a deep network has such kinks everywhere."""
+    difference = _central(lambda t: torch.tensor([abs(t - 3e-6)], dtype=torch.float64))
+    assert _mismatch(torch.tensor([-1.0], dtype=torch.float64), difference, 1e-9) < 1e-6
+    assert _mismatch(torch.tensor([-1.1], dtype=torch.float64), difference, 1e-9) > 0.05
+
+
+def test_a_wrong_layer_among_in_place_ones_is_refused(monkeypatch):
+    monkeypatch.setattr(functional, "_DecomposedLayerNorm", lambda layer: layer)
+    torch.manual_seed(0)
+    before = nn.Sequential(nn.Linear(6, 8), nn.SiLU(inplace=True), nn.Dropout(0.2), nn.Linear(8, 8))
+    net = nn.Sequential(*before, nn.LayerNorm(8), nn.ELU(inplace=True), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="is LayerNorm"):
+        check_derivatives(ZeroLossProblem(net, "mse", torch.randn(3, 6), torch.randn(3, 2)), Dropout())
 
 
 def test_a_fused_layer_norm_is_refused_by_name(monkeypatch):

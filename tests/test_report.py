@@ -139,7 +139,9 @@ def test_runs_with_different_tags_are_shown_side_by_side(sweep, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(seeded(Net), part, steps=20, logger=TensorBoardLogger(tmp_path, name="subset", version=""))
-    report([tmp_path / "subset", root / "csv"], tmp_path / "report")
+        fit(seeded(Net), steps=4, logger=TensorBoardLogger(tmp_path, name="plain", version=""))
+    page = report([tmp_path / "subset", tmp_path / "plain", root / "csv"], tmp_path / "report")
+    assert f"no monitor logged there: {tmp_path / 'plain'}." in page.read_text()
     rows = {row["run"]: row for row in csv.DictReader((tmp_path / "report" / "runs.csv").read_text().splitlines())}
     assert len(rows) == 2
     (subset,) = [row for name, row in rows.items() if name.endswith("subset")]

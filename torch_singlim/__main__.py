@@ -59,7 +59,7 @@ def _probe(options: argparse.Namespace) -> None:
     )
     tags = sorted({tag for point in history.values() for tag in point})
     options.out.mkdir(parents=True, exist_ok=True)
-    with table.open("w", newline="") as opened:
+    with table.open("w", newline="", encoding="utf-8") as opened:
         writer = csv.DictWriter(opened, ["step", *tags])
         writer.writeheader()
         writer.writerows({"step": step, **point} for step, point in history.items())

@@ -129,6 +129,8 @@ def test_a_figure_that_fails_does_not_end_the_training(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="failed and was left out, training goes on: ArithmeticError: no ink"):
         written(tmp_path, monitor)
     assert max(monitor.history) == 20
+    assert "| 15-20 |" in monitor.verdict
+    assert len([point for point in monitor.history.values() if "singlim/drift/cosine" in point]) == 4
     assert all(math.isfinite(v) for point in monitor.history.values() for v in point.values())
 
 

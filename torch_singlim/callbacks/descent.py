@@ -17,7 +17,6 @@ from torch_singlim.theory import SGDSettings
 __all__ = [
     "Descent",
     "detect_descent",
-    "learning_rates",
     "select_parameters",
     "step_batch_size",
     "step_clipped",
@@ -64,13 +63,6 @@ class Descent:
     not_covered: tuple[str, ...]
 
 
-def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """The groups' learning rates; where a schedule begins at zero, those that it starts from."""
-    groups = optimizer.param_groups
-    now = [float(group["lr"]) for group in groups]
-    return now if any(now) else [float(group.get("initial_lr", 0.0)) for group in groups]
-
-
 def detect_descent(trainer: Trainer, module: LightningModule, names: list[str], batch_size: int | None) -> Descent:
     """SGD settings from the one optimizer, for the parameters of these names; anything else is in `not_covered`.
 
@@ -91,8 +83,10 @@ def detect_descent(trainer: Trainer, module: LightningModule, names: list[str], 
         reason = f"{name} rescales or reshapes the gradient, the theory covers torch.optim.SGD"
         return Descent(None, 0.0, plain, (), (reason,))
     reasons = []
-    groups, rates = optimizer.param_groups, learning_rates(optimizer)
+    groups = optimizer.param_groups
     first = groups[0]
+    # under a schedule those that it is told: where it stands now says nothing, at a warm-up's zero or after resuming
+    rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
     keys = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
     different = [key for key in keys if any(group[key] != first[key] for group in groups)]
     if different:

@@ -323,10 +323,10 @@ class SingularLimitMonitor(Callback):
         dtypes = {q.dtype for q in p.function.module.parameters() if q.requires_grad and q.dtype.itemsize < 4}
         half = f", weights in {', '.join(str(d).removeprefix('torch.') for d in dtypes)} probed in " if dtypes else ""
         half += str(self.dtype).removeprefix("torch.") if half else ""
-        settings = "" if s is None else f", lr {s.lr:g}, momentum {s.momentum:g}, batch {s.batch(p.num_samples)}"
+        descent = "" if s is None else f", lr {s.lr:g}, momentum {s.momentum:g}, batch {s.batch(p.num_samples)}"
         rank_zero_info(
             f"torch_singlim: {p.num_weights} weights, {p.num_samples} samples, {p.num_residuals} residuals, "
-            f"{type(p.sample_loss).__name__}, noise {self._noise}{settings}{half}"
+            f"{type(p.sample_loss).__name__}, noise {self._noise}{descent}{half}"
         )
         for reason in self.not_covered:
             _warn_not_covered(reason)
@@ -375,11 +375,11 @@ class SingularLimitMonitor(Callback):
         """Probe the last weights and write the verdict."""
         if trainer.global_step != self._last_probe:
             self._probe(trainer)
+        if trainer.global_step != self._last_figures:
+            self._attempt(trainer, lambda: self._draw(trainer))
         self._attempt(trainer, lambda: self._conclude(trainer))
 
     def _conclude(self, trainer: Trainer) -> None:
-        if trainer.global_step != self._last_figures:
-            self._draw(trainer)
         self.verdict = verdict(
             self.history,
             not_covered=self.not_covered,
@@ -445,10 +445,14 @@ class SingularLimitMonitor(Callback):
 
     def _probe(self, trainer: Trainer) -> None:
         """Where a window ends here, compare it; observe the weights; where a window begins, open it."""
-        self._last_probe = trainer.global_step
+        self._last_probe = step = trainer.global_step
         profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # Lightning sets it from a helper
         with profiler.profile(f"[{type(self).__name__}]{self.name}.probe"):
             self._attempt(trainer, lambda: self._observe(trainer))
+            if self._open is not None and self._open.start != step:  # ends here, even if nothing came of it
+                self._open = None
+            if step >= 2 * max(self._last_figures, 1):
+                self._attempt(trainer, lambda: self._draw(trainer))
 
     def _attempt(self, trainer: Trainer, what: Callable[[], object]) -> None:
         """Do it beside the training, which it may not end: what does not work is left out, with one warning.
@@ -475,7 +479,6 @@ class SingularLimitMonitor(Callback):
                         f"{self._problem.batch_size} samples at once"
                     )
                     continue
-                self._open = None
                 if not self._warned:
                     rank_zero_warn(
                         f"torch_singlim: the probe at step {trainer.global_step} failed and was left out, "
@@ -519,8 +522,6 @@ class SingularLimitMonitor(Callback):
         scalars |= self._clock(trainer)
         scalars["singlim/cost/overhead"] = self._budget.overhead
         self._log(trainer, scalars)
-        if step >= 2 * max(self._last_figures, 1):
-            self._draw(trainer)
         rank_zero_info(f"torch_singlim step {step}: loss gap {scalars['singlim/loss_gap']:.2e}{line}")
 
     def _clock(self, trainer: Trainer) -> dict[str, float]:

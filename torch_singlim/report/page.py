@@ -85,7 +85,7 @@ def report(
         ValueError: a folder without runs, a run without the monitor's tags, a file that is cut off.
         FileExistsError: a file would be replaced.
     """
-    runs = _read(roots, name)
+    runs, left_out = _read(roots, name)
     cut = [run.cut_off for run in runs if run.cut_off is not None]
     if cut and not partial:
         raise ValueError(
@@ -98,23 +98,23 @@ def report(
     there = [path for path in targets if path.exists()]
     if there and not overwrite:
         raise FileExistsError(f"{there[0]} is there already: pass --overwrite, or another folder with --out")
-    page = _page(runs, figures)  # all that can fail comes before anything is written
+    page = _page(runs, figures, left_out)  # all that can fail comes before anything is written
     table = _table(runs)
     out.mkdir(parents=True, exist_ok=True)
     for each, (figure, _) in figures.items():
         figure.savefig(out / f"{each}.png")
         figure.savefig(out / f"{each}.pdf")
-    with (out / "runs.csv").open("w", newline="") as opened:
+    with (out / "runs.csv").open("w", newline="", encoding="utf-8") as opened:
         csv.writer(opened).writerows(table)
     (out / "report.html").write_text(page, encoding="utf-8")
     return out / "report.html"
 
 
-def _read(roots: Sequence[Path], name: str) -> list[Run]:
-    """Every run once, named by what tells it from the others."""
+def _read(roots: Sequence[Path], name: str) -> tuple[list[Run], list[Path]]:
+    """Every run once, named by what tells it from the others; and the folders in which the monitor logged nothing."""
     folders = list(dict.fromkeys(folder.resolve() for root in roots for folder in find_runs(root)))
     if len(folders) == 1:
-        return [read_run(folders[0], name=name)]
+        return [read_run(folders[0], name=name)], []
     common = min((folder.parts for folder in folders), key=len)
     while not all(folder.parts[: len(common)] == common for folder in folders):
         common = common[:-1]
@@ -127,10 +127,10 @@ def _read(roots: Sequence[Path], name: str) -> list[Run]:
             parts = folder.parts[len(common) : len(folder.parts) - tail]
             runs.append(read_run(folder, name=name, shown="/".join(parts) or folder.name))
         except ValueError as error:
-            problems.append(error)
+            problems.append((folder, error))
     if not runs:
-        raise problems[0]
-    return runs
+        raise problems[0][1]
+    return runs, [folder for folder, _ in problems]
 
 
 def _figures(runs: Sequence[Run]) -> dict[str, tuple[Figure, str]]:
@@ -212,9 +212,12 @@ def _row(figures: Sequence[tuple[Figure, str]]) -> str:
     return f"<div class=row>{''.join(_inline(*each) for each in figures)}</div>"
 
 
-def _page(runs: Sequence[Run], figures: dict[str, tuple[Figure, str]]) -> str:
+def _page(runs: Sequence[Run], figures: dict[str, tuple[Figure, str]], left_out: Sequence[Path]) -> str:
     title = f"torch_singlim: {runs[0].name}" if len(runs) == 1 else f"torch_singlim: {len(runs)} runs"
     parts = [f"<h1>{html.escape(title)}</h1>", "<p>Last values of each run.</p>", _html_table(_table(runs))]
+    if left_out:
+        words = f"Left out, no monitor logged there: {', '.join(map(str, left_out))}."
+        parts.append(f"<p class=note>{html.escape(words)}</p>")
     parts.append(_row([figures[each] for each in ("sweep", "speed") if each in figures]))
     for i, run in enumerate(runs):
         end = f"_{i}" if len(runs) > 1 else ""

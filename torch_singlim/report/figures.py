@@ -175,7 +175,7 @@ def speed_figure(runs: Mapping[str, History]) -> Figure:
         m = [each * p["singlim/drift/speed_ratio"] for each, p in zip(q, points, strict=True)]
         errors = [each * p.get("singlim/drift/speed_ratio_stderr", 0.0) for each, p in zip(q, points, strict=True)]
         axes.errorbar(q, m, yerr=errors, fmt="o", color=color, capsize=2, label=name if len(runs) > 1 else None)
-        largest = max(largest, *q, *m)
+        largest = max(largest, *q, *(each + error for each, error in zip(m, errors, strict=True)))
     if not largest:
         _empty(axes, "no drift was held against the theory")
         return figure

@@ -114,7 +114,10 @@ def _read(roots: Sequence[Path], name: str) -> tuple[list[Run], list[Path]]:
     """Every run once, named by what tells it from the others; and the folders in which the monitor logged nothing."""
     folders = list(dict.fromkeys(folder.resolve() for root in roots for folder in find_runs(root)))
     if len(folders) == 1:
-        return [read_run(folders[0], name=name)], []
+        (folder,) = folders
+        # Lightning's version_0 says little by itself
+        shown = "/".join(folder.parts[-2:]) if folder.name.startswith("version_") else folder.name
+        return [read_run(folder, name=name, shown=shown)], []
     common = min((folder.parts for folder in folders), key=len)
     while not all(folder.parts[: len(common)] == common for folder in folders):
         common = common[:-1]

@@ -10,6 +10,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 from torch import Tensor
 
 from torch_singlim.observe import WindowObservation
@@ -267,6 +268,9 @@ def sweep_figure(rates: Sequence[Rate], *, title: str) -> Figure:
         ticks = sorted({getattr(r, which) for r in rates})
         axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.minorticks_off()
+        # runs of one study lie within a decade, which has one tick by itself
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.2g}"))
         axes.legend()
     return figure
 

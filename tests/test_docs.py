@@ -77,7 +77,7 @@ def recipe(command, images, out):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, desk, folder, tmp_path, monkeypatch):  # noqa: F811
+def test_commands_run(command, desk, folder, tmp_path, monkeypatch):  # noqa: F811  # the fixture imported above
     monkeypatch.chdir(desk)
     if installed := INSTALL.fullmatch(command):
         extra, command = installed.groups()

@@ -39,6 +39,7 @@ __all__ = [
     "has_board",
     "layout",
     "own_hyperparameters",
+    "settings",
     "writers",
 ]
 

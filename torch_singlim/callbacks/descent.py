@@ -126,22 +126,25 @@ def step_batch_size(trainer: Trainer) -> int | None:
     return each * trainer.accumulate_grad_batches * trainer.world_size if each else None
 
 
+def _gradients(optimizer: Any) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
 def step_skipped(trainer: Trainer, optimizer: Any) -> bool:
     """Whether the loss scaling of half precision leaves this step out, its gradient having overflown."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None:
         return False
-    return not all(
-        bool(p.grad.isfinite().all()) for g in optimizer.param_groups for p in g["params"] if p.grad is not None
-    )
+    return not all(bool(gradient.isfinite().all()) for gradient in _gradients(optimizer))
 
 
 def step_clipped(trainer: Trainer) -> Tensor:
     """Whether the gradients of the step that was made are at the bound, 0 or 1, on their device."""
-    gradients = [p.grad for g in trainer.optimizers[0].param_groups for p in g["params"] if p.grad is not None]
     by_value = trainer.gradient_clip_algorithm == "value"
     order = math.inf if by_value else 2.0
-    size = torch.stack([torch.linalg.vector_norm(g.detach(), order).double() for g in gradients])
+    size = torch.stack(
+        [torch.linalg.vector_norm(g.detach(), order).double() for g in _gradients(trainer.optimizers[0])]
+    )
     size = size.max() if by_value else torch.linalg.vector_norm(size)
     bound = float(trainer.gradient_clip_val or 0)
     # torch divides by the norm plus 1e-6: what was clipped is as much, and a rounding error, below the bound

@@ -627,7 +627,7 @@ class SingularLimitMonitor(Callback):
     def _carried(self, trainer: Trainer) -> Tensor | None:
         """What the injected noise has the weights carry at present ``[P]``, in the problem's dtype."""
         carried: dict[nn.Parameter, Tensor] = {}
-        for each in trainer.callbacks:  # type: ignore[attr-defined]
+        for each in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets them from a helper
             carried |= each.carried if isinstance(each, InjectNoise) else {}
         if not carried:
             return None
@@ -696,7 +696,8 @@ class SingularLimitMonitor(Callback):
 
 
 def _monitors(trainer: Trainer) -> list[SingularLimitMonitor]:
-    return [each for each in trainer.callbacks if isinstance(each, SingularLimitMonitor)]  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets them from a helper
+    return [each for each in callbacks if isinstance(each, SingularLimitMonitor)]
 
 
 def _warn_not_covered(reason: str) -> None:

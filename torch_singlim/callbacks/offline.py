@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from torch_singlim.callbacks.descent import select_parameters
 from torch_singlim.callbacks.detect import ProbeSet, detect_noise, detect_problem
 from torch_singlim.loss import SampleLoss
 from torch_singlim.observe import Forecast, observe, observe_window
@@ -78,7 +79,7 @@ def probe_checkpoints(
             noise=noise,
             dtype={"float64": torch.float64, "float32": torch.float32}[dtype],
             batch_size=None,
-            step_ratios={name: 1.0 for name, p in module.named_parameters() if p.requires_grad},
+            step_ratios=dict.fromkeys(select_parameters(module, None), 1.0),
             team=Team(),
         )
         for state, path in states:

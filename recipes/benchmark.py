@@ -43,8 +43,8 @@ from torch_singlim import (
     nearest_point,
     tangent_space,
 )
-from torch_singlim.gram import MAX_DENSE
-from torch_singlim.observe import observe
+from torch_singlim.geometry.gram import MAX_DENSE
+from torch_singlim.measure.distance import observe
 
 # name, call, whether it takes so long that once is enough
 Row = tuple[str, Callable[[], object], bool]

@@ -33,7 +33,7 @@ from torch_singlim import (
     Langevin,
     SingularLimitMonitor,
 )
-from torch_singlim.observe import WindowObservation
+from torch_singlim.measure.distance import WindowObservation
 from torch_singlim.report import drift_figure
 from torch_singlim.theory import NoiseSystem
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from torch_singlim import SingularLimitMonitor
-from torch_singlim.observe import WindowObservation
+from torch_singlim.measure.distance import WindowObservation
 from torch_singlim.report import drift_figure
 
 # cross-entropy is steeper: at 0.5 the step is too large for the second-order theory (cosine 0.92 of the ceiling)

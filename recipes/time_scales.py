@@ -35,7 +35,7 @@ from torch_singlim import (
     singular_limit,
 )
 from torch_singlim.report import scaling_figure
-from torch_singlim.scaling import Rate, Scaling, fit_exponents, scaling_table
+from torch_singlim.measure.scaling import Rate, Scaling, fit_exponents, scaling_table
 from torch_singlim.theory import NoiseSystem
 
 

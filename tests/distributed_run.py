@@ -16,8 +16,8 @@ import torch_singlim
 from tests.callbacks.test_monitor import Net, data, seeded, weights
 from tests.callbacks.test_setups import Tied
 from torch_singlim import AntiCorrelated, DropConnect, InjectNoise, SingularLimitMonitor
-from torch_singlim.functional import FunctionalModule
-from torch_singlim.observe import observe
+from torch_singlim.network.functional import FunctionalModule
+from torch_singlim.measure.distance import observe
 
 SAMPLES = 20
 CASES = {
@@ -48,7 +48,7 @@ def main(case: str, devices: int, out: Path, fault: bool, monitored: bool) -> No
     if CASES[case].get("products"):
         torch_singlim.callbacks.monitor.observe = lambda *a, **k: observe(*a, **k, max_dense=0)
     if "way" in CASES[case]:
-        torch_singlim.gram._flops = lambda problem: {CASES[case]["way"]: 1.0}
+        torch_singlim.geometry.gram._flops = lambda problem: {CASES[case]["way"]: 1.0}
     L.seed_everything(0, verbose=False)
     monitor = SingularLimitMonitor(every_n_steps=5, window=5, replicas=2, reference=True)
     injected = [InjectNoise(CASES[case]["inject"])] if "inject" in CASES[case] else []

@@ -17,7 +17,7 @@ def displaced(w, size, seed=0):
 def max_dense(request, monkeypatch):
     """Each of the ways to solve with K = B B^T."""
     if request.param == "products":
-        monkeypatch.setattr("torch_singlim.problem.worth_factoring", lambda problem: False)
+        monkeypatch.setattr("torch_singlim.network.problem.worth_factoring", lambda problem: False)
     return 4096 if request.param == "eigenvectors" else 0
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from torch_singlim import ZeroLossProblem, memory
-from torch_singlim.gram import worth_factoring
-from torch_singlim.memory import free_memory, saved_bytes
+from torch_singlim.geometry.gram import worth_factoring
+from torch_singlim.network.memory import free_memory, saved_bytes
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux")
@@ -45,7 +45,7 @@ def test_chunks_and_factors_follow_the_memory_that_is_free(monkeypatch):
     whole = ZeroLossProblem(net, "mse", x, y)
     assert whole.batch_size == whole.num_samples
     assert worth_factoring(whole)
-    monkeypatch.setattr("torch_singlim.problem.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("torch_singlim.network.problem.free_memory", lambda device: 2**20)
     small = ZeroLossProblem(net, "mse", x, y)
     assert 1 < small.batch_size < small.num_samples
     assert not worth_factoring(small)
@@ -58,8 +58,8 @@ PEAKS = """
 import gc, json, torch
 from torch import nn
 from torch_singlim import Dropout, SGDSettings, ZeroLossProblem, nearest_point
-from torch_singlim.memory import saved_bytes
-from torch_singlim.observe import observe, observe_window
+from torch_singlim.network.memory import saved_bytes
+from torch_singlim.measure.distance import observe, observe_window
 
 def status(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024

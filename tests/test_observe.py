@@ -8,9 +8,9 @@ import torch
 
 from tests.problems import make
 from torch_singlim import AntiCorrelated, Dropout, Langevin, SGDSettings, compare
-from torch_singlim.agreement import jackknife, noise_pull
-from torch_singlim.observe import observe, observe_window
-from torch_singlim.verdict import verdict, window_scalars
+from torch_singlim.measure.agreement import jackknife, noise_pull
+from torch_singlim.measure.distance import observe, observe_window
+from torch_singlim.measure.verdict import verdict, window_scalars
 
 
 def test_the_pull_of_the_noise_is_its_share_of_the_motion():

@@ -61,9 +61,9 @@ def test_every_way_to_the_gram_matrix(name, way, batch_size, monkeypatch):
     w = off_gamma(w)
     problem = ZeroLossProblem(dense.net, dense.loss, dense.inputs, dense.targets, batch_size=batch_size)
     if way == "rows in blocks":
-        monkeypatch.setattr("torch_singlim.gram._ROW_BYTES", 1)
-    monkeypatch.setattr("torch_singlim.gram._flops", lambda problem: {way.split()[0]: 1.0})
-    monkeypatch.setattr("torch_singlim.gram._BLOCK", 4)
+        monkeypatch.setattr("torch_singlim.geometry.gram._ROW_BYTES", 1)
+    monkeypatch.setattr("torch_singlim.geometry.gram._flops", lambda problem: {way.split()[0]: 1.0})
+    monkeypatch.setattr("torch_singlim.geometry.gram._BLOCK", 4)
     K = problem.linearize(w).gram()
     H = dense.gauss_newton(w)
     values = torch.linalg.eigvalsh(K)[-3:]
@@ -230,7 +230,7 @@ def test_diverged_weights_are_refused():
 
 
 def test_a_recorded_tangent_pass_gives_the_same_products(monkeypatch):
-    monkeypatch.setattr("torch_singlim.products._FEW", 2)
+    monkeypatch.setattr("torch_singlim.geometry.jacobian._FEW", 2)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.Linear(16, 3))
     problem = ZeroLossProblem(net, "mse", torch.randn(5, 1, 4, 4), torch.randn(5, 3))

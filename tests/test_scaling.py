@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torch_singlim.linalg import Estimate
-from torch_singlim.scaling import Exponents, Rate, Scaling, fit_exponents, scaling_table
+from torch_singlim.measure.scaling import Exponents, Rate, Scaling, fit_exponents, scaling_table
 
 GRID = [(a, s) for a in (0.01, 0.02, 0.04) for s in (0.1, 0.2, 0.4)]
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from torch_singlim import SGDSettings, ZeroLossProblem, nearest_point
-from torch_singlim.functional import FunctionalModule
-from torch_singlim.gram import gram_matrix
+from torch_singlim.network.functional import FunctionalModule
+from torch_singlim.geometry.gram import gram_matrix
 from torch_singlim.theory import DropConnect, Dropout, Minibatch, effective_flow, potential
 
 RATIOS = {"0.weight": 4.0, "0.bias": 4.0, "3.weight": 0.25, "3.bias": 1.0}
@@ -75,7 +75,7 @@ def test_jacobian_and_its_gram_matrix_by_every_way(monkeypatch):
     outputs = studied.function(studied.weights(), studied.inputs)
     assert studied.linear_layers
     for way in ("layers", "pushing", "rows"):
-        monkeypatch.setattr("torch_singlim.gram._flops", lambda problem, way=way: {way: 1.0})
+        monkeypatch.setattr("torch_singlim.geometry.gram._flops", lambda problem, way=way: {way: 1.0})
         K = gram_matrix(studied, studied.weights(), outputs, linearization.operator.matvec)
         torch.testing.assert_close(K, scaled @ scaled.T, msg=way)
 

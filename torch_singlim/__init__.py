@@ -4,27 +4,54 @@ Theory: A. Shalova, A. Schlichting, M. Peletier, "Singular-limit analysis of gra
 arXiv 2404.12293.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
-from torch_singlim.agreement import Agreement, compare
-from torch_singlim.geometry import FootPoint, TangentSpace, nearest_point, tangent_space
-from torch_singlim.linalg import Estimate
-from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory import (
+from torch_singlim.geometry import (
+    NearestPoint,
+    TangentSpace,
+    gauss_newton,
+    linearize,
+    nearest_point,
+    tangent_space,
+)
+from torch_singlim.linalg import Estimate, Result
+from torch_singlim.measure import (
+    Agreement,
+    Comparison,
+    DistanceMeasurement,
+    Engine,
+    Model,
+    Rate,
+    Reason,
+    Scaling,
+    Snapshot,
+    Visibility,
+    Window,
+    compare,
+    fit_exponents,
+    measure_distance,
+    scaling_table,
+)
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import (
     AntiCorrelated,
     CustomNoise,
-    Degeneracy,
     DropConnect,
     Dropout,
-    Ensemble,
     InputNoise,
     LabelFlips,
     LabelNoise,
     Langevin,
-    LimitPrediction,
     Minibatch,
-    SGDSettings,
+    NoiseSystem,
     WeightDecay,
+)
+from torch_singlim.theory import (
+    Degeneracy,
+    Ensemble,
+    LimitPrediction,
+    SGDSettings,
     WindowPrediction,
     degeneracy,
     effective_flow,
@@ -35,19 +62,23 @@ from torch_singlim.theory import (
 )
 
 if TYPE_CHECKING:
-    from torch_singlim.callbacks import InjectNoise, SingularLimitMonitor
+    from torch_singlim.callbacks import InjectNoise, SingularLimitMonitor, measure_checkpoints
+    from torch_singlim.report import drift_figure, scaling_figure
 
 __all__ = [
-    # the problem: a module, its loss, a finite probe set
+    # the problem: a module, its loss, its samples
     "ZeroLossProblem",
     # its zero-loss set
     "nearest_point",
-    "FootPoint",
+    "NearestPoint",
     "tangent_space",
     "TangentSpace",
+    "linearize",
+    "gauss_newton",
     # how it is trained
     "SGDSettings",
     # with which noise
+    "NoiseSystem",
     "Dropout",
     "DropConnect",
     "AntiCorrelated",
@@ -70,21 +101,46 @@ __all__ = [
     "simulate",
     "Ensemble",
     "Estimate",
+    "Result",
     # measured against predicted
     "compare",
     "Agreement",
-    # in a Lightning Trainer
+    "fit_exponents",
+    "scaling_table",
+    "Rate",
+    "Scaling",
+    # one training, snapshot by snapshot
+    "Snapshot",
+    "Engine",
+    "measure_distance",
+    "DistanceMeasurement",
+    "Window",
+    "Model",
+    "Comparison",
+    "Visibility",
+    "Reason",
+    # in a Lightning Trainer, or from its checkpoints
     "SingularLimitMonitor",
     "InjectNoise",
+    "measure_checkpoints",
+    # to look at
+    "drift_figure",
+    "scaling_figure",
 ]
 
 __version__ = "0.1.0"
 
+# the rooms that import lightning or matplotlib, which take seconds: only on first use
+_LATE = {
+    "SingularLimitMonitor": "callbacks",
+    "InjectNoise": "callbacks",
+    "measure_checkpoints": "callbacks",
+    "drift_figure": "report",
+    "scaling_figure": "report",
+}
+
 
 def __getattr__(name: str) -> object:
-    # the callbacks import lightning, which takes seconds: only on first use
-    if name in ("SingularLimitMonitor", "InjectNoise"):
-        from torch_singlim import callbacks
-
-        return getattr(callbacks, name)
+    if name in _LATE:
+        return getattr(importlib.import_module(f"torch_singlim.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

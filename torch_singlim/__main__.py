@@ -1,11 +1,10 @@
-"""The command line: ``torch_singlim report`` and ``torch_singlim probe``."""
+"""The command line: ``torch_singlim report`` and ``torch_singlim measure``."""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import importlib
-import importlib.util
+import pkgutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,23 +14,16 @@ __all__ = ["main"]
 
 
 def _named(reference: str) -> Any:
-    """The object that ``package.module:name`` or ``path/to/file.py:name`` names."""
-    where, _, name = reference.rpartition(":")
-    if not where or not name:
-        raise ValueError(f"expected package.module:name or file.py:name, got {reference!r}")
+    """The object that ``package.module:name`` names; modules are also looked for in the present folder."""
+    if ":" not in reference:
+        raise ValueError(f"expected package.module:name, got {reference!r}")
+    sys.path.insert(0, str(Path.cwd()))
     try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        return getattr(module, name)
-    except (ImportError, FileNotFoundError, AttributeError) as error:
+        return pkgutil.resolve_name(reference)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{reference} was not found: {error}") from error
+    finally:
+        sys.path.pop(0)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -41,14 +33,13 @@ def _report(options: argparse.Namespace) -> None:
     print(f"report: {page}")
 
 
-def _probe(options: argparse.Namespace) -> None:
-    from torch_singlim.callbacks.offline import probe_checkpoints
-    from torch_singlim.verdict import verdict
+def _measure(options: argparse.Namespace) -> None:
+    from torch_singlim.callbacks import measure_checkpoints
 
     table = options.out / "metrics.csv"
     if table.exists() and not options.overwrite:
         raise FileExistsError(f"{table} is there already: pass --overwrite, or another folder with --out")
-    history = probe_checkpoints(
+    found = measure_checkpoints(
         _named(options.module)(),
         _named(options.data)(),
         options.checkpoints,
@@ -57,13 +48,13 @@ def _probe(options: argparse.Namespace) -> None:
         replicas=options.replicas,
         dtype=options.dtype,
     )
-    tags = sorted({tag for point in history.values() for tag in point})
+    tags = sorted({tag for point in found.history.values() for tag in point})
     options.out.mkdir(parents=True, exist_ok=True)
     with table.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, ["step", *tags])
-        writer.writeheader()
-        writer.writerows({"step": step, **point} for step, point in history.items())
-    print(verdict(history))
+        writer = csv.writer(opened)
+        writer.writerow(["step", *(f"singlim/{tag}" for tag in tags)])
+        writer.writerows([step, *(point.get(tag, "") for tag in tags)] for step, point in found.history.items())
+    print(found.verdict)
     print(f"\ntable: {table}\nlook:  torch_singlim report {options.out}")
 
 
@@ -79,19 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--partial", action="store_true", help="read event files that are cut off up to there")
     report.set_defaults(run=_report)
 
-    probe = commands.add_parser("probe", help="the monitor's measurements on checkpoints of a finished run")
-    probe.add_argument("checkpoints", nargs="+", type=Path, help="files that Lightning's ModelCheckpoint wrote")
-    probe.add_argument(
-        "--module", required=True, help="file.py:name or package.module:name, called: the LightningModule"
-    )
-    probe.add_argument("--data", required=True, help="likewise: (inputs, targets), all samples that were trained on")
-    probe.add_argument("--noise", help="likewise, not called: a noise system that was injected")
-    probe.add_argument("--batch-size", type=int, help="samples of one optimizer step (default: all)")
-    probe.add_argument("--replicas", type=int, default=0, help="independent runs for the noise ceiling (default: 0)")
-    probe.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="of the probe")
-    probe.add_argument("--out", type=Path, default=Path("probe"), help="folder to write to (default: probe)")
-    probe.add_argument("--overwrite", action="store_true", help="replace a table that is there already")
-    probe.set_defaults(run=_probe)
+    measure = commands.add_parser("measure", help="the monitor's measurements on checkpoints of a finished run")
+    measure.add_argument("checkpoints", nargs="+", type=Path, help="files that Lightning's ModelCheckpoint wrote")
+    measure.add_argument("--module", required=True, help="package.module:name, called: the LightningModule")
+    measure.add_argument("--data", required=True, help="likewise: (inputs, targets), all samples that were trained on")
+    measure.add_argument("--noise", help="likewise, not called: a noise system that was injected")
+    measure.add_argument("--batch-size", type=int, help="samples of one optimizer step (default: all)")
+    measure.add_argument("--replicas", type=int, default=0, help="independent runs for the noise ceiling (default: 0)")
+    measure.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="of the measurements")
+    measure.add_argument("--out", type=Path, default=Path("measured"), help="folder to write to (default: measured)")
+    measure.add_argument("--overwrite", action="store_true", help="replace a table that is there already")
+    measure.set_defaults(run=_measure)
     return parser
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.callbacks.test_monitor import Net, Recorder, fit, seeded, weights
 from torch_singlim import SingularLimitMonitor, ZeroLossProblem
-from torch_singlim.callbacks.budget import Budget, expected_seconds, left_out_in_words
+from torch_singlim.measure.budget import Budget, expected_seconds, left_out_in_words
 
 
 class Clock:
@@ -84,7 +84,7 @@ def test_explicit_probes_are_made_whatever_they_cost():
 
 def test_expected_seconds_follow_from_one_gradient(monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr("torch_singlim.callbacks.budget.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("torch_singlim.measure.budget.time.perf_counter", lambda: float(next(ticks)))
     net = nn.Sequential(nn.Linear(50, 100), nn.Tanh(), nn.Linear(100, 10))
     problem = ZeroLossProblem(net, "mse", torch.randn(100, 50), torch.randn(100, 10))
     expected = expected_seconds(problem, window=1000, num_draws=8)  # a gradient takes one tick

@@ -12,7 +12,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from tests.callbacks.test_monitor import Net, fit, seeded
 from torch_singlim import AntiCorrelated, InjectNoise, LabelFlips, Langevin, SingularLimitMonitor
-from torch_singlim.callbacks.dashboard import Series, layout
+from torch_singlim.callbacks.tensorboard import Series, layout
 
 OPTIONS = {"every_n_steps": 5, "window": 5, "replicas": 2}
 
@@ -139,7 +139,7 @@ def test_no_process_but_the_first_writes():
         is_global_zero = False
         loggers = (TensorBoardLogger("nowhere"),)
 
-    from torch_singlim.callbacks.dashboard import writers
+    from torch_singlim.callbacks.tensorboard import writers
 
     assert list(writers(Second())) == []
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.distributed_run import CASES
-from torch_singlim.team import Team
+from torch_singlim.network.process_group import Team
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ import torch
 import torch_singlim
 from tests.callbacks.test_monitor import Net, Recorder, fit, seeded, weights
 from torch_singlim import AntiCorrelated, InjectNoise, SingularLimitMonitor
-from torch_singlim.callbacks.schedule import OpenWindow
+from torch_singlim.measure.schedule import OpenWindow
 
 PACKAGE = str(Path(torch_singlim.__file__).parent)
 

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_singlim import SingularLimitMonitor, WeightDecay
 from torch_singlim.callbacks.detect import read_probe_set
 from torch_singlim.callbacks.monitor import _out_of_memory
-from torch_singlim.callbacks.schedule import probe_starts
-from torch_singlim.observe import FiniteNoise, observe
+from torch_singlim.measure.schedule import probe_starts
+from torch_singlim.measure.distance import FiniteNoise, observe
 
 
 class Recorder(Logger):
@@ -328,7 +328,7 @@ def test_a_layer_that_torch_differentiates_wrongly_is_refused(monkeypatch):
     monitor = SingularLimitMonitor(max_overhead=None, window=5)
     fit(seeded(Normalised), monitor, steps=5)  # taken apart: measured as any other
     assert monitor.history
-    monkeypatch.setattr("torch_singlim.functional._DecomposedLayerNorm", lambda layer: layer)
+    monkeypatch.setattr("torch_singlim.network.functional._DecomposedLayerNorm", lambda layer: layer)
     recorder = Recorder()
     with pytest.raises(ValueError, match="the layer responsible is LayerNorm"):
         fit(seeded(Normalised), SingularLimitMonitor(max_overhead=None, window=5), steps=5, logger=recorder)
@@ -343,7 +343,7 @@ def test_what_counts_as_out_of_memory():
 
 def test_a_failing_expansion_is_withdrawn_with_its_reason(monkeypatch):
     found = FiniteNoise(cosine=0.98, norm_ratio=1.3, stderr=0.02)
-    monkeypatch.setattr("torch_singlim.observe.finite_noise", lambda *args, **options: found)
+    monkeypatch.setattr("torch_singlim.measure.distance.finite_noise", lambda *args, **options: found)
     monitor = SingularLimitMonitor(max_overhead=None, window=10)
     fit(seeded(Net), monitor, steps=20)
     assert "Prediction withdrawn: the noise is too large for the second-order expansion" in monitor.verdict

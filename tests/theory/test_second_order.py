@@ -138,7 +138,7 @@ def test_sampled_potentials_are_unbiased_and_their_error_is_honest(which):
 
 @pytest.mark.parametrize("cheap", [True, False])
 def test_krylov_gives_the_same_potential_and_refuses_the_dense_term(cheap, monkeypatch):
-    monkeypatch.setattr("torch_singlim.problem.worth_factoring", lambda problem: cheap)
+    monkeypatch.setattr("torch_singlim.network.problem.worth_factoring", lambda problem: cheap)
     dense, w = make("two_layers")
     problem = dense.problem
     krylov = problem.gauss_newton(w, max_dense=0, rtol=1e-12)

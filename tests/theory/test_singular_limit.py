@@ -7,7 +7,7 @@ import torch
 
 from tests.problems import NAMES, lyapunov_trace, make
 from torch_singlim import Dropout, Minibatch, SGDSettings, WeightDecay, compare, singular_limit, tangent_space
-from torch_singlim.observe import finite_noise
+from torch_singlim.measure.distance import finite_noise
 from torch_singlim.theory import averaged_gradient, expected_distance, gradient_noise, potential
 
 
@@ -85,7 +85,7 @@ def test_averaged_gradient_is_the_mean_over_all_masks():
 
 
 def test_krylov_path_gives_the_same_prediction(monkeypatch):
-    monkeypatch.setattr("torch_singlim.problem.worth_factoring", lambda problem: False)
+    monkeypatch.setattr("torch_singlim.network.problem.worth_factoring", lambda problem: False)
     dense, w = make("two_layers")
     sgd = SGDSettings(lr=0.05, batch_size=2)
     exact = singular_limit(dense.problem, w, Dropout(), sgd, num_draws=1000)

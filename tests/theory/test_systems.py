@@ -25,7 +25,7 @@ from torch_singlim import (
     degeneracy,
     singular_limit,
 )
-from torch_singlim.functional import FunctionalModule
+from torch_singlim.network.functional import FunctionalModule
 from torch_singlim.theory import draw_noise, noisy_loss, potential, time_scale
 from torch_singlim.theory.gradient_noise import gradient_noise, noise_factor, output_noise
 

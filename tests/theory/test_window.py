@@ -61,13 +61,13 @@ def test_without_noise_it_is_the_gradient_flow_of_L():
 
 def test_second_order_in_the_length_of_the_sub_steps(monkeypatch):
     """Uniform sub-steps: halving them divides the error by about four, and the estimate follows."""
-    monkeypatch.setattr("torch_singlim.theory.window._GROW", 1.0)
-    monkeypatch.setattr("torch_singlim.theory.window._KRYLOV", 1e-10)
+    monkeypatch.setattr("torch_singlim.theory.finite_window._GROW", 1.0)
+    monkeypatch.setattr("torch_singlim.theory.finite_window._KRYLOV", 1e-10)
     dense, w = start("two_layers")
     truth = gradient_flow(torch.func.grad(dense.L), w, 4.0)
     errors, estimates = [], []
     for count in (32, 64, 128):
-        monkeypatch.setattr("torch_singlim.theory.window._FIRST", count)
+        monkeypatch.setattr("torch_singlim.theory.finite_window._FIRST", count)
         window = finite_window(dense.problem, w, Minibatch(), SGDSettings(lr=0.01), steps=400, rtol=1e9)
         errors.append((window.displacement - truth).norm().item())
         estimates.append(window.error)

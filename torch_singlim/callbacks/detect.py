@@ -1,8 +1,9 @@
-"""What a Trainer trains: its probe set, its loss, its descent, its noise; read, not asked for."""
+"""The samples and the loss of a Trainer's training, detected without asking the user."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
@@ -15,22 +16,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from torch_singlim.functional import FunctionalModule, in_precision, structural_copy
-from torch_singlim.loss import MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
-from torch_singlim.problem import ZeroLossProblem, check_samples
-from torch_singlim.team import Team
-from torch_singlim.theory import Dropout, LabelFlips, Minibatch, NoiseSystem, Sum, WeightDecay, parts
+from torch_singlim.measure import Code, Reason
+from torch_singlim.network import (
+    FunctionalModule,
+    MeanSquaredError,
+    ProcessGroup,
+    SampleLoss,
+    SoftCrossEntropy,
+    ZeroLossProblem,
+    check_samples,
+    in_precision,
+    resolve_loss,
+    structural_copy,
+)
+from torch_singlim.noise import LabelFlips, NoiseSystem, parts
 
 __all__ = [
     "BatchToProblem",
-    "as_problem",
-    "ProbeSet",
-    "detect_noise",
+    "Samples",
+    "as_pair",
     "detect_problem",
-    "given_probe_set",
-    "read_probe_set",
+    "find_problem",
+    "given_samples",
+    "read_samples",
     "recognise_loss",
 ]
+
+_log = logging.getLogger(__name__)
 
 _LOSS_RTOL = 1e-3
 _ADVICE = (
@@ -44,8 +56,8 @@ BatchToProblem = Callable[[Any], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class ProbeSet:
-    """The samples that are probed, and how many the training set has (None: a stream, nobody knows).
+class Samples:
+    """The samples that are measured, and how many the training set has (None: a stream, not known).
 
     `batch` gives some of them as a training step sees them.
     """
@@ -57,7 +69,7 @@ class ProbeSet:
 
     @property
     def is_subset(self) -> bool:
-        """Whether training uses samples that the probe does not see."""
+        """Whether training uses samples that are not measured."""
         return self.train_size is None or len(self.inputs) < self.train_size
 
 
@@ -65,13 +77,13 @@ def _train_loader(trainer: Trainer) -> DataLoader:
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
         raise ValueError(
-            f"the probe set is read from one DataLoader, got {type(loader).__name__}; pass the probe set itself: "
+            f"the samples are read from one DataLoader, got {type(loader).__name__}; pass the samples themselves: "
             "SingularLimitMonitor(data=(inputs, targets))"
         )
     return loader
 
 
-def read_probe_set(trainer: Trainer, num_samples: int, *, batch_to_problem: BatchToProblem | None = None) -> ProbeSet:
+def read_samples(trainer: Trainer, num_samples: int, *, batch_to_problem: BatchToProblem | None = None) -> Samples:
     """The first `num_samples` training samples, collated as the loader collates them.
 
     Args:
@@ -93,20 +105,20 @@ def read_probe_set(trainer: Trainer, num_samples: int, *, batch_to_problem: Batc
         size = len(dataset)  # type: ignore[arg-type]  # a map-style dataset
         items, again = ([dataset[i] for i in range(min(n, size))] for n in (num_samples, 8))
     if not items:
-        raise ValueError("the training dataset is empty: there is nothing to probe")
-    inputs, targets = as_problem(collate(items), batch_to_problem)
-    repeated, _ = as_problem(collate(again), batch_to_problem)
+        raise ValueError("the training dataset is empty: there is nothing to measure")
+    inputs, targets = as_pair(collate(items), batch_to_problem)
+    repeated, _ = as_pair(collate(again), batch_to_problem)
     few = min(len(inputs), len(repeated))
     if not torch.equal(inputs[:few], repeated[:few]):
         raise ValueError(
             "reading the same training items twice gave different inputs: with random augmentation the training set "
-            "is not finite and has no zero-loss set; remove the augmentation, or pass a fixed probe set: "
+            "is not finite and has no zero-loss set; remove the augmentation, or pass fixed samples: "
             "SingularLimitMonitor(data=(inputs, targets))"
         )
-    return ProbeSet(inputs, targets, size, lambda part: collate(items[part]))
+    return Samples(inputs, targets, size, lambda part: collate(items[part]))
 
 
-def as_problem(batch: Any, batch_to_problem: BatchToProblem | None) -> tuple[Tensor, Tensor]:
+def as_pair(batch: Any, batch_to_problem: BatchToProblem | None) -> tuple[Tensor, Tensor]:
     """(inputs, targets) of a batch; ValueError where it is something else."""
     pair = batch if batch_to_problem is None else batch_to_problem(batch)
     if isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(each, Tensor) for each in pair):
@@ -116,16 +128,16 @@ def as_problem(batch: Any, batch_to_problem: BatchToProblem | None) -> tuple[Ten
         raise ValueError(f"batch_to_problem must return (inputs, targets), two tensors, got {got}")
     raise ValueError(
         f"batches must be (inputs, targets), two tensors, got {got}; say how to read them: "
-        "batch_to_problem=function, of SingularLimitMonitor and of InjectNoise; a monitor takes the probe set, too: "
+        "batch_to_problem=function, of SingularLimitMonitor and of InjectNoise; a monitor takes the samples, too: "
         "data=(inputs, targets)"
     )
 
 
-def given_probe_set(trainer: Trainer, inputs: Tensor, targets: Tensor) -> ProbeSet:
-    """The probe set that was passed; a subset, where the training set is known to be larger."""
+def given_samples(trainer: Trainer, inputs: Tensor, targets: Tensor) -> Samples:
+    """The samples that were passed; a subset, where the training set is known to be larger."""
     dataset = getattr(trainer.train_dataloader, "dataset", None)
     size = len(dataset) if isinstance(dataset, Sized) else 0
-    return ProbeSet(inputs, targets, max(size, len(inputs)), lambda part: (inputs[part], targets[part]))
+    return Samples(inputs, targets, max(size, len(inputs)), lambda part: (inputs[part], targets[part]))
 
 
 def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.dtype) -> list[float] | None:
@@ -224,41 +236,41 @@ def _cast(data: Any, function: FunctionalModule) -> Any:
     return apply_to_collection(data, Tensor, cast)
 
 
-def _try_training_step(module: LightningModule, probe: ProbeSet) -> _Trials:
-    check_samples(probe.inputs, probe.targets)
+def _try_training_step(module: LightningModule, samples: Samples) -> _Trials:
+    check_samples(samples.inputs, samples.targets)
     dtype = next((p.dtype for p in module.parameters() if p.requires_grad), torch.float32)
     dtype = torch.promote_types(dtype, torch.float32)  # losses in half precision tell too little
     function = FunctionalModule(module, dtype=dtype)
-    function.check_deterministic(_cast(probe.inputs[:2], function))
-    half = min(max(len(probe.inputs) // 2, 1), 64)
-    rest = slice(half, 2 * half) if len(probe.inputs) >= 2 * half else slice(0, half)
-    samples = (slice(0, half), rest)
-    batches = [_cast((probe.inputs[part], probe.targets[part]), function) for part in samples]
+    function.check_deterministic(_cast(samples.inputs[:2], function))
+    half = min(max(len(samples.inputs) // 2, 1), 64)
+    rest = slice(half, 2 * half) if len(samples.inputs) >= 2 * half else slice(0, half)
+    slices = (slice(0, half), rest)
+    batches = [_cast((samples.inputs[part], samples.targets[part]), function) for part in slices]
     with torch.no_grad():
         outputs = [function(function.weights(), x).double() for x, _ in batches]
-    raw = [_cast(probe.batch(part), function) for part in samples]
+    raw = [_cast(samples.batch(part), function) for part in slices]
     return _Trials(batches, outputs, _training_losses(module, raw, dtype))
 
 
-def recognise_loss(module: LightningModule, probe: ProbeSet) -> tuple[SampleLoss | None, int]:
+def recognise_loss(module: LightningModule, samples: Samples) -> tuple[SampleLoss | None, int]:
     """The loss of ``training_step``, recognised by its value (None: it was not), and the number of outputs C.
 
     Hard labels with cross-entropy give ``SoftCrossEntropy()``.
     """
-    trials = _try_training_step(module, probe)
+    trials = _try_training_step(module, samples)
     return trials.recognised(), trials.outputs[0].shape[1]
 
 
 def detect_problem(
     module: LightningModule,
-    probe: ProbeSet,
+    samples: Samples,
     *,
     loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor], Tensor] | None,
     noise: NoiseSystem | None,
     dtype: torch.dtype,
     batch_size: int | None,
     step_ratios: Mapping[str, float],
-    team: Team,
+    process_group: ProcessGroup,
 ) -> ZeroLossProblem:
     """The zero-loss problem that this module trains, its loss checked against ``training_step`` on a few samples.
 
@@ -269,7 +281,7 @@ def detect_problem(
     Raises:
         ValueError: the loss is not recognised, or is not the one that was passed, or its zero-loss set is empty.
     """
-    trials = _try_training_step(module, probe)
+    trials = _try_training_step(module, samples)
     if loss is None:
         if trials.losses is None:
             raise ValueError(
@@ -296,37 +308,58 @@ def detect_problem(
     flips = next((part for part in parts(noise) if isinstance(part, LabelFlips)), None) if noise else None
     if flips is not None and chosen == SoftCrossEntropy():
         chosen = SoftCrossEntropy(flips.rate)
-    targets = _as_targets(chosen, probe.targets, trials.outputs[0])
+    targets = _as_targets(chosen, samples.targets, trials.outputs[0])
     return ZeroLossProblem(
         module,
         chosen,
-        probe.inputs,
+        samples.inputs,
         targets,
         dtype=dtype,
         batch_size=batch_size,
         step_ratios=step_ratios,
-        team=team,
+        process_group=process_group,
     )
 
 
-def detect_noise(
-    problem: ZeroLossProblem, weight_decay: float, injected: NoiseSystem | None
-) -> tuple[NoiseSystem, tuple[str, ...]]:
-    """All noise of the training: dropout layers, the optimizer's weight decay, what is injected; or minibatches alone.
+def find_problem(
+    trainer: Trainer,
+    module: LightningModule,
+    *,
+    data: tuple[Tensor, Tensor] | None,
+    num_samples: int,
+    batch_to_problem: BatchToProblem | None,
+    loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor], Tensor] | None,
+    noise: NoiseSystem | None,
+    dtype: torch.dtype,
+    batch_size: int | None,
+    step_ratios: Mapping[str, float],
+) -> tuple[ZeroLossProblem | Reason, Reason | None]:
+    """The problem with its samples, or the reason why there is none; and, if it has a part of the samples, that.
 
-    Also what else training mode does that the theory does not cover.
+    The arguments are those of the monitor.
     """
-    systems: list[NoiseSystem] = [Dropout()] if problem.sites else []
-    if weight_decay:
-        systems.append(WeightDecay(weight_decay))
-    systems += parts(injected) if injected else ()
-    noise = Sum(tuple(systems)) if len(systems) > 1 else (systems or [Minibatch()])[0]
-    reasons = []
-    if problem.function.normalises_over_batch:
-        reasons.append("batch normalisation couples the samples of a batch in training mode (GroupNorm does not)")
-    elif problem.function.is_random(problem.inputs[:2], training=True):
-        reasons.append("training mode is random beyond the nn.Dropout layers (functional dropout, attention dropout)")
-    fixed = [type(part).__name__ for part in parts(noise) if not part.scale_free]
-    if fixed and set(problem.function.step_ratios.values()) != {1.0}:
-        reasons.append(f"parameter groups with different learning rates under {' and '.join(fixed)}")
-    return noise, tuple(reasons)
+    try:
+        if data:
+            samples = given_samples(trainer, *data)
+        else:
+            samples = read_samples(trainer, num_samples, batch_to_problem=batch_to_problem)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            problem = detect_problem(
+                module,
+                samples,
+                loss=loss,
+                noise=noise,
+                dtype=dtype,
+                batch_size=batch_size,
+                step_ratios=step_ratios,
+                process_group=ProcessGroup(trainer.global_rank, trainer.world_size),
+            )
+    except ValueError as error:
+        return Code.NO_PROBLEM(why=str(error)), None
+    for warning in caught if trainer.is_global_zero else ():
+        if warning.category is UserWarning and "over-parameterised" in str(warning.message):
+            _log.warning("torch_singlim: %s", warning.message)
+    if not samples.is_subset:
+        return problem, None
+    return problem, Code.SUBSET(samples=len(samples.inputs), total=samples.train_size or "a stream of")

@@ -11,31 +11,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from torch_singlim.callbacks.detect import BatchToProblem, as_problem, read_probe_set, recognise_loss
-from torch_singlim.functional import ActivationSite
-from torch_singlim.loss import SampleLoss, SoftCrossEntropy
-from torch_singlim.theory import (
-    AntiCorrelated,
-    CustomNoise,
-    Dropout,
-    LabelFlips,
-    LabelNoise,
-    Minibatch,
-    NoiseSystem,
-    Sum,
-    WeightDecay,
-    draw_noise,
-    noisy_loss,
-    parts,
-)
+from torch_singlim.callbacks.detect import BatchToProblem, as_pair, read_samples, recognise_loss
+from torch_singlim.network import ActivationSite
+from torch_singlim.noise import NoiseSystem, Sum, draw_noise, noisy_loss, parts
 
 __all__ = ["InjectNoise", "injected_noise"]
-
-_NATIVE: dict[type[NoiseSystem], str] = {
-    Dropout: "the module's own nn.Dropout layers inject it, and the monitor finds them",
-    Minibatch: "the DataLoader injects it",
-    WeightDecay: "the optimizer does it: torch.optim.SGD(..., weight_decay=...)",
-}
 
 
 @dataclass
@@ -55,13 +35,13 @@ class InjectNoise(Callback):
 
         w <- w - alpha grad_w Lhat(w, eta)
 
-    Noise on the weights follows the true chain rule: for `DropConnect` the gradient is that of w -> L(w * (1 + eta)).
+    Noise on the weights follows the chain rule: for `DropConnect` the gradient is that of w -> L(w * (1 + eta)).
     eta is drawn once for an optimizer step, accumulated batches included, the same on all processes; or once for each
-    sample. The generators' state goes into checkpoints, with the last draw of `AntiCorrelated`. The
+    sample. Checkpoints hold the generators' state and the transient perturbation. The
     `SingularLimitMonitor` beside it finds the noise and predicts from it.
 
-    What it calls weights are the trainable parameters that the optimizer holds. The tensors that a training step sees
-    are perturbed, and are put back after it.
+    Weights are here the trainable parameters that the optimizer holds. The tensors that a training step sees are
+    perturbed for that step and put back after it.
 
     Args:
         noise: the system, or a sum. Dropout layers, minibatches and weight decay are in the training already.
@@ -73,45 +53,45 @@ class InjectNoise(Callback):
             targets and mse, `LabelFlips` without class labels and cross-entropy, a custom noise with
             Lhat(w, 0) != L(w), manual optimization, the same kind of noise twice.
 
-    >>> from torch_singlim.theory import LabelNoise
+    >>> from torch_singlim.noise import LabelNoise
     >>> InjectNoise(LabelNoise(std=0.1)).noise
     LabelNoise(std=0.1)
     """
 
     def __init__(self, noise: NoiseSystem, *, batch_to_problem: BatchToProblem | None = None, seed: int = 0) -> None:
         for part in parts(noise):
-            if type(part) in _NATIVE:
-                raise ValueError(f"{type(part).__name__} is not to be injected: {_NATIVE[type(part)]}")
+            if part.done_by is not None:
+                raise ValueError(f"{type(part).__name__} is not to be injected: {part.done_by}")
         self.noise, self.batch_to_problem = noise, batch_to_problem
         self.seed = seed
         # one for what all processes draw alike, one for what each draws for its own samples
         self._generator, self._own = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
-        self.memory: Tensor | None = None
-        """The perturbation that the weights carry at present ``[P]`` (`AntiCorrelated`); None: nothing."""
+        self.transient: Tensor | None = None
+        """The transient perturbation that is in the weights at present ``[P]``; None: there is none."""
         self._rank = 0
         self._shared: dict[int, Tensor] = {}  # part -> eta of the optimizer step in progress
         self._swapped: list[tuple[Tensor, Tensor]] = []  # tensor, what it holds in truth
         self._perturbed: list[tuple[Tensor, Tensor]] = []  # the same for weights
 
     @property
-    def carried(self) -> dict[nn.Parameter, Tensor]:
-        """The perturbation that each parameter carries at present; empty: none."""
-        if self.memory is None:
+    def perturbation(self) -> dict[nn.Parameter, Tensor]:
+        """The transient perturbation of each parameter at present; empty: there is none."""
+        if self.transient is None:
             return {}
-        return dict(zip(self._parameters, self._split(self.memory), strict=True))
+        return dict(zip(self._parameters, self._split(self.transient), strict=True))
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(noise=repr(self.noise))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state(), "own": self._own.get_state(), "memory": self.memory}
+        return {"generator": self._generator.get_state(), "own": self._own.get_state(), "transient": self.transient}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._generator.set_state(state_dict["generator"])
         if self._rank == 0:  # whose state it is; the others begin anew, still independent
             self._own.set_state(state_dict["own"])
-        self.memory = state_dict["memory"]
+        self.transient = state_dict["transient"]
 
     # --- set-up ----------------------------------------------------------------------------------------------------
 
@@ -120,7 +100,7 @@ class InjectNoise(Callback):
         self._rank = trainer.global_rank
         self._generator.manual_seed(self.seed)
         self._own.manual_seed(self.seed + 1 + self._rank)
-        self.memory = None
+        self.transient = None
         self._shared.clear()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,15 +113,15 @@ class InjectNoise(Callback):
             )
         held = {p for each in trainer.optimizers for group in each.param_groups for p in group["params"]}
         self._parameters = [p for p in pl_module.parameters() if p.requires_grad and p in held]
-        self._forward = tuple(part for part in parts(self.noise) if not isinstance(part, AntiCorrelated))
+        self._forward = tuple(part for part in parts(self.noise) if not part.transient)
         self._num_outputs = 0
-        if any(isinstance(part, LabelNoise | LabelFlips | CustomNoise) for part in self._forward):
+        if any(part.checked_on_samples for part in self._forward):
             with isolate_rng():
-                probe = read_probe_set(trainer, 16, batch_to_problem=self.batch_to_problem)
-                loss, self._num_outputs = recognise_loss(pl_module, probe)
+                samples = read_samples(trainer, 16, batch_to_problem=self.batch_to_problem)
+                loss, self._num_outputs = recognise_loss(pl_module, samples)
             for part in self._forward:
-                _check_targets(part, loss, probe.targets)
-            self._check_quiet(probe.inputs[:2], probe.targets[:2])
+                part.check_targets(loss, samples.targets)
+            self._check_quiet(samples.inputs[:2], samples.targets[:2])
 
     def _check_quiet(self, x: Tensor, y: Tensor) -> None:
         """Without noise nothing is perturbed; a custom noise uses the loss once, so that it can be injected."""
@@ -181,7 +161,7 @@ class InjectNoise(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Perturb what this training step will see."""
-        x, y = as_problem(batch, self.batch_to_problem)
+        x, y = as_pair(batch, self.batch_to_problem)
         if self.batch_to_problem is not None:
             held: list[int] = []
             apply_to_collection(batch, Tensor, lambda tensor: held.append(id(tensor)))
@@ -195,9 +175,8 @@ class InjectNoise(Callback):
             w = torch.cat([p.reshape(-1) for p in self._parameters])
             targets = y
             for part, eta in zip(self._forward, etas, strict=True):
-                if isinstance(part, LabelFlips):
-                    targets = part.redraw(y, eta)
-            at = _Perturbation.of(self._drawn(), w, x, targets, self._without_flips(etas))
+                targets = part.redraw(targets, eta)
+            at = _Perturbation.of(self._drawn(), w, x, targets, self._without_labels(etas))
             if at.weights is not w:
                 for p, part in zip(self._parameters, self._split(at.weights), strict=True):
                     self._swap(self._perturbed, p, part)
@@ -208,11 +187,11 @@ class InjectNoise(Callback):
                 self._swap(self._swapped, y, shifted)
 
     def _drawn(self) -> NoiseSystem:
-        """What enters through a noisy loss: all but what is done to class labels and to the weights after the step."""
-        return Sum(tuple(part for part in self._forward if not isinstance(part, LabelFlips)))
+        """What enters through the arguments of the loss: all but new labels and transient perturbations."""
+        return Sum(tuple(part for part in self._forward if not part.relabels))
 
-    def _without_flips(self, etas: list[Tensor]) -> list[Tensor]:
-        return [eta for part, eta in zip(self._forward, etas, strict=True) if not isinstance(part, LabelFlips)]
+    def _without_labels(self, etas: list[Tensor]) -> list[Tensor]:
+        return [eta for part, eta in zip(self._forward, etas, strict=True) if not part.relabels]
 
     def _split(self, w: Tensor) -> list[Tensor]:
         pieces = w.split([p.numel() for p in self._parameters])
@@ -235,26 +214,26 @@ class InjectNoise(Callback):
         self._put_back(self._perturbed)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Pull the gradient back through w -> w', add that of the noise's own terms; move the carried perturbation."""
+        """Apply the chain rule of w -> w', add the noise's own terms; exchange the transient perturbation."""
         system = self._drawn()
         through = tuple(part for part in parts(system) if not part.per_sample)
         if through:
             etas = [self._shared[i] for i, part in enumerate(self._forward) if part in through]
             gradient = torch.cat([_grad(p).reshape(-1) for p in self._parameters])
             w = torch.cat([p.detach().reshape(-1) for p in self._parameters])
-            pulled = _Perturbation.pull_back(Sum(through), w, gradient, etas)
-            for p, piece in zip(self._parameters, self._split(pulled), strict=True):
+            noisy = _Perturbation.chain_rule(Sum(through), w, gradient, etas)
+            for p, piece in zip(self._parameters, self._split(noisy), strict=True):
                 p.grad = piece.clone()
         for part in parts(self.noise):
-            if isinstance(part, AntiCorrelated):
-                self._move_carried(part)
+            if part.transient:
+                self._exchange_transient(part)
         self._shared.clear()
 
-    def _move_carried(self, part: AntiCorrelated) -> None:
+    def _exchange_transient(self, part: NoiseSystem[Tensor]) -> None:
         """w += xi_{k+1} - xi_k; the step that follows subtracts alpha grad L(w)."""
         (eta,) = draw_noise(part, self._space(torch.zeros(1, 1)), 1, generator=self._generator)
-        change = eta if self.memory is None else eta - self.memory.to(eta)
-        self.memory = eta
+        change = eta if self.transient is None else eta - self.transient.to(eta)
+        self.transient = eta
         with torch.no_grad():
             for p, piece in zip(self._parameters, self._split(change), strict=True):
                 p.add_(piece)
@@ -270,29 +249,6 @@ class InjectNoise(Callback):
         """Leave no perturbed weights behind."""
         self._put_back(self._swapped)
         self._put_back(self._perturbed)
-
-
-def _check_targets(part: NoiseSystem, loss: SampleLoss | None, targets: Tensor) -> None:
-    """Raise ValueError unless loss and targets are those that the noise is made for; a loss of None is not known."""
-    if isinstance(part, LabelNoise | LabelFlips) and loss is not None:
-        part.check_loss(loss)
-    integer = not targets.is_floating_point()
-    if isinstance(part, LabelNoise) and integer:
-        raise ValueError(
-            f"LabelNoise needs floating point targets in the batches, got {targets.dtype}: let the dataset give "
-            "F.one_hot(labels, num_classes).float()"
-        )
-    if isinstance(part, LabelFlips):
-        if not integer or targets.ndim != 1:
-            raise ValueError(
-                f"LabelFlips needs class labels [n] in the batches, got {targets.dtype} targets of shape "
-                f"{tuple(targets.shape)}: let the dataset give the labels themselves"
-            )
-        if isinstance(loss, SoftCrossEntropy) and loss.label_smoothing:
-            raise ValueError(
-                f"LabelFlips smooths the labels itself, training_step has label_smoothing={loss.label_smoothing:g} "
-                "already: use hard labels, or drop the flips"
-            )
 
 
 def _grad(p: nn.Parameter) -> Tensor:
@@ -332,17 +288,17 @@ class _Perturbation:
         return cls(*calls[0], noisy, factor.item())
 
     @classmethod
-    def pull_back(cls, system: NoiseSystem, w: Tensor, gradient: Tensor, etas: list[Tensor]) -> Tensor:
+    def chain_rule(cls, system: NoiseSystem, w: Tensor, gradient: Tensor, etas: list[Tensor]) -> Tensor:
         """grad_w Lhat(w, eta) = factor * (dw'/dw)^T grad L(w') + grad rest, from grad L(w') ``[P]``."""
         w = w.requires_grad_()
         at = cls.of(system, w, w.new_zeros(1), w.new_zeros(1), etas)
-        pulled = gradient
+        noisy = gradient
         if at.weights is not w:
-            (pulled,) = torch.autograd.grad(at.weights, w, gradient, retain_graph=True)
+            (noisy,) = torch.autograd.grad(at.weights, w, gradient, retain_graph=True)
         if at.rest.requires_grad:
             (own,) = torch.autograd.grad(at.rest, w, allow_unused=True)
-            return at.factor * pulled + (0 if own is None else own)
-        return at.factor * pulled
+            return at.factor * noisy + (0 if own is None else own)
+        return at.factor * noisy
 
 
 def injected_noise(trainer: Trainer) -> NoiseSystem | None:

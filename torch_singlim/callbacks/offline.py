@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,19 +12,32 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from torch_singlim.callbacks.descent import select_parameters
-from torch_singlim.callbacks.detect import ProbeSet, detect_noise, detect_problem
-from torch_singlim.loss import SampleLoss
-from torch_singlim.observe import Forecast, observe, observe_window
-from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.team import Team
-from torch_singlim.theory import NoiseSystem, SGDSettings
-from torch_singlim.verdict import observation_scalars, window_scalars
+from torch_singlim.callbacks.detect import Samples, detect_problem
+from torch_singlim.callbacks.optimizer import select_parameters
+from torch_singlim.callbacks.snapshot import snapshot_of_checkpoint
+from torch_singlim.measure import Budget, Code, Engine, Options, Reason, Schedule, Snapshot, training_of
+from torch_singlim.network import ProcessGroup, SampleLoss, WeightSpace, ZeroLossProblem
+from torch_singlim.noise import NoiseSystem
 
-__all__ = ["probe_checkpoints"]
+__all__ = ["CheckpointMeasurements", "measure_checkpoints"]
 
 
-def probe_checkpoints(
+@dataclass(frozen=True)
+class CheckpointMeasurements:
+    """What was measured on the checkpoints of a run.
+
+    Args:
+        history: step -> tag -> value, as a monitor's.
+        reasons: why the rest was not.
+        verdict: all of it in words.
+    """
+
+    history: Mapping[int, Mapping[str, float]]
+    reasons: tuple[Reason, ...]
+    verdict: str
+
+
+def measure_checkpoints(
     module: LightningModule,
     data: tuple[Tensor, Tensor],
     checkpoints: Iterable[str | Path],
@@ -32,16 +46,16 @@ def probe_checkpoints(
     loss: str | nn.Module | SampleLoss | None = None,
     noise: NoiseSystem | None = None,
     num_draws: int = 32,
-    separation: float = 3.0,
+    relaxed_after: float = 3.0,
     replicas: int = 0,
     dtype: Literal["float64", "float32"] = "float64",
     seed: int = 0,
-) -> dict[int, dict[str, float]]:
+) -> CheckpointMeasurements:
     """Distance at each checkpoint, displacement from one to the next, and what theory predicts for these steps.
 
-    The same measurements as the `SingularLimitMonitor`'s; the module is put back as it was. Learning rate, momentum and
-    weight decay are those in the checkpoint; between two the later one's. The prediction takes all the steps between
-    two checkpoints: choose them as far apart as a window may be.
+    The `SingularLimitMonitor`'s measurements, by the same engine; the module is put back as it was. Learning rate,
+    momentum and weight decay are those in the checkpoint; between two the later one's. The prediction takes all the
+    steps between two checkpoints: choose them as far apart as a window may be.
 
     Args:
         module: of the class that was trained; each checkpoint is loaded into it.
@@ -51,84 +65,75 @@ def probe_checkpoints(
         loss: what ``training_step`` computes, if it is not recognised.
         noise: what was injected besides the module's dropout layers and the weight decay.
         num_draws: as the monitor's, and so are the others.
-        separation: see there.
+        relaxed_after: see there.
         replicas: see there.
         dtype: see there.
         seed: see there.
 
-    Returns:
-        step -> tag -> value, as a monitor's `history`.
-
     Raises:
-        ValueError: no checkpoint, one of another module, two of one step, or one without the state of an optimizer that
-            is covered.
+        ValueError: no checkpoint, one that cannot be read or is of another module, two of one step.
     """
     states = sorted(((_read(Path(path)), Path(path)) for path in checkpoints), key=lambda pair: pair[0]["global_step"])
     if not states:
         raise ValueError("no checkpoints: pass at least one file that Lightning's ModelCheckpoint wrote")
-    generator = torch.Generator().manual_seed(seed)
-    inputs, targets = data
-    history: dict[int, dict[str, float]] = {}
-    last: tuple[int, Tensor, Tensor | None, Forecast | None] | None = None
-    with _borrowed(module):
+    steps = [int(state["global_step"]) for state, _ in states]
+    for before, step, (_, path) in zip(steps, steps[1:], states[1:], strict=False):
+        if before == step:
+            raise ValueError(f"two checkpoints of step {step}, the second is {path}: pass one of each step")
+    with _restored(module):
         _load(module, *states[0])
-        problem = detect_problem(
+        problem = _problem(module, data, loss, noise, {"float64": torch.float64, "float32": torch.float32}[dtype])
+        space = WeightSpace(module, dtype=torch.float64) if isinstance(problem, Reason) else problem.function
+        engine: Engine | None = None
+        for state, path in states:
+            _load(module, state, path)
+            snapshot = snapshot_of_checkpoint(state, path, space, batch_size=batch_size)
+            if engine is None:
+                options = Options(replicas=replicas, num_draws=num_draws, relaxed_after=relaxed_after)
+                engine = _engine(problem, snapshot, noise, options, Schedule.between(steps), seed)
+            engine.measure(snapshot)
+    assert engine is not None  # there is a checkpoint
+    return CheckpointMeasurements(engine.history, tuple(engine.reasons), engine.verdict())
+
+
+def _problem(
+    module: LightningModule,
+    data: tuple[Tensor, Tensor],
+    loss: str | nn.Module | SampleLoss | None,
+    noise: NoiseSystem | None,
+    dtype: torch.dtype,
+) -> ZeroLossProblem | Reason:
+    inputs, targets = data
+    try:
+        return detect_problem(
             module,
-            ProbeSet(inputs, targets, len(inputs), lambda part: (inputs[part], targets[part])),
+            Samples(inputs, targets, len(inputs), lambda part: (inputs[part], targets[part])),
             loss=loss,
             noise=noise,
-            dtype={"float64": torch.float64, "float32": torch.float32}[dtype],
+            dtype=dtype,
             batch_size=None,
             step_ratios=dict.fromkeys(select_parameters(module, None), 1.0),
-            team=Team(),
+            process_group=ProcessGroup(),
         )
-        for state, path in states:
-            step = int(state["global_step"])
-            if step in history:
-                raise ValueError(f"two checkpoints of step {step}, the second is {path}: pass one of each step")
-            _load(module, state, path)
-            problem.function.refresh_constants()
-            sgd, decay = _descent(state, path, batch_size)
-            system, reasons = detect_noise(problem, decay, noise)
-            if reasons:
-                raise ValueError(f"the drift of {path} is not predicted: {'; '.join(reasons)}")
-            w, carried = problem.weights(), _carried(state, problem)
-            drifting = w if carried is None else w - carried
-            scalars: dict[str, float] = {}
-            if last is not None:
-                start, origin, velocity, forecast = last
-                window = observe_window(
-                    problem,
-                    origin,
-                    drifting,
-                    start=start,
-                    stop=step,
-                    noise=system,
-                    sgd=sgd,
-                    forecast=forecast,
-                    replicas=replicas,
-                    velocity=velocity,
-                    generator=generator,
-                )
-                scalars |= window_scalars(window)
-            observation = observe(
-                problem,
-                w,
-                step=step,
-                noise=system,
-                sgd=sgd,
-                carried=carried,
-                num_draws=num_draws,
-                separation=separation,
-                generator=generator,
-            )
-            history[step] = {"singlim/loss_gap": observation.loss_gap} | scalars | observation_scalars(observation)
-            last = (step, drifting, _velocity(state, problem), observation.forecast)
-    return history
+    except ValueError as error:
+        return Code.NO_PROBLEM(why=str(error))
+
+
+def _engine(
+    problem: ZeroLossProblem | Reason,
+    first: Snapshot,
+    noise: NoiseSystem | None,
+    options: Options,
+    schedule: Schedule,
+    seed: int,
+) -> Engine:
+    """The engine for the run that the first checkpoint is of."""
+    training = training_of(problem, given=None, weight_decay=first.weight_decay, injected=noise, reasons=first.reasons)
+    return Engine(problem, training, options, schedule, Budget(None), torch.Generator().manual_seed(seed))
 
 
 @contextmanager
-def _borrowed(module: LightningModule) -> Iterator[None]:
+def _restored(module: LightningModule) -> Iterator[None]:
     """The module's weights and buffers are put back at the end."""
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     try:
@@ -151,38 +156,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _load(module: LightningModule, state: dict[str, Any], path: Path) -> None:
+    """A checkpoint's weights and buffers into the module."""
     try:
         module.load_state_dict(state["state_dict"])
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path} is a checkpoint of another module than {type(module).__name__}: {first}") from error
-
-
-def _descent(state: dict[str, Any], path: Path, batch_size: int | None) -> tuple[SGDSettings, float]:
-    """Settings of the SGD whose state a checkpoint holds, and its weight decay."""
-    optimizers = state.get("optimizer_states") or [{"param_groups": []}]
-    groups: Sequence[dict[str, Any]] = optimizers[0]["param_groups"]
-    if len(optimizers) != 1 or len(groups) != 1 or "dampening" not in groups[0] or groups[0]["lr"] <= 0:
-        raise ValueError(
-            f"{path} does not hold the state of one torch.optim.SGD with one parameter group and a positive learning "
-            "rate: the drift is predicted for that alone; save_weights_only=False keeps it"
-        )
-    g = groups[0]
-    sgd = SGDSettings(
-        lr=g["lr"], momentum=g["momentum"], dampening=g["dampening"], nesterov=g["nesterov"], batch_size=batch_size
-    )
-    return sgd, float(g["weight_decay"])
-
-
-def _velocity(state: dict[str, Any], problem: ZeroLossProblem) -> Tensor | None:
-    """The optimizer's momentum ``[P]``, where it has buffers for all parameters."""
-    buffers = state["optimizer_states"][0]["state"]
-    found = [buffers.get(i, {}).get("momentum_buffer") for i in range(len(problem.function.names))]
-    return None if any(b is None for b in found) else problem.function.flatten(found, gradients=True)
-
-
-def _carried(state: dict[str, Any], problem: ZeroLossProblem) -> Tensor | None:
-    """What the weights carry for a step under an `InjectNoise` whose state the checkpoint holds ``[P]``."""
-    injected = [own for key, own in state.get("callbacks", {}).items() if key.startswith("InjectNoise")]
-    memories = [own["memory"] for own in injected if own["memory"] is not None]
-    return problem.function.flatten(memories) if memories else None

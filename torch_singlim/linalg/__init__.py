@@ -13,13 +13,13 @@ from torch_singlim.linalg.factored import (
 )
 from torch_singlim.linalg.krylov import (
     KrylovBasis,
-    Solution,
     krylov_function,
     krylov_solve,
     lanczos,
     preconditioned_solve,
 )
 from torch_singlim.linalg.operator import LinearOperator
+from torch_singlim.linalg.solution import Result, Solution
 
 __all__ = [
     # operators known by their products
@@ -38,7 +38,9 @@ __all__ = [
     "krylov_solve",
     "preconditioned_solve",
     "krylov_function",
+    # how an iteration ended
     "Solution",
+    "Result",
     # linear descent over a long time
     "linear_descent",
     "LinearDescent",

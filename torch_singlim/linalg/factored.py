@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from torch_singlim.linalg.estimate import Estimate, rademacher
-from torch_singlim.linalg.krylov import KrylovBasis, Solution, krylov_function, krylov_solve, lanczos
+from torch_singlim.linalg.krylov import KrylovBasis, krylov_function, krylov_solve, lanczos
 from torch_singlim.linalg.operator import LinearOperator
+from torch_singlim.linalg.solution import Result, Solution
 
 __all__ = [
     "CholeskyFactored",
@@ -363,7 +364,7 @@ def minimum_norm(operator: LinearOperator, gram: Tensor | None, u: Tensor, *, rt
     """
     norm = torch.linalg.vector_norm(u).item()
     if norm == 0.0:
-        return Solution(u.new_zeros(operator.shape[1]), "converged", 0, 0.0)
+        return Solution(u.new_zeros(operator.shape[1]), Result.SUCCESSFUL, 0, 0.0)
     if gram is None:
         cutoff = gram_cutoff(u.numel(), u.dtype)
         inner = krylov_solve(
@@ -376,4 +377,5 @@ def minimum_norm(operator: LinearOperator, gram: Tensor | None, u: Tensor, *, rt
     else:
         y = DenseFactored.from_gram(operator, gram).gram_function(torch.reciprocal, u)
     residual = torch.linalg.vector_norm(gram @ y - u).item() / norm
-    return Solution(operator.rmatvec(y), "converged" if residual <= rtol else "inconsistent", 1, residual)
+    status = Result.SUCCESSFUL if residual <= rtol else Result.INCONSISTENT
+    return Solution(operator.rmatvec(y), status, 1, residual)

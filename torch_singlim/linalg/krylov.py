@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["KrylovBasis", "Solution", "krylov_function", "krylov_solve", "lanczos", "preconditioned_solve"]
+from torch_singlim.linalg.solution import Result, Solution
 
-Status = Literal["converged", "max_steps", "inconsistent"]
+__all__ = ["KrylovBasis", "krylov_function", "krylov_solve", "lanczos", "preconditioned_solve"]
 
 
 @dataclass(frozen=True)
@@ -61,21 +60,6 @@ class KrylovBasis:
         """
         values, vectors = torch.linalg.eigh(self.tridiagonal)
         return values, vectors, (self.beta * vectors[-1]).abs()
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What an iteration found and how it went.
-
-    `residual` is relative to the right-hand side; for a matrix function it is the change over the last steps.
-    `status` is "converged", "max_steps" (raise max_steps or loosen rtol), or "inconsistent" (the right-hand side has
-    a part outside the range; the least-squares solution is returned).
-    """
-
-    x: Tensor
-    status: Status
-    steps: int
-    residual: float
 
 
 def lanczos(
@@ -162,13 +146,13 @@ def krylov_solve(
 
     >>> K = torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))
     >>> s = krylov_solve(lambda v: K @ v, torch.tensor([4.0, 1.0, 0.0]).double(), rtol=1e-10, max_steps=9, cutoff=1e-12)
-    >>> s.x.round(decimals=9), s.status
-    (tensor([1., 1., 0.], dtype=torch.float64), 'converged')
+    >>> s.x.round(decimals=9), s.status.name
+    (tensor([1., 1., 0.], dtype=torch.float64), 'SUCCESSFUL')
     """
     norm = torch.linalg.vector_norm(rhs).item()
     if norm == 0.0:
-        return Solution(torch.zeros_like(rhs), "converged", 0, 0.0)
-    x, residual, steps, status = torch.zeros_like(rhs), 1.0, 0, "max_steps"
+        return Solution(torch.zeros_like(rhs), Result.SUCCESSFUL, 0, 0.0)
+    x, residual, steps, status = torch.zeros_like(rhs), 1.0, 0, Result.MAX_STEPS
     for space in lanczos(matvec, rhs, max_steps=max_steps, held=held):
         steps = space.steps
         values, vectors, _ = space.ritz()
@@ -179,15 +163,15 @@ def krylov_solve(
         outside = torch.linalg.vector_norm(vectors[0][~kept]).item()
         residual = ((space.beta * coefficients[-1].item()) ** 2 + outside**2) ** 0.5
         if residual <= rtol:
-            status = "converged"
+            status = Result.SUCCESSFUL
         elif space.beta == 0.0:
-            status = "inconsistent"
-        if status != "max_steps" or steps == max_steps:
+            status = Result.INCONSISTENT
+        if status != Result.MAX_STEPS or steps == max_steps:
             if residual > 1:  # worse than nothing: b is probably not in the range
                 coefficients, residual = _least_squares(space)
             x = norm * space.combine(coefficients)
             break
-    return Solution(x, status, steps, residual)  # type: ignore[arg-type]  # narrowed above
+    return Solution(x, status, steps, residual)
 
 
 def krylov_function(
@@ -207,25 +191,25 @@ def krylov_function(
     """
     norm = torch.linalg.vector_norm(vector).item()
     if norm == 0.0:
-        return Solution(torch.zeros_like(vector), "converged", 0, 0.0)
-    x, y, residual, steps, status = torch.zeros_like(vector), vector.new_zeros(0), float("inf"), 0, "max_steps"
+        return Solution(torch.zeros_like(vector), Result.SUCCESSFUL, 0, 0.0)
+    x, y, residual, steps, status = torch.zeros_like(vector), vector.new_zeros(0), float("inf"), 0, Result.MAX_STEPS
     for space in lanczos(matvec, vector, max_steps=max_steps, held=held):
         previous, steps = y, space.steps
         values, vectors, _ = space.ritz()
         y = vectors @ (function(values.clamp_min(0)) * vectors[0])
         if space.beta == 0.0:
-            residual, status = 0.0, "converged"
+            residual, status = 0.0, Result.SUCCESSFUL
         elif len(previous) > 0:
             # Q has orthonormal columns: norms of results are norms of their coefficients
             change = y.clone()
             change[: len(previous)] -= previous
             size = torch.linalg.vector_norm(y).item()
             residual = torch.linalg.vector_norm(change).item() / size if size > 0 else 0.0
-            status = "converged" if residual <= rtol else status
-        if status == "converged" or steps == max_steps:
+            status = Result.SUCCESSFUL if residual <= rtol else status
+        if status == Result.SUCCESSFUL or steps == max_steps:
             x = norm * space.combine(y)
             break
-    return Solution(x, status, steps, residual)  # type: ignore[arg-type]  # narrowed above
+    return Solution(x, status, steps, residual)
 
 
 def preconditioned_solve(
@@ -255,7 +239,7 @@ def preconditioned_solve(
     norm = torch.linalg.vector_norm(rhs).item()
     x, r = torch.zeros_like(rhs), rhs
     if norm == 0.0:
-        return Solution(x, "converged", 0, 0.0)
+        return Solution(x, Result.SUCCESSFUL, 0, 0.0)
     z = precondition(r)
     direction, rz, residual = z, torch.dot(r, z), 1.0
     for step in range(1, max_steps + 1):
@@ -264,10 +248,10 @@ def preconditioned_solve(
         x, r = x + length * direction, r - length * Kd
         residual = torch.linalg.vector_norm(r).item() / norm
         if residual <= rtol:
-            return Solution(x, "converged", step, residual)
+            return Solution(x, Result.SUCCESSFUL, step, residual)
         if step == max(4, max_steps // 4) and residual**4 > rtol:
-            return Solution(x, "max_steps", step, residual)
+            return Solution(x, Result.MAX_STEPS, step, residual)
         z = precondition(r)
         rz, before = torch.dot(r, z), rz
         direction = z + (rz / before) * direction
-    return Solution(x, "max_steps", max_steps, residual)
+    return Solution(x, Result.MAX_STEPS, max_steps, residual)

@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 from torch import Tensor
 
-from torch_singlim.observe import WindowObservation
-from torch_singlim.scaling import Rate, Scaling
-from torch_singlim.verdict import History
+from torch_singlim.measure import History, Model, Rate, Scaling, Window, tags
+from torch_singlim.measure.tags import Tag
 
 __all__ = [
     "Figure",
@@ -56,10 +55,10 @@ def _panels(rows: int) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(rows, 1, squeeze=False).flat)
 
 
-def _series(history: History, tag: str) -> tuple[list[int], list[float]]:
+def _series(history: History, tag: Tag) -> tuple[list[int], list[float]]:
     """Steps after the first, and values, of what was logged."""
-    points = [(step, p[f"singlim/{tag}"]) for step, p in sorted(history.items()) if step and f"singlim/{tag}" in p]
-    return [step for step, _ in points], [value for _, value in points]
+    points = {step: value for step, value in tags.series(history, tag).items() if step}
+    return list(points), list(points.values())
 
 
 def _empty(axes: Axes, words: str) -> None:
@@ -70,7 +69,7 @@ def _empty(axes: Axes, words: str) -> None:
 
 @_COLUMN
 def time_scales_figure(history: History) -> Figure:
-    """The fast fall and the slow drift: loss gap and distance over the steps, motion over slow time.
+    """The fast fall and the slow drift: excess loss and distance over the steps, motion over slow time.
 
     Below: displacement of each window and what was predicted, summed up; where no clock runs, over the steps.
 
@@ -78,12 +77,12 @@ def time_scales_figure(history: History) -> Figure:
         history: what was logged, step -> tag -> value.
     """
     figure, (fall, drift) = _panels(2)
-    lines = [("loss_gap", _CEILING, ".", "loss gap [loss]"), ("distance/measured", _MEASURED, "s", "distance [norm]")]
-    if not _series(history, "distance/measured")[0]:
-        lines[1] = ("distance/linearised", _MEASURED, "s", "linearised distance [norm]")
+    lines = [(tags.EXCESS_LOSS, _CEILING, ".", "excess loss [loss]"), (tags.NEAREST, _MEASURED, "s", "distance [norm]")]
+    if not _series(history, tags.NEAREST)[0]:
+        lines[1] = (tags.LINEARISED, _MEASURED, "s", "linearised distance [norm]")
     lines += [
-        ("distance/separated", _LIMIT, "o", "its settled part [norm]"),
-        ("distance/predicted", _THEORY, "^", "the same, expected [norm]"),
+        (tags.RELAXED, _LIMIT, "o", "its relaxed part [norm]"),
+        (tags.RELAXED_EXPECTED, _THEORY, "^", "the same, expected [norm]"),
     ]
     for tag, color, marker, label in lines:
         steps, values = _series(history, tag)
@@ -93,19 +92,19 @@ def time_scales_figure(history: History) -> Figure:
     fall.set_ylabel("loss, or weight norm")
     if fall.lines:
         fall.legend()
-    ends = [step for step, p in sorted(history.items()) if "singlim/drift/measured" in p]
+    ends = [step for step, p in sorted(history.items()) if tags.DRIFT_MEASURED.name in p]
     if not ends:
         _empty(drift, "the drift was not measured")
         return figure
-    clock = dict(zip(*_series(history, "clock/slow_time"), strict=True))
+    clock = dict(zip(*_series(history, tags.SLOW_TIME), strict=True))
     timed = all(end in clock for end in ends) and clock[ends[-1]] > 0
     at = [clock[end] if timed else end for end in ends]
     for tag, color, marker, label in (
-        ("measured", _MEASURED, "o", "measured"),
-        ("predicted", _THEORY, "^", "predicted, effective flow"),
+        (tags.DRIFT_MEASURED, _MEASURED, "o", "measured"),
+        (tags.DRIFT_PREDICTED, _THEORY, "^", "predicted, effective flow"),
     ):
-        values = [history[end].get(f"singlim/drift/{tag}", math.nan) for end in ends]
-        drift.plot(at, values, color=color, marker=marker, label=label, lw=1, ls="-" if tag == "measured" else "--")
+        values = [history[end].get(tag.name, math.nan) for end in ends]
+        drift.plot(at, values, color=color, marker=marker, label=label, lw=1, ls="-" if marker == "o" else "--")
     drift.set_ylim(bottom=0)
     drift.set(xlabel="slow time Σ α^order σ²" if timed else "optimizer steps", ylabel="weight norm")
     drift.set_title("Displacement over each window")
@@ -115,17 +114,17 @@ def time_scales_figure(history: History) -> Figure:
 
 @_COLUMN
 def agreement_figure(history: History) -> Figure:
-    """Direction and speed of the drift, window by window, with standard errors, ceiling and null control.
+    """Direction and speed of the drift, window by window, with standard errors, noise ceiling and baseline.
 
     Args:
         history: what was logged, step -> tag -> value.
     """
     figure, (direction, speed) = _panels(2)
     for tag, color, marker, label in (
-        ("drift/cosine", _THEORY, "o", "effective flow"),
-        ("limit/cosine", _LIMIT, "D", "singular limit"),
-        ("drift/null_cosine", _CONTROL, "s", "loss alone (null)"),
-        ("drift/ceiling", _CEILING, "_", "noise ceiling"),
+        (tags.DRIFT_COSINE, _THEORY, "o", "effective flow"),
+        (tags.LIMIT_FROZEN_COSINE, _LIMIT, "D", "singular limit"),
+        (tags.DRIFT_BASELINE_COSINE, _CONTROL, "s", "baseline (loss alone)"),
+        (tags.DRIFT_CEILING, _CEILING, "_", "noise ceiling"),
     ):
         _with_errors(direction, history, tag, color=color, marker=marker, label=label)
     direction.axhline(0, color="0.8", lw=0.5, zorder=0)
@@ -133,26 +132,26 @@ def agreement_figure(history: History) -> Figure:
     direction.set_ylim(-0.35, 1.08)
     direction.set_title("Which prediction points where training went")
     for tag, color, marker, label in (
-        ("drift/speed_ratio", _THEORY, "o", "effective flow"),
-        ("limit/speed_ratio", _LIMIT, "D", "singular limit"),
+        (tags.DRIFT_SPEED, _THEORY, "o", "effective flow"),
+        (tags.LIMIT_FROZEN_SPEED, _LIMIT, "D", "singular limit"),
     ):
         _with_errors(speed, history, tag, color=color, marker=marker, label=label)
     speed.axhline(1, color="0.6", lw=0.8, ls=":", zorder=0)
-    speed.set(xlabel="end of the window, optimizer steps", ylabel="measured / predicted", title="Speed ratio")
+    speed.set(xlabel="end of the window, optimizer steps", ylabel="measured / predicted", title="Speed")
     speed.set_ylim(bottom=min(0, speed.get_ylim()[0]), top=max(1.15, speed.get_ylim()[1]))
     for axes in (direction, speed):
         if axes.containers:
             axes.legend(loc="lower left" if axes is direction else "best", ncols=2 if axes is direction else 1)
         else:
             axes.cla()
-            _empty(axes, "no drift was held against the theory")
+            _empty(axes, "no drift was compared with the theory")
     return figure
 
 
-def _with_errors(axes: Axes, history: History, tag: str, **style: Any) -> None:
+def _with_errors(axes: Axes, history: History, tag: Tag, **style: Any) -> None:
     """A logged series with its standard errors, where there are some."""
     steps, values = _series(history, tag)
-    errors = [history[step].get(f"singlim/{tag}_stderr", 0.0) for step in steps]
+    errors = [history[step].get(tag.stderr_name, 0.0) for step in steps]
     if steps:
         axes.errorbar(steps, values, yerr=errors, lw=1, capsize=2, **style)
 
@@ -161,7 +160,7 @@ def _with_errors(axes: Axes, history: History, tag: str, **style: Any) -> None:
 def speed_figure(runs: Mapping[str, History]) -> Figure:
     """Measured against predicted speed, a point for each window of each run; on the diagonal they agree.
 
-    Measured is the part of the motion along the prediction, with the standard error of the speed ratio.
+    Measured is the part of the motion along the prediction, with the standard error of the speed.
 
     Args:
         runs: name -> what was logged.
@@ -169,16 +168,16 @@ def speed_figure(runs: Mapping[str, History]) -> Figure:
     figure, (axes,) = _panels(1)
     largest = 0.0
     for color, (name, history) in zip(_CYCLE * (1 + len(runs) // len(_CYCLE)), runs.items(), strict=False):
-        points = [p for _, p in sorted(history.items()) if "singlim/drift/speed_ratio" in p]
+        points = [p for _, p in sorted(history.items()) if tags.DRIFT_SPEED.name in p]
         if not points:
             continue
-        q = [p["singlim/drift/predicted"] / p["singlim/drift/window"] for p in points]
-        m = [each * p["singlim/drift/speed_ratio"] for each, p in zip(q, points, strict=True)]
-        errors = [each * p.get("singlim/drift/speed_ratio_stderr", 0.0) for each, p in zip(q, points, strict=True)]
+        q = [p[tags.DRIFT_PREDICTED.name] / p[tags.WINDOW_STEPS.name] for p in points]
+        m = [each * p[tags.DRIFT_SPEED.name] for each, p in zip(q, points, strict=True)]
+        errors = [each * p.get(tags.DRIFT_SPEED.stderr_name, 0.0) for each, p in zip(q, points, strict=True)]
         axes.errorbar(q, m, yerr=errors, fmt="o", color=color, capsize=2, label=name if len(runs) > 1 else None)
         largest = max(largest, *q, *(each + error for each, error in zip(m, errors, strict=True)))
     if not largest:
-        _empty(axes, "no drift was held against the theory")
+        _empty(axes, "no drift was compared with the theory")
         return figure
     axes.plot(
         [0, 1.1 * largest], [0, 1.1 * largest], color="0.6", lw=0.8, ls=":", label="measured = predicted", zorder=0
@@ -193,7 +192,7 @@ def speed_figure(runs: Mapping[str, History]) -> Figure:
 
 
 @_COLUMN
-def plane_figure(window: WindowObservation) -> Figure:
+def plane_figure(window: Window) -> Figure:
     """The measured and the predicted path over a window, in the plane of the prediction and the largest deviation.
 
     Args:
@@ -218,18 +217,18 @@ def plane_figure(window: WindowObservation) -> Figure:
 
 @_COLUMN
 def spectrum_figure(eigenvalues: Tensor, *, level: float | None, step: int) -> Figure:
-    """The nonzero eigenvalues of H, descending, and which of them have settled.
+    """The nonzero eigenvalues of H, descending, and which of them have relaxed.
 
     Args:
         eigenvalues: ``[rank]``.
-        level: eigenvalue from which a mode counts as settled, c / (α steps); None: not known.
+        level: eigenvalue from which a mode counts as relaxed, c / (α steps); None: not known.
         step: where it was taken.
     """
     figure, (axes,) = _panels(1)
     values = eigenvalues[eigenvalues > 0].sort(descending=True).values.double().cpu()
     index = torch.arange(1, len(values) + 1)
-    settled = values >= (math.inf if level is None else level)
-    for chosen, color, label in ((settled, _MEASURED, "settled"), (~settled, _CONTROL, "not settled")):
+    relaxed = values >= (math.inf if level is None else level)
+    for chosen, color, label in ((relaxed, _MEASURED, "relaxed"), (~relaxed, _CONTROL, "not relaxed")):
         if chosen.any():
             name = f"{label}: {int(chosen.sum())}" if level is not None else None
             axes.plot(index[chosen].tolist(), values[chosen].tolist(), ".", color=color, label=name, ms=3)
@@ -275,10 +274,10 @@ def sweep_figure(rates: Sequence[Rate], *, title: str) -> Figure:
     return figure
 
 
-def drift_figure(history: History, last_window: WindowObservation | None, *, title: str) -> Figure:
-    """Four panels, measured against theory: loss gap, distance to Gamma, agreement by window, drift weight by weight.
+def drift_figure(history: History, last_window: Window | None, *, title: str) -> Figure:
+    """Four panels, measured against theory: excess loss, distance to Gamma, agreement by window, drift by weight.
 
-    Where the limit diffuses the last one is the length of the motion, which alone can be predicted.
+    Where the limit diffuses, the last one is the length of the motion, all that can be predicted then.
 
     Args:
         history: what was logged, step -> tag -> value: a monitor's `history`.
@@ -291,28 +290,28 @@ def drift_figure(history: History, last_window: WindowObservation | None, *, tit
     _loss(panels[0, 0], history)
     _distance(panels[0, 1], history)
     _agreement(panels[1, 0], history)
-    if last_window is not None and last_window.spread is not None:
+    if last_window is not None and last_window.diffuses:
         _length(panels[1, 1], history)
     else:
         _parity(panels[1, 1], last_window)
     return figure
 
 
-def _line(axes: Axes, history: History, tag: str, **style: Any) -> None:
+def _line(axes: Axes, history: History, tag: Tag, **style: Any) -> None:
     """One logged series over the steps; nothing where it was not logged."""
-    points = [(step, p[f"singlim/{tag}"]) for step, p in sorted(history.items()) if step and f"singlim/{tag}" in p]
-    if points:
-        axes.plot(*zip(*points, strict=True), **style)
+    steps, values = _series(history, tag)
+    if steps:
+        axes.plot(steps, values, **style)
 
 
 def _windows(history: History) -> list[tuple[int, int]]:
     """Start and end of every window, in steps."""
-    ends = [(step, p["singlim/drift/window"]) for step, p in sorted(history.items()) if "singlim/drift/window" in p]
+    ends = [(step, p[tags.WINDOW_STEPS.name]) for step, p in sorted(history.items()) if tags.WINDOW_STEPS.name in p]
     return [(step - int(length), step) for step, length in ends]
 
 
 def _loss(axes: Axes, history: History) -> None:
-    _line(axes, history, "loss_gap", color=_MEASURED, marker=".", label="loss gap L(w)")
+    _line(axes, history, tags.EXCESS_LOSS, color=_MEASURED, marker=".", label="excess loss L(w)")
     for i, (start, stop) in enumerate(_windows(history)):
         axes.axvspan(max(start, 1), stop, color=_CONTROL, alpha=0.12 + 0.1 * (i % 2), lw=0)
     axes.set(
@@ -322,9 +321,9 @@ def _loss(axes: Axes, history: History) -> None:
 
 
 def _distance(axes: Axes, history: History) -> None:
-    _line(axes, history, "distance/measured", color=_CONTROL, marker="s", label="whole distance (no prediction)")
-    _line(axes, history, "distance/separated", color=_MEASURED, marker="o", label="settled modes, measured")
-    _line(axes, history, "distance/predicted", color=_THEORY, marker="^", ls="--", label="settled modes, expected")
+    _line(axes, history, tags.NEAREST, color=_CONTROL, marker="s", label="whole distance (no prediction)")
+    _line(axes, history, tags.RELAXED, color=_MEASURED, marker="o", label="relaxed modes, measured")
+    _line(axes, history, tags.RELAXED_EXPECTED, color=_THEORY, marker="^", ls="--", label="relaxed modes, expected")
     axes.set(xlabel="optimizer steps", ylabel="weight norm", title="Distance to the zero-loss set")
     axes.set_ylim(bottom=0)
     if axes.lines:
@@ -334,23 +333,24 @@ def _distance(axes: Axes, history: History) -> None:
 def _agreement(axes: Axes, history: History) -> None:
     axes.axhline(0, color=_CONTROL, lw=0.5)
     for i, (start, stop) in enumerate(_windows(history)):
-        ceiling = history[stop].get("singlim/drift/ceiling")
+        ceiling = history[stop].get(tags.DRIFT_CEILING.name)
         if ceiling is not None:
             axes.hlines(ceiling, start, stop, color=_CEILING, lw=1, label="noise ceiling" if i == 0 else "")
-    _line(axes, history, "drift/cosine", color=_THEORY, marker="o", label="effective flow")
-    _line(axes, history, "limit/cosine", color=_LIMIT, marker="D", label="singular limit")
-    _line(axes, history, "drift/null_cosine", color=_CONTROL, marker="s", label="loss alone (null)")
+    _line(axes, history, tags.DRIFT_COSINE, color=_THEORY, marker="o", label="effective flow")
+    _line(axes, history, tags.LIMIT_FROZEN_COSINE, color=_LIMIT, marker="D", label="singular limit")
+    _line(axes, history, tags.DRIFT_BASELINE_COSINE, color=_CONTROL, marker="s", label="baseline (loss alone)")
     axes.set(ylim=(-0.3, 1.05), xlabel="end of the window, optimizer steps", ylabel="cosine with the measured drift")
     axes.set_title("Which prediction points where training went")
     if _windows(history):
         axes.legend(frameon=False, loc="lower left", ncols=2)
 
 
-def _parity(axes: Axes, last: WindowObservation | None) -> None:
+def _parity(axes: Axes, last: Window | None) -> None:
     axes.set(xlabel="predicted displacement", ylabel="measured displacement", title="Drift, weight by weight")
-    if last is None or last.flow is None:
+    flow = None if last is None else last.comparisons.get(Model.AVERAGED) or last.drift
+    if last is None or flow is None:
         return
-    q, m = last.flow.displacement.cpu().numpy(), last.displacement.cpu().numpy()
+    q, m = flow.prediction.displacement.cpu().numpy(), last.displacement.cpu().numpy()
     reach = float(max(abs(q).max(), abs(m).max())) or 1.0
     extent = (-reach, reach, -reach, reach)
     cells = axes.hexbin(q, m, gridsize=60, extent=extent, bins="log", cmap="cividis", mincnt=1)
@@ -362,10 +362,8 @@ def _parity(axes: Axes, last: WindowObservation | None) -> None:
 
 
 def _length(axes: Axes, history: History) -> None:
-    _line(axes, history, "limit/spread_measured", color=_MEASURED, marker="o", label="measured")
-    _line(
-        axes, history, "limit/spread_predicted", color=_LIMIT, marker="D", ls="--", label="singular limit (diffusion)"
-    )
+    _line(axes, history, tags.SPREAD_MEASURED, color=_MEASURED, marker="o", label="measured")
+    _line(axes, history, tags.SPREAD_PREDICTED, color=_LIMIT, marker="D", ls="--", label="singular limit (diffusion)")
     axes.set(xlabel="end of the window, optimizer steps", ylabel="weight norm", title="Length of the motion along Γ")
     axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.legend(frameon=False, loc="lower left")

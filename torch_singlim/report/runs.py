@@ -11,7 +11,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader, RawEventFileLoader
 from tensorboard.util import tensor_util
 
-from torch_singlim.verdict import History
+from torch_singlim.measure import History
 
 __all__ = ["Run", "find_runs", "read_run"]
 
@@ -27,7 +27,7 @@ class Run:
     Args:
         name: of its folder, as far as it tells runs apart.
         path: the folder.
-        history: what the monitor logged, step -> tag -> value, tags under ``singlim/`` whatever the monitor's name was.
+        history: what the monitor logged, step -> tag -> value, tags without the monitor's name.
         cut_off: an event file that is damaged or ends within a record, where there is one; what precedes was read.
     """
 
@@ -97,11 +97,11 @@ def read_run(path: Path, *, name: str = "singlim", shown: str | None = None) -> 
     if not events:
         points = _rows(path / _CSV)
     for step, tag, value in points:
-        # a logger's prefix may stand before the monitor's name
+        # a logger's prefix may precede the monitor's name
         head, found, rest = tag.partition(f"{name}/")
         if found and (not head or head.endswith("-")):
             if math.isfinite(value):
-                history.setdefault(step, {})[f"singlim/{rest}"] = value
+                history.setdefault(step, {})[rest] = value
         else:
             others.add(tag)
     cut_off = next((file for file in events if _is_cut_off(file)), None)

@@ -1,67 +1,24 @@
 """The paper and its extensions, one function per formula."""
 
 from torch_singlim.theory.derivatives import check_derivatives
-from torch_singlim.theory.descent import SGDSettings, stationary_variance, time_scale
 from torch_singlim.theory.distance import ExpectedDistance, expected_distance
 from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction, has_effective_flow
+from torch_singlim.theory.effective_flow import effective_flow
 from torch_singlim.theory.ensemble import Ensemble, simulate
-from torch_singlim.theory.flow import effective_flow
+from torch_singlim.theory.finite_window import finite_window
 from torch_singlim.theory.gradient_noise import GradientNoise, gradient_noise
 from torch_singlim.theory.limit_flow import limit_flow
-from torch_singlim.theory.noise import (
-    BatchLoss,
-    Covariance,
-    NoiseSpace,
-    NoiseSystem,
-    Sum,
-    draw_noise,
-    noisy_loss,
-    parts,
-    stratified_noise,
-)
 from torch_singlim.theory.order import Degeneracy, degeneracy, with_measured_order
 from torch_singlim.theory.potential import Potential, averaged_gradient, potential
 from torch_singlim.theory.second_order import covariance_potential, ito_drift
+from torch_singlim.theory.sgd import SGDSettings, stationary_variance, time_scale
 from torch_singlim.theory.singular_limit import LimitPrediction, singular_limit
-from torch_singlim.theory.systems import (
-    AntiCorrelated,
-    CustomNoise,
-    DropConnect,
-    Dropout,
-    InputNoise,
-    LabelFlips,
-    LabelNoise,
-    Langevin,
-    Minibatch,
-    WeightDecay,
-)
-from torch_singlim.theory.window import finite_window
 
 __all__ = [
     # how the weights descend, and the slow clock
     "SGDSettings",
     "time_scale",
     "stationary_variance",
-    # what a noise is
-    "NoiseSystem",
-    "NoiseSpace",
-    "BatchLoss",
-    "Sum",
-    "parts",
-    "noisy_loss",
-    "draw_noise",
-    "stratified_noise",
-    # the systems
-    "Dropout",
-    "DropConnect",
-    "AntiCorrelated",
-    "InputNoise",
-    "WeightDecay",
-    "LabelNoise",
-    "LabelFlips",
-    "Langevin",
-    "Minibatch",
-    "CustomNoise",
     # whether torch differentiates the network rightly
     "check_derivatives",
     # order 1: the effective potential
@@ -71,7 +28,6 @@ __all__ = [
     # order 2: the gradient noise on Gamma and the Ito term
     "gradient_noise",
     "GradientNoise",
-    "Covariance",
     "covariance_potential",
     "ito_drift",
     # which order a noise has

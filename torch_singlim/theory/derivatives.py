@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp
 
+from torch_singlim.geometry import linearize
 from torch_singlim.linalg import rademacher
-from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory.noise import NoiseSystem, Sum, parts
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import NoiseSystem, Sum, parts
 from torch_singlim.theory.potential import noisy_gradient, random_direction, second_order_gradient
 from torch_singlim.theory.second_order import row_gradient
 
@@ -67,13 +68,13 @@ def check_derivatives(problem: ZeroLossProblem, noise: NoiseSystem) -> None:
     the Jacobian, and the third derivatives that give grad V; the global random state is left alone.
 
     Args:
-        problem: loss and probe set; its module is copied.
+        problem: loss and samples; its module is copied.
         noise: the system.
 
     Raises:
         ValueError: which derivative is off by how much, the type of the layer responsible, and what to write instead.
 
-    >>> from torch_singlim.theory import Dropout
+    >>> from torch_singlim.noise import Dropout
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Tanh(), nn.Dropout(0.1), nn.Linear(3, 1))
     >>> check_derivatives(ZeroLossProblem(net, "mse", torch.randn(4, 2), torch.zeros(4, 1)), Dropout())
     """
@@ -81,7 +82,7 @@ def check_derivatives(problem: ZeroLossProblem, noise: NoiseSystem) -> None:
     generator = torch.Generator().manual_seed(0)
     w = few.weights()
     v = rademacher(tuple(w.shape), generator=generator, like=w) * (w.abs().mean() + 1e-3)
-    linearization = few.linearize(w)
+    linearization = linearize(few, w)
     f = few.outputs(w)
     gradient = few.gradient(w)
     loss = few.loss(w).abs().item() + 1e-12

@@ -1,4 +1,4 @@
-"""How far from Gamma the iterates hover: the mean offset and the variance of the normal modes."""
+"""How far from Gamma the iterates are on average: the mean offset and the variance of the normal modes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_singlim.geometry import separation_filter
+from torch_singlim.geometry import relaxed_filter
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
-from torch_singlim.theory.descent import SGDSettings
 from torch_singlim.theory.gradient_noise import GradientNoise
+from torch_singlim.theory.sgd import SGDSettings
 
 __all__ = ["ExpectedDistance", "expected_distance"]
 
@@ -43,9 +43,9 @@ def expected_distance(
     num_draws: int = 16,
     generator: torch.Generator | None = None,
 ) -> ExpectedDistance:
-    """Where the iterate settles around Gamma, over the modes that are separated at a level.
+    """Where the iterates are around Gamma, over the modes that are relaxed at a level.
 
-        offset    = -f(H) H^+ g,      g = alpha^(order-1) grad V,      f: `separation_filter`
+        offset    = -f(H) H^+ g,      g = alpha^(order-1) grad V,      f: `relaxed_filter`
         variance  = sum_i f(l_i)^2 alpha Sigma_ii / (2 l_i - alpha l_i^2)     (with momentum: `stationary_variance`)
 
     Args:
@@ -53,7 +53,7 @@ def expected_distance(
         gradient: g there ``[P]``.
         noise: Sigma there.
         sgd: step size and momentum.
-        level: modes below do not count; below 1 / (alpha steps) they have not had the time to settle. 0: all modes.
+        level: modes below do not count; below 1 / (alpha steps) they have not had the time to relax. 0: all modes.
         num_draws: random vectors for the variance where H is not decomposed.
         generator: of those.
 
@@ -61,7 +61,7 @@ def expected_distance(
     """
 
     def inverse(values: Tensor) -> Tensor:
-        return separation_filter(values, level) / values
+        return relaxed_filter(values, level) / values
 
     # where H is not decomposed a matrix function takes many products
     sampled = gradient if hessian.decomposed else gradient.halves()

@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from torch_singlim.linalg import rademacher
-from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory.descent import SGDSettings
-from torch_singlim.theory.noise import Covariance, NoiseSystem, Sum, draw_noise, parts, stratified_noise
+from torch_singlim.linalg import Result, rademacher
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import Covariance, NoiseSystem, Sum, draw_noise, parts, stratified_noise
 from torch_singlim.theory.potential import noisy_gradient
 from torch_singlim.theory.second_order import row_gradient
+from torch_singlim.theory.sgd import SGDSettings
 
 __all__ = ["EffectiveLoss", "WindowPrediction", "check_marks", "has_effective_flow"]
 
@@ -29,18 +28,16 @@ class WindowPrediction:
     Args:
         path: w(k) - w(0) at the steps that were asked for, the last of them K  ``[marks, P]``.
         stderr: norm of its sampling error; 0 for a deterministic flow, nan from a single noisy path.
-        error: estimated norm of the integration error; 0 where every step was followed, nan where it is not known.
-        products: gradients of the whole probe set that it took; a product with H counts as one.
-        status: "ok"; "diverged": the flow left every bounded region, the displacement is where it was stopped;
-            "inaccurate": the accuracy asked for costs more than following every step (use `effective_flow`); the
-            displacement is that of the part done.
+        error: estimated norm of the integration error; 0 by unit-step integration, nan where it is not known.
+        gradients: gradients of all samples that it took; a product with H counts as one.
+        status: how the integration ended; unless it was successful, the displacement is that of the part done.
     """
 
     path: Tensor = field(repr=False)
     stderr: float
     error: float
-    products: int
-    status: Literal["ok", "diverged", "inaccurate"]
+    gradients: int
+    status: Result
 
     @property
     def displacement(self) -> Tensor:
@@ -57,7 +54,7 @@ def check_marks(marks: Sequence[int], steps: int) -> tuple[int, ...]:
 
 
 def has_effective_flow(noise: NoiseSystem, problem: ZeroLossProblem) -> bool:
-    """Whether L_eff can be followed step by step: every part is of order 1, or has Sigma = c_H H."""
+    """Whether grad L_eff is known: every part is of order 1, or has Sigma = c_H H."""
 
     def followed(part: NoiseSystem) -> bool:
         if part.order != 2:
@@ -75,7 +72,7 @@ class EffectiveLoss:
     Sigma = c_H H, by their potential.
 
     Args:
-        problem: loss and probe set.
+        problem: loss and samples.
         noise: the system.
         sgd: step size, batch size.
         generator: of all draws.
@@ -95,7 +92,7 @@ class EffectiveLoss:
         noise.check(problem)
         if not has_effective_flow(noise, problem):
             raise ValueError(
-                f"{noise} has no effective loss that could be followed step by step (its drift needs H decomposed): "
+                f"{noise} has no effective loss whose gradient is known (its drift needs H decomposed): "
                 "use singular_limit or limit_flow, or simulate"
             )
         self.problem, self.generator = problem, generator
@@ -126,7 +123,7 @@ class EffectiveLoss:
         for etas in stratified_noise(first, problem, problem.num_samples, strata=strata, generator=self.generator):
             yield lambda w, etas=etas: noisy_gradient(first, problem, w, etas)
 
-    def pull_of_order_two(self, w: Tensor) -> Tensor:
+    def order_two_gradient(self, w: Tensor) -> Tensor:
         """alpha (c_H/4) grad tr H at w ``[P]`` from one random direction of every sample; two gradients."""
         problem = self.problem
         shape = (problem.num_samples, problem.num_residuals // problem.num_samples)

@@ -11,9 +11,9 @@ from torch.func import grad, vmap
 from tqdm import tqdm
 
 from torch_singlim.linalg import Estimate, VectorEstimate
-from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory.descent import SGDSettings
-from torch_singlim.theory.noise import NoiseSystem, draw_noise, noisy_loss, parts
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import NoiseSystem, draw_noise, noisy_loss, parts
+from torch_singlim.theory.sgd import SGDSettings
 
 __all__ = ["Ensemble", "simulate"]
 
@@ -23,8 +23,8 @@ class Ensemble:
     """Independent noisy runs over the same window.
 
     Args:
-        displacements: of the foot points on Gamma where a map to them was given, of the weights otherwise
-            ``[replicas, P]``; without what the weights only carry along (the xi of `AntiCorrelated`).
+        displacements: of the nearest points on Gamma where a map to them was given, of the weights otherwise
+            ``[replicas, P]``; without transient perturbations (the xi of `AntiCorrelated`).
         weights: the training's weights at the end ``[replicas, P]``.
     """
 
@@ -82,7 +82,7 @@ def simulate(
     *,
     steps: int,
     replicas: int,
-    foot: Callable[[Tensor], Tensor] | None = None,
+    retract: Callable[[Tensor], Tensor] | None = None,
     velocity: Tensor | None = None,
     memory: int = 2**30,
     progress: bool = False,
@@ -98,12 +98,12 @@ def simulate(
     Args:
         problem: loss and the samples that training uses.
         w: weights at the start ``[P]``, or one row for each replica ``[replicas, P]``. To go on with an ensemble, add
-            its displacements to where it started: its `weights` have on top what they carry for a step alone.
+            its displacements to where it started: its `weights` include the transient perturbation.
         noise: the system.
         sgd: step size, momentum, batch size.
         steps: K.
         replicas: number of runs.
-        foot: weights -> their foot point on Gamma ``[P]``, ``lambda v: nearest_point(problem, v).point``; default: the
+        retract: weights -> weights on Gamma ``[P]``, ``lambda v: nearest_point(problem, v).point``; default: the
             weights themselves are compared.
         velocity: the optimizer's momentum at the start ``[P]``, where it has some.
         memory: bytes that the runs in progress may take, beside the result; one run at a time at least.
@@ -111,7 +111,7 @@ def simulate(
         generator: of noise and batches.
 
     >>> from torch import nn
-    >>> from torch_singlim.theory import Minibatch
+    >>> from torch_singlim.noise import Minibatch
     >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.eye(2), torch.zeros(2, 1))
     >>> sgd = SGDSettings(lr=0.25, batch_size=1)
     >>> simulate(problem, torch.ones(2).double(), Minibatch(), sgd, steps=2, replicas=3).displacements
@@ -132,12 +132,12 @@ def simulate(
             own.copy_(_run(problem, W, noise, sgd, steps, velocity, generator, bar.update))
     weights = ends
     for part in parts(noise):
-        if part.carried(part.scale(problem)) is not None:  # what the last step has left on the weights
+        if part.transient:  # the last step has added it to the weights
             weights = weights + draw_noise(part, problem, 1, replicas=replicas, generator=generator)[0]
-    if foot is None:
+    if retract is None:
         return Ensemble(ends - starts, weights)
-    origins = foot(w) if w.ndim == 1 else torch.stack([foot(v) for v in w])
-    return Ensemble(torch.stack([foot(v) for v in ends]) - origins, weights)
+    origins = retract(w) if w.ndim == 1 else torch.stack([retract(v) for v in w])
+    return Ensemble(torch.stack([retract(v) for v in ends]) - origins, weights)
 
 
 def _run(
@@ -152,7 +152,7 @@ def _run(
 ) -> Tensor:
     """Runs side by side from W ``[R, P]``: where they end. Processes share the runs; all draw the noise of all."""
     R, N, B = len(W), problem.num_samples, sgd.batch(problem.num_samples)
-    own = problem.team.own(R)
+    own = problem.process_group.shard(R)
     W = W[own]
     V = None if velocity is None else velocity.expand(len(W), -1)
 
@@ -177,4 +177,4 @@ def _run(
             gradient = batched(W, x, y, *(eta[own] for eta in etas)) if len(W) else W
         W, V = sgd.step(W, V, gradient)
         done(1)
-    return problem.team.whole(W, R)
+    return problem.process_group.all_gather(W, R)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from torch_singlim.geometry import separation_filter
+from torch_singlim.geometry import relaxed_filter
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, rademacher
-from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory.descent import SGDSettings, stationary_variance
-from torch_singlim.theory.noise import Covariance, NoiseSystem, parts
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import Covariance, NoiseSystem, parts
 from torch_singlim.theory.potential import chunk_gradient, of_chunk, random_direction
+from torch_singlim.theory.sgd import SGDSettings, stationary_variance
 
 _SAMPLES = 32  # of the gradient noise, where its basis is too large: the variance is then right to about a quarter
 
@@ -76,11 +76,11 @@ def output_noise(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tens
             part.noisy_loss(outputs, w, x, y, eta)
             return seen[0]
 
-        pull = vjp(noisy_outputs, scale.new_zeros(len(x), scale.numel()))[1]
+        transposed = vjp(noisy_outputs, scale.new_zeros(len(x), scale.numel()))[1]
         R = problem.output_factor(f, chunk)  # [n, rows, C]
-        RD = torch.stack([pull(row)[0] for row in R.unbind(1)], 1) * scale  # [n, rows, D]
+        RD = torch.stack([transposed(row)[0] for row in R.unbind(1)], 1) * scale  # [n, rows, D]
         blocks.append(RD @ RD.mT)
-    return problem.team.whole(torch.cat(blocks), problem.num_samples)
+    return problem.process_group.all_gather(torch.cat(blocks), problem.num_samples)
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ class GradientNoise:
         gram: G ``[N, rows, rows]``, the batch size divided out; None: zero.
         draws: g ``[k, P]``; None: none.
         exact: whether the draws are a basis and their mean is exact.
-        carried: variance in every direction that the training's weights have on top of the recursion's.
+        transient: variance per direction of the transient perturbation, which the training's weights have besides.
     """
 
     closed: Covariance
     gram: Tensor | None = field(default=None, repr=False)
     draws: Tensor | None = field(default=None, repr=False)
     exact: bool = True
-    carried: float = 0.0
+    transient: float = 0.0
 
     def diffusion(self, hessian: FactoredOperator, *, num_weights: int) -> float:
         """Mean variance of the gradient noise in a tangent direction, tr(P_T Sigma)/dim T: c_I and the draws' part."""
@@ -119,10 +119,10 @@ class GradientNoise:
         num_draws: int = 16,
         generator: torch.Generator | None = None,
     ) -> Estimate:
-        """Trace of the stationary covariance across Gamma, over the modes that are separated at a level.
+        """Trace of the stationary covariance across Gamma, over the modes that are relaxed at a level.
 
             H X + X H - alpha H X H = alpha Sigma   =>   tr f X f = sum_i f(l_i)^2 chi(l_i) Sigma_ii
-            chi = alpha / (2 l - alpha l^2),      f: `separation_filter`
+            chi = alpha / (2 l - alpha l^2),      f: `relaxed_filter`
 
         Under momentum chi is that of the whole recursion, see `stationary_variance`. Infinite where a mode is unstable.
         """
@@ -135,14 +135,14 @@ class GradientNoise:
             return Estimate(math.inf, 0.0)
 
         def kept(values: Tensor) -> Tensor:
-            return separation_filter(values, level).square()
+            return relaxed_filter(values, level).square()
 
         def chi(values: Tensor) -> Tensor:
             share = kept(values)
             return torch.where(share > 0, share * stationary_variance(sgd, values), 0.0) if noisy else 0 * values
 
-        def closed(values: Tensor) -> Tensor:  # c_H H + c_I I, and what is carried, mode by mode
-            return chi(values) * (self.closed.hessian * values + self.closed.identity) + self.carried * kept(values)
+        def closed(values: Tensor) -> Tensor:  # c_H H + c_I I and the transient part, mode by mode
+            return chi(values) * (self.closed.hessian * values + self.closed.identity) + self.transient * kept(values)
 
         total = self._trace(hessian, closed, chi, num_draws=num_draws, generator=generator)
         if self.draws is None:
@@ -185,18 +185,18 @@ def gradient_noise(
 
     Args:
         system: the noise.
-        problem: loss and probe set.
+        problem: loss and samples.
         w: weights ``[P]``.
         batch_size: samples per step.
         num_draws: directions for what has no closed form: a basis up to so many, else at most 32 random ones.
         generator: of these.
     """
-    closed, grams, draws, exact, carried = Covariance(), [], [], True, 0.0
+    closed, grams, draws, exact, transient = Covariance(), [], [], True, 0.0
     for part in parts(system):
         scale = part.scale(problem)
         known = part.covariance(problem, batch_size)
-        if part.carried(scale) is not None:
-            carried += scale.square().mean().item()
+        if part.transient:
+            transient += scale.square().mean().item()
         if known is not None:
             closed = closed + known
         elif scale.numel() == 0:
@@ -215,4 +215,4 @@ def gradient_noise(
     # several sampled parts: their draws stand side by side, each kind with its own weight in the common mean
     count = sum(map(len, draws))
     joined = torch.cat([d * math.sqrt(count / len(d)) for d in draws]) if draws else None
-    return GradientNoise(closed, sum(grams[1:], start=grams[0]) if grams else None, joined, exact, carried)
+    return GradientNoise(closed, sum(grams[1:], start=grams[0]) if grams else None, joined, exact, transient)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory.descent import SGDSettings
+from torch_singlim.linalg import Result
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import NoiseSystem
 from torch_singlim.theory.effective import WindowPrediction
-from torch_singlim.theory.noise import NoiseSystem
+from torch_singlim.theory.sgd import SGDSettings
 from torch_singlim.theory.singular_limit import singular_limit
 
 __all__ = ["limit_flow"]
@@ -36,7 +37,7 @@ def limit_flow(
     Deterministic: where the limit diffuses too, this is its mean for short times only.
 
     Args:
-        problem: loss and probe set.
+        problem: loss and samples.
         point: weights on Gamma ``[P]``.
         noise: the system.
         sgd: step size, momentum, batch size.
@@ -47,7 +48,7 @@ def limit_flow(
         generator: of random directions.
 
     >>> from torch import nn
-    >>> from torch_singlim.theory import Dropout
+    >>> from torch_singlim.noise import Dropout
     >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 1, bias=False))
     >>> problem = ZeroLossProblem(net, "mse", torch.ones(1, 2), torch.ones(1, 1))
     >>> w, sgd = torch.tensor([0.75, 0.25]).double(), SGDSettings(lr=0.1)
@@ -69,4 +70,4 @@ def limit_flow(
     for _ in range(substeps):
         middle = retract(at + 0.5 * h * drift(at))
         at = retract(at + h * drift(middle))
-    return WindowPrediction((at - point)[None], math.sqrt(squared), math.nan, passes, "ok")
+    return WindowPrediction((at - point)[None], math.sqrt(squared), math.nan, passes, Result.SUCCESSFUL)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torch_singlim.geometry import gauss_newton
 from torch_singlim.linalg import Estimate, FactoredOperator
-from torch_singlim.problem import ZeroLossProblem
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import CustomNoise, NoiseSystem, Sum, draw_noise, parts
 from torch_singlim.theory.gradient_noise import noise_product
-from torch_singlim.theory.noise import NoiseSystem, Sum, draw_noise, parts
 from torch_singlim.theory.potential import potential
-from torch_singlim.theory.systems import CustomNoise
 
 __all__ = ["Degeneracy", "degeneracy", "with_measured_order"]
 
@@ -53,22 +53,22 @@ def degeneracy(
     """Measure the order of a noise: degenerate means P_T grad V = 0 on Gamma.
 
     Args:
-        problem: loss and probe set.
+        problem: loss and samples.
         point: weights on Gamma ``[P]``.
         noise: the system.
         num_draws: directions for the trace in V.
-        hessian: ``problem.gauss_newton(point)``, if it is there already.
+        hessian: ``gauss_newton(problem, point)``, if it is there already.
         generator: of the directions.
 
     Source: arXiv 2404.12293.
 
     >>> from torch import nn
-    >>> from torch_singlim.theory import LabelNoise
+    >>> from torch_singlim.noise import LabelNoise
     >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.ones(1, 2), torch.ones(1, 1))
     >>> degeneracy(problem, torch.tensor([0.75, 0.25]).double(), LabelNoise(std=0.1)).order
     2
     """
-    hessian = problem.gauss_newton(point) if hessian is None else hessian
+    hessian = gauss_newton(problem, point) if hessian is None else hessian
     V = potential(noise, problem, point, num_draws=num_draws, generator=generator)
     tangential = V.gradient.map(hessian.project_kernel)
     size = torch.linalg.vector_norm(point).item()
@@ -79,12 +79,12 @@ def degeneracy(
     draws = torch.stack([noise_product(noise, problem, point, list(eta)) for eta in etas])
     rms = draws.square().sum(1).mean().sqrt().item()
     stiffest = hessian.largest
-    pull, error = torch.linalg.vector_norm(tangential.mean).item(), _SIGMAS * tangential.stderr
-    if pull > max(error, floor):
+    length, error = torch.linalg.vector_norm(tangential.mean).item(), _SIGMAS * tangential.stderr
+    if length > max(error, floor):
         order, resolved = 1, True
     else:
         order = 2 if rms > 1e-8 * stiffest * size * _noise_size(noise, problem) else None
-        resolved = pull + error <= max(_NEGLIGIBLE * V.gradient.norm, floor)
+        resolved = length + error <= max(_NEGLIGIBLE * V.gradient.norm, floor)
     return Degeneracy(order, resolved, Estimate(tangential.norm, tangential.stderr), rms)
 
 
@@ -109,9 +109,9 @@ def with_measured_order(
         ValueError: the draws do not tell, nor four times as many, and so on up to about a thousand.
     """
 
-    hessian = problem.gauss_newton(point) if hessian is None else hessian
+    hessian = gauss_newton(problem, point) if hessian is None else hessian
 
-    def settled(part: NoiseSystem) -> NoiseSystem:
+    def measured(part: NoiseSystem) -> NoiseSystem:
         if not (isinstance(part, CustomNoise) and part.claimed_order == "measured"):
             return part
         draws = num_draws
@@ -127,5 +127,5 @@ def with_measured_order(
         return replace(part, claimed_order=found.order)
 
     if isinstance(noise, Sum):
-        return Sum(tuple(settled(part) for part in noise.systems))
-    return settled(noise)
+        return Sum(tuple(measured(part) for part in noise.systems))
+    return measured(noise)

@@ -1,4 +1,4 @@
-"""The effective potential V of the noises of order 1, its gradient, and the noise's pull at finite size."""
+"""The effective potential V of the noises of order 1, its gradient, and the noise's average gradient at finite size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp
 
 from torch_singlim.linalg import Estimate, VectorEstimate, rademacher
-from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory.noise import NoiseSystem, noisy_loss, parts, stratified_noise
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import NoiseSystem, noisy_loss, parts, stratified_noise
 
 __all__ = [
     "Potential",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-_GROUPS = 4  # independent averages from which the standard error of a sampled gradient is told
+_GROUPS = 4  # independent averages from which the standard error of a sampled gradient follows
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def traced(
     """
     exact = num_draws >= dimension
     if not exact and num_draws < 2:
-        raise ValueError(f"num_draws must be at least 2 to tell a standard error, got {num_draws}")
+        raise ValueError(f"num_draws must be at least 2 for a standard error, got {num_draws}")
     groups = 1 if exact else min(_GROUPS, num_draws)
     count = dimension if exact else groups * math.ceil(num_draws / groups)
     gradients, values = like.new_zeros(groups, like.numel()), []
@@ -99,7 +99,7 @@ def chunk_gradient(
 
 
 def noisy_gradient(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas: Sequence[Tensor]) -> Tensor:
-    """grad_w Lhat(w, eta) over the whole probe set  ``[P]``, one eta for each part ``[N, D]`` or ``[D]``."""
+    """grad_w Lhat(w, eta) over all samples  ``[P]``, one eta for each part ``[N, D]`` or ``[D]``."""
 
     return problem.mean(lambda chunk: chunk_gradient(system, problem, w, of_chunk(system, etas, chunk), chunk))
 
@@ -178,7 +178,7 @@ def potential(
 
     Args:
         system: the noise.
-        problem: loss and probe set, N samples.
+        problem: loss and samples, N samples.
         w: weights ``[P]``.
         num_draws: directions to spend on the trace of each part; at least D (its noise components, of one sample or
             of the step): exact. Fewer, and at least 2, are rounded up to a multiple of four.
@@ -197,11 +197,11 @@ def averaged_gradient(
     num_draws: int,
     generator: torch.Generator | None = None,
 ) -> VectorEstimate:
-    """E_eta grad Lhat(w, eta) - grad L(w)  ``[P]``: the noise's pull at its finite size, which grad V expands.
+    """E_eta grad Lhat(w, eta) - grad L(w)  ``[P]``: the noise's average gradient at finite size; grad V expands it.
 
     Args:
         system: the noise.
-        problem: loss and probe set.
+        problem: loss and samples.
         w: weights ``[P]``.
         num_draws: draws of the noise, at least 2, in up to four stratified blocks (see `stratified_noise`), which are
             rounded up to a prime number of draws each.
@@ -209,7 +209,7 @@ def averaged_gradient(
     """
     system.check(problem)
     if num_draws < 2:
-        raise ValueError(f"num_draws must be at least 2 to tell a standard error, got {num_draws}")
+        raise ValueError(f"num_draws must be at least 2 for a standard error, got {num_draws}")
     is_random = any(part.scale(problem).numel() for part in parts(system))
     groups = min(_GROUPS, num_draws) if is_random else 1
     each = math.ceil(num_draws / groups) if is_random else 1

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
-from torch_singlim.gram import samples_at_once
+from torch_singlim.geometry import samples_at_once
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, VectorEstimate, rademacher
-from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory.noise import Covariance
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import Covariance
 from torch_singlim.theory.potential import Potential, traced
 
 __all__ = ["covariance_potential", "ito_drift", "log_pseudo_determinant", "trace"]
@@ -31,12 +31,12 @@ _BATCH = 16
 def ito_drift(problem: ZeroLossProblem, point: Tensor, factor: Tensor, hessian: FactoredOperator) -> Tensor:
     """(1/2) D^2 Phi[Sigma] for Sigma = F^T F ``[P]``: the second-order theorem's drift per alpha^2 and step, dense.
 
-    With the Lyapunov solution X of H X + X H = Sigma (its tangent-tangent block left out) the tangential part is
+    With the Lyapunov solution X of H X + X H = Sigma (without its tangent-tangent block) the tangential part is
     -(1/2) P_T T[X]. X has rank at most 2 r, so 2 r third derivatives along pairs of directions give it, and k more the
     normal part, for r = rank H and k rows of F.
 
     Args:
-        problem: loss and probe set.
+        problem: loss and samples.
         point: weights on Gamma ``[P]``.
         factor: F ``[k, P]``.
         hessian: H at the point, decomposed.
@@ -47,7 +47,7 @@ def ito_drift(problem: ZeroLossProblem, point: Tensor, factor: Tensor, hessian: 
     if not isinstance(hessian, DenseFactored):
         raise ValueError(
             "the second-order term of a noise without closed form needs H decomposed, got a Krylov factorisation: "
-            "use fewer samples (problem.gauss_newton decomposes up to max_dense residuals)"
+            "use fewer samples (gauss_newton decomposes up to max_dense residuals)"
         )
     values = hessian.eigenvalues
     V = torch.stack([hessian.operator.rmatvec(u) for u in hessian.eigenvectors.T]) / values.sqrt()[:, None]  # [r, P]
@@ -112,13 +112,13 @@ def row_gradient(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> tuple[Tensor
     # one gradient [P] for each sample is held at once: bounded by the chunk that Jacobian rows have too
     size = samples_at_once(problem, 1)
     totals, square = torch.zeros_like(w), w.new_zeros(())
-    own = problem.team.own(problem.num_samples)
+    own = problem.process_group.shard(problem.num_samples)
     for start in range(own.start, own.stop, size):
         part = slice(start, min(start + size, own.stop))
         each, squares = vmap(sample)(problem.inputs[part], u[part])
         totals, square = totals + each.sum(0), square + squares.sum()
-    team, N = problem.team, problem.num_samples
-    return team.sum(totals) / N, team.sum(square) / N
+    group, N = problem.process_group, problem.num_samples
+    return group.all_reduce(totals) / N, group.all_reduce(square) / N
 
 
 def log_pseudo_determinant(
@@ -178,7 +178,7 @@ def covariance_potential(
 
     Args:
         covariance: c_H and c_I.
-        problem: loss and probe set.
+        problem: loss and samples.
         w: weights ``[P]``, on Gamma. Only the tangential part of the gradient means anything for log pdet.
         hessian: H there.
         num_draws: directions for each trace; at least the rows of R (tr H), the residuals M (log pdet H): exact.

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torch_singlim.geometry import gauss_newton
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
-from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory.descent import SGDSettings, time_scale
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import Covariance, NoiseSystem, Sum, parts
 from torch_singlim.theory.distance import expected_distance
 from torch_singlim.theory.gradient_noise import gradient_noise, noise_factor
-from torch_singlim.theory.noise import Covariance, NoiseSystem, Sum, parts
 from torch_singlim.theory.order import with_measured_order
 from torch_singlim.theory.potential import Potential, potential
 from torch_singlim.theory.second_order import covariance_potential, ito_drift
+from torch_singlim.theory.sgd import SGDSettings, time_scale
 
 __all__ = ["LimitPrediction", "singular_limit"]
 
@@ -35,10 +36,10 @@ class LimitPrediction:
         dimension: of Gamma: the number of tangent directions.
         normal_variance: trace of the covariance across Gamma.
         mean_offset_norm: norm of the mean of w minus its nearest point; at order 2, where the variance leads, 0.
-        distance: expected root mean square distance to Gamma, every mode settled: sqrt(offset^2 + normal variance);
+        distance: expected root mean square distance to Gamma, every mode relaxed: sqrt(offset^2 + normal variance);
             nan, like the two above, where H was too large to be decomposed.
-        passes: derivative passes over the probe set that V took.
-        noise: the system, the order of its parts settled.
+        passes: derivative passes over all samples that V took.
+        noise: the system, the order of each part determined.
     """
 
     order: int | None
@@ -112,13 +113,13 @@ def singular_limit(
     In a sum the parts of the lowest order lead, the others do not move the weights on that clock.
 
     Args:
-        problem: loss and probe set.
+        problem: loss and samples.
         point: weights ``[P]``, on Gamma (see `nearest_point`).
         noise: the system.
         sgd: step size, momentum, batch size.
         num_draws: directions for the trace in V; at least its dimension (noise components of one sample or of the
             step; outputs for tr H; residuals for log pdet H): exact, below: random draws with a standard error.
-        hessian: ``problem.gauss_newton(point)``, if it is there already.
+        hessian: ``gauss_newton(problem, point)``, if it is there already.
         generator: of the draws.
 
     Raises:
@@ -127,7 +128,7 @@ def singular_limit(
     Source: arXiv 2404.12293, theorems on non-degenerate and degenerate noise; second order: arXiv 2110.06914.
 
     >>> from torch import nn
-    >>> from torch_singlim.theory import Dropout
+    >>> from torch_singlim.noise import Dropout
     >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 1, bias=False))
     >>> problem = ZeroLossProblem(net, "mse", torch.ones(1, 2), torch.ones(1, 1))
     >>> limit = singular_limit(problem, torch.tensor([0.75, 0.25]).double(), Dropout(), SGDSettings(lr=0.1))
@@ -137,7 +138,7 @@ def singular_limit(
     if point.shape != (problem.num_weights,):
         raise ValueError(f"expected {problem.num_weights} weights in one vector, got shape {tuple(point.shape)}")
     noise.check(problem)
-    hessian = problem.gauss_newton(point) if hessian is None else hessian
+    hessian = gauss_newton(problem, point) if hessian is None else hessian
     noise = with_measured_order(noise, problem, point, num_draws=num_draws, hessian=hessian, generator=generator)
     order, alpha, batch_size = noise.order, sgd.effective_lr, sgd.batch(problem.num_samples)
     V = Potential(Estimate(0.0, 0.0), VectorEstimate(torch.zeros_like(point)[None]), 0)
@@ -157,8 +158,8 @@ def singular_limit(
     offset, variance = math.nan, Estimate(math.nan, 0.0)
     if hessian.exact:
         # at order 2 the variance leads, the offset is of higher order
-        pull = V.gradient if order == 1 else VectorEstimate(torch.zeros_like(point)[None])
-        expected = expected_distance(hessian, pull, Sigma, sgd=sgd, generator=generator)
+        gradient = V.gradient if order == 1 else VectorEstimate(torch.zeros_like(point)[None])
+        expected = expected_distance(hessian, gradient, Sigma, sgd=sgd, generator=generator)
         offset, variance = expected.offset.norm, expected.variance
     return LimitPrediction(
         order=order,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 
@@ -50,13 +51,13 @@ class Exponents:
         together hold at this level (Bonferroni).
         """
         tail = (1 - level) / (2 * comparisons)
-        width = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - tail)).item()
+        width = NormalDist().inv_cdf(1 - tail)
         exponent: Estimate = getattr(self, which)
         return exponent.mean - width * exponent.stderr, exponent.mean + width * exponent.stderr
 
 
 def fit_exponents(rates: Sequence[Rate], *, remainder: float = 0.05) -> Exponents:
-    """Least squares of log rate = log c + a log alpha + b log sigma, up to what the limit leaves out.
+    """Least squares of log rate = log c + a log alpha + b log sigma, up to what the limit neglects.
 
         log rate = log c + a log alpha + b log sigma + p alpha/alpha_max + q (sigma/sigma_max)^2
         p, q ~ N(0, remainder^2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_singlim.linalg import Estimate
 
-__all__ = ["Agreement", "Plane", "Scatter", "compare", "jackknife", "noise_ceiling", "noise_pull", "plane"]
+__all__ = ["Agreement", "Plane", "Scatter", "compare", "jackknife", "noise_ceiling", "noise_ratio", "plane"]
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,15 @@ class Agreement:
 
     Args:
         cosine: <m, q> / (|m| |q|).
-        speed_ratio: <m, q> / <q, q>; 1: as fast as predicted.
-        residual_ratio: |m - q| / |m|, the share of the motion that is not explained.
+        speed: <m, q> / <q, q>; 1: as fast as predicted.
+        residual: |m - q| / |m|, the share of the motion that is not explained.
         measured: |m|, in units of the weights' norm.
         predicted: |q|.
     """
 
     cosine: float
-    speed_ratio: float
-    residual_ratio: float
+    speed: float
+    residual: float
     measured: float
     predicted: float
 
@@ -38,17 +38,17 @@ def compare(measured: Tensor, predicted: Tensor) -> Agreement:
     """Cosine, speed ratio and unexplained share of two displacements ``[P]``.
 
     >>> compare(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0]))
-    Agreement(cosine=1.0, speed_ratio=2.0, residual_ratio=0.5, measured=2.0, predicted=1.0)
+    Agreement(cosine=1.0, speed=2.0, residual=0.5, measured=2.0, predicted=1.0)
     """
     if measured.shape != predicted.shape:
         raise ValueError(f"displacements of different weights: {tuple(measured.shape)} and {tuple(predicted.shape)}")
     m, q = torch.linalg.vector_norm(measured).item(), torch.linalg.vector_norm(predicted).item()
     inner = torch.dot(measured, predicted).item()
-    gap = torch.linalg.vector_norm(measured - predicted).item()
+    rest = torch.linalg.vector_norm(measured - predicted).item()
     return Agreement(
         cosine=inner / (m * q) if m * q > 0 else math.nan,
-        speed_ratio=inner / q**2 if q > 0 else math.nan,
-        residual_ratio=gap / m if m > 0 else math.nan,
+        speed=inner / q**2 if q > 0 else math.nan,
+        residual=rest / m if m > 0 else math.nan,
         measured=m,
         predicted=q,
     )
@@ -91,7 +91,7 @@ class Scatter:
     """Standard errors of an agreement's cosine and speed ratio, from equal parts of the window."""
 
     cosine: float
-    speed_ratio: float
+    speed: float
 
 
 def jackknife(measured: Sequence[Tensor], predicted: Sequence[Tensor]) -> Scatter:
@@ -102,7 +102,7 @@ def jackknife(measured: Sequence[Tensor], predicted: Sequence[Tensor]) -> Scatte
     Parts are taken as independent; nan for fewer than two. Inner products are all that is needed, no part is formed.
 
     >>> m = torch.tensor([[1.0, 0.1], [2.0, 0.0]])
-    >>> jackknife(m, torch.tensor([[1.0, 0.0], [2.0, 0.0]])).speed_ratio
+    >>> jackknife(m, torch.tensor([[1.0, 0.0], [2.0, 0.0]])).speed
     0.0
     """
     n = len(measured)
@@ -137,17 +137,20 @@ def noise_ceiling(runs: Sequence[Tensor]) -> float:
     return math.sqrt(max(sum(cosines) / len(cosines), 0.0)) if cosines else math.nan
 
 
-def noise_pull(runs: Sequence[Tensor], flow: Tensor, null: Tensor) -> Estimate:
-    """How much of the noise's predicted pull a run shows, beyond what the loss alone does: 1 as predicted, 0 none.
+def noise_ratio(runs: Sequence[Tensor], flow: Tensor, baseline: Tensor) -> Estimate:
+    """The noise-induced drift of a run over the predicted one: 1 as predicted, 0 none.
 
-        <run - null, flow - null> / |flow - null|^2
+        <run - baseline, flow - baseline> / |flow - baseline|^2
 
     The first run ``[P]`` is the measured one; the standard error is the standard deviation of all of them, independent
-    runs of the same window (nan for a single one). Well below 1: the pull stands out.
+    runs of the same window (nan for a single one).
+
+    >>> noise_ratio([torch.tensor([2.0, 1.0])], torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])).mean
+    1.0
     """
-    pull = flow - null
-    size = pull.square().sum().item()
+    induced = flow - baseline
+    size = induced.square().sum().item()
     if size == 0:
         return Estimate(math.nan, math.nan)
-    shares = torch.stack([torch.dot(run - null, pull) / size for run in runs])
-    return Estimate(shares[0].item(), shares.std().item() if len(runs) > 1 else math.nan)
+    ratios = torch.stack([torch.dot(run - baseline, induced) / size for run in runs])
+    return Estimate(ratios[0].item(), ratios.std().item() if len(runs) > 1 else math.nan)

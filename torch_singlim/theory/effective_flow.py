@@ -1,4 +1,4 @@
-"""K steps of descent on the effective loss, one after another: the reference."""
+"""K steps of descent on the effective loss, by unit-step integration: the reference."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory.descent import SGDSettings
+from torch_singlim.linalg import Result
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import NoiseSystem
 from torch_singlim.theory.effective import EffectiveLoss, Gradient, WindowPrediction, check_marks
-from torch_singlim.theory.noise import NoiseSystem
 from torch_singlim.theory.potential import noisy_gradient, random_direction, second_order_gradient
+from torch_singlim.theory.sgd import SGDSettings
 
 __all__ = ["effective_flow"]
 
@@ -64,12 +65,12 @@ def effective_flow(
         second_order:  w <- w - alpha (grad L + grad V)                 the paper's Laplacian; one fresh direction
         in both, for noises of order 2:   - alpha^2 (c_H/4) grad tr H   Sigma = c_H H; a fresh direction 200 times
 
-    The draws of successive steps average along the path, as they do in training, but over all N samples at once; what
-    sampling error is left is told by independent paths. With `Minibatch()` this is plain gradient descent on L: the
-    null control.
+    The draws of successive steps average along the path, as they do in training, but over all N samples at once;
+    independent paths give the sampling error that is left. With `Minibatch()` this is plain gradient descent on L: the
+    baseline.
 
     Args:
-        problem: loss and probe set, all the samples that training uses.
+        problem: loss and samples, all the samples that training uses.
         w: weights at the start of the window ``[P]``.
         noise: the system.
         sgd: step size and momentum; the batch size enters for noises of order 2 alone, which it averages.
@@ -83,14 +84,14 @@ def effective_flow(
         generator: of the draws.
 
     Raises:
-        ValueError: the noise does not fit the problem, or is of order 2 without a potential that can be followed
-            step by step (see `has_effective_flow`); an unknown expansion; fewer than one step or path.
+        ValueError: the noise does not fit the problem, or is of order 2 without a gradient that
+            is known (see `has_effective_flow`); an unknown expansion; fewer than one step or path.
 
     >>> from torch import nn
-    >>> from torch_singlim.theory import Minibatch
+    >>> from torch_singlim.noise import Minibatch
     >>> problem = ZeroLossProblem(nn.Linear(1, 1, bias=False), "mse", torch.ones(1, 1), torch.zeros(1, 1))
     >>> flow = effective_flow(problem, torch.ones(1).double(), Minibatch(), SGDSettings(lr=0.25), steps=2)
-    >>> flow.displacement, flow.products  # w <- w - 2 lr w halves w
+    >>> flow.displacement, flow.gradients  # w <- w - 2 lr w halves w
     (tensor([-0.7500], dtype=torch.float64), 2)
     """
     if expansion not in ("averaged", "second_order"):
@@ -109,14 +110,14 @@ def effective_flow(
     expanded = expansion == "second_order" and effective.is_noisy
 
     def gradients() -> Iterator[Gradient]:
-        pull = torch.zeros_like(w)
+        drift = torch.zeros_like(w)
         for k in range(steps):
 
             def whole(v: Tensor, refresh: bool = k % stride == 0) -> Tensor:
-                nonlocal pull
+                nonlocal drift
                 if effective.second and refresh:
-                    pull = effective.pull_of_order_two(v)
-                return (second_order(v) if expanded else effective.draw()(v)) + pull
+                    drift = effective.order_two_gradient(v)
+                return (second_order(v) if expanded else effective.draw()(v)) + drift
 
             yield whole
 
@@ -137,4 +138,4 @@ def effective_flow(
         scatter += (count - 1) / count * path[-1].square().sum().item()
         mean.add_(path, alpha=1 / count)
     error = stderr() if effective.is_random else 0.0
-    return WindowPrediction(mean, error, 0.0, products, "ok" if bounded else "diverged")
+    return WindowPrediction(mean, error, 0.0, products, Result.SUCCESSFUL if bounded else Result.DIVERGED)

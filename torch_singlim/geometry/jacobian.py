@@ -1,4 +1,4 @@
-"""Products with the Jacobian of a function at one point, the pass through the function made once and kept."""
+"""Products with the Jacobian of a function at one point, from one cached pass through the function."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from torch import Tensor
-from torch.func import jvp, linearize, vjp
+from torch import Tensor, func
 
 __all__ = ["JacobianProducts"]
 
@@ -19,9 +18,9 @@ _FEW = 30
 class JacobianProducts:
     """J v and J^T u of a function at w, J its derivative ``[..., P]``.
 
-    J^T u is the kept backward pass. J v is the transpose of that (u -> J^T u is linear) for linear layers. Convolutions
-    are transposed slowly: there it is a tangent forward pass, at first made anew each time, then recorded with all that
-    depends on w alone folded in, when that pays.
+    J^T u (vjp) is the cached backward pass. J v (jvp) is the transpose of that linear map where all layers are linear
+    layers. Convolutions are slow to transpose: there J v is a tangent forward pass, repeated each time at first, and
+    recorded after many products, with everything that depends on w alone evaluated once.
 
     Args:
         function: w ``[P]`` -> outputs.
@@ -29,42 +28,42 @@ class JacobianProducts:
         tangent: whether tangent passes are faster than the transpose.
 
     >>> J = JacobianProducts(lambda w: w**2, torch.tensor([1.0, 2.0]), tangent=True)
-    >>> J.push(torch.ones(2)), J.pull(torch.ones(2))
+    >>> J.jvp(torch.ones(2)), J.vjp(torch.ones(2))
     (tensor([2., 4.]), tensor([2., 4.]))
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], w: Tensor, *, tangent: bool) -> None:
-        self._function, self._w, self._pushed = function, w, 0
-        self._transpose = None if tangent else vjp(self.pull, torch.zeros_like(self.outputs))[1]
+        self._function, self._w, self._products = function, w, 0
+        self._transpose = None if tangent else func.vjp(self.vjp, torch.zeros_like(self.outputs))[1]
         self._recorded: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def _backward(self) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
-        return vjp(self._function, self._w)  # type: ignore[return-value]  # typed for auxiliary outputs, too
+        return func.vjp(self._function, self._w)  # type: ignore[return-value]  # typed for auxiliary outputs, too
 
     @property
     def outputs(self) -> Tensor:
         """The function at w."""
         return self._backward[0].detach()
 
-    def pull(self, u: Tensor) -> Tensor:
+    def vjp(self, u: Tensor) -> Tensor:
         """J^T u  ``[P]``."""
         return self._backward[1](u)[0]
 
-    def push(self, v: Tensor) -> Tensor:
+    def jvp(self, v: Tensor) -> Tensor:
         """J v in the outputs' shape."""
-        self._pushed += 1
-        if self._transpose is not None or self._pushed <= _FEW:
-            return self.unrecorded(v)
+        self._products += 1
+        if self._transpose is not None or self._products <= _FEW:
+            return self.unrecorded_jvp(v)
         if self._recorded is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # some versions of torch warn there about torch itself
-                self._recorded = linearize(self._function, self._w)[1]
+                self._recorded = func.linearize(self._function, self._w)[1]
         with torch.no_grad():
             return self._recorded(v)
 
-    def unrecorded(self, v: Tensor) -> Tensor:
+    def unrecorded_jvp(self, v: Tensor) -> Tensor:
         """J v, recording nothing: vmap may batch it."""
         if self._transpose is not None:
             return self._transpose(v)[0]
-        return jvp(self._function, (self._w,), (v,))[1]  # type: ignore[return-value]  # any number of outputs
+        return func.jvp(self._function, (self._w,), (v,))[1]  # type: ignore[return-value]  # any number of outputs

@@ -1,4 +1,4 @@
-"""Processes that share the samples of a probe between them."""
+"""Processes that share the samples of a measurement between them."""
 
 from __future__ import annotations
 
@@ -7,54 +7,55 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["Team"]
+__all__ = ["ProcessGroup"]
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """One of several processes that hold the same weights and samples, and evaluate a part of the samples each.
 
     Every process makes the same calls in the same order, and gets the same results.
 
     Args:
         rank: of this process.
-        size: of the team; 1: alone.
+        size: number of processes; 1: no communication.
 
-    >>> Team(rank=1, size=3).own(10)
+    >>> ProcessGroup(rank=1, size=3).shard(10)
     slice(3, 6, None)
     """
 
     rank: int = 0
     size: int = 1
 
-    def own(self, count: int) -> slice:
+    def shard(self, count: int) -> slice:
         """This process's part of so many samples."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of everybody's."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
         if self.size == 1:
             return tensor
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)
         return total
 
-    def whole(self, part: Tensor, count: int) -> Tensor:
-        """Everybody's rows, one after another  ``[count, ...]``, from each its own."""
+    def all_gather(self, part: Tensor, count: int) -> Tensor:
+        """The rows of all processes, one shard after another  ``[count, ...]``."""
         if self.size == 1:
             return part
         rows = part.new_zeros(count, *part.shape[1:])
-        rows[self.own(count)] = part.detach()
-        return self.sum(rows)
+        rows[self.shard(count)] = part.detach()
+        return self.all_reduce(rows)
 
-    def least(self, number: float, device: torch.device) -> float:
-        """The smallest of everybody's numbers."""
+    def all_reduce_min(self, number: float, device: torch.device) -> float:
+        """The smallest number among all processes."""
         if self.size == 1:
             return number
         smallest = torch.tensor(number, dtype=torch.float64, device=device)
         distributed.all_reduce(smallest, distributed.ReduceOp.MIN)
         return smallest.item()
 
-    def of_first(self, number: float, device: torch.device) -> float:
-        """The first process's number: what clocks decide, one decides for all."""
-        return self.sum(torch.tensor(number if self.rank == 0 else 0.0, dtype=torch.float64, device=device)).item()
+    def broadcast(self, number: float, device: torch.device) -> float:
+        """The number of the first process: decisions that depend on a clock are made by one process for all."""
+        own = number if self.rank == 0 else 0.0
+        return self.all_reduce(torch.tensor(own, dtype=torch.float64, device=device)).item()

@@ -1,19 +1,19 @@
-"""Finite separation: the displacement over a window of K steps by a few long exponential steps."""
+"""The displacement over a window of K steps by a few long exponential steps, at finite separation of time scales."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from torch_singlim.linalg import descent_norm, linear_descent
-from torch_singlim.problem import ZeroLossProblem
-from torch_singlim.theory.descent import SGDSettings
+from torch_singlim.geometry import linearize
+from torch_singlim.linalg import Result, descent_norm, linear_descent
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import NoiseSystem
 from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction, check_marks
-from torch_singlim.theory.noise import NoiseSystem
+from torch_singlim.theory.sgd import SGDSettings
 
 __all__ = ["finite_window"]
 
@@ -29,7 +29,7 @@ def _block_mean(effective: EffectiveLoss, w: Tensor, strata: int) -> tuple[Tenso
         total += gradient(w)
         count += 1
     mean = total.div_(count)
-    return (mean + effective.pull_of_order_two(w), count + 2) if effective.second else (mean, count)
+    return (mean + effective.order_two_gradient(w), count + 2) if effective.second else (mean, count)
 
 
 def finite_window(
@@ -53,8 +53,8 @@ def finite_window(
     Normal modes relax (phi1 -> 0), tangent modes drift (phi1 = 1), slow modes do something in between. H = B^T B is the
     Gauss-Newton matrix, used through its products alone (Lanczos). The middle is where the last sub-step's Krylov
     space says that its linear descent goes on; linearising there makes the method of second order whatever H is. g(m)
-    is the mean of two stratified blocks of draws, which also tell its sampling error. The length of a sub-step follows
-    an estimate of its error: with N(w) = g(w) - H (w - m), what is left out, and one common draw,
+    is the mean of two stratified blocks of draws, which also give its sampling error. The length of a sub-step follows
+    an estimate of its error: with N(w) = g(w) - H (w - m), the part of g that it neglects, and one common draw,
 
         |h phi1(-h H) (N(w) - 2 N(m) + N(w + u))| / 6        (Simpson's rule against the midpoint's)
 
@@ -62,13 +62,13 @@ def finite_window(
     c = alpha mu/(1 - mu), by plain descent with step size alpha/(1 - mu).
 
     Args:
-        problem: loss and probe set, all the samples that training uses.
+        problem: loss and samples, all the samples that training uses.
         w: weights at the start of the window ``[P]``.
         noise: the system.
         sgd: step size and momentum; the batch size enters for noises of order 2 alone.
         steps: K.
         rtol: a sub-step is made shorter where its integration error is above rtol times its displacement and above
-            half its sampling error. Where that takes more gradients than following every step, it is given up.
+            half its sampling error. Where that takes more gradients than unit-step integration, it is given up.
         num_draws: gradients of single draws in a sub-step (fewer where it spans fewer steps). With blocks of about
             1/p and more, what is linear in the noise cancels: one stratified draw is then worth several.
         marks: steps at which the path is kept, the last of them K; default: K alone.
@@ -81,11 +81,11 @@ def finite_window(
     Source: M. Hochbruck, A. Ostermann, Exponential integrators, Acta Numerica 2010; arXiv 2404.12293 for the limit.
 
     >>> from torch import nn
-    >>> from torch_singlim.theory import Minibatch
+    >>> from torch_singlim.noise import Minibatch
     >>> problem = ZeroLossProblem(nn.Linear(1, 1, bias=False), "mse", torch.ones(1, 1), torch.zeros(1, 1))
     >>> window = finite_window(problem, torch.ones(1).double(), Minibatch(), SGDSettings(lr=0.01), steps=50)
-    >>> window.displacement, window.status  # e^{-1} - 1: H = 2, t = 0.5
-    (tensor([-0.6321], dtype=torch.float64), 'ok')
+    >>> window.displacement, window.status.name  # e^{-1} - 1: H = 2, t = 0.5
+    (tensor([-0.6321], dtype=torch.float64), 'SUCCESSFUL')
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -97,7 +97,7 @@ def finite_window(
     at = w if velocity is None or lag == 0 else w - lag * velocity
     time, h, products, variance, error = 0.0, total / _FIRST, 0.0, 0.0, 0.0
 
-    def failed(status: Literal["diverged", "inaccurate"]) -> WindowPrediction:
+    def failed(status: Result) -> WindowPrediction:
         path[-1] = at - w
         return WindowPrediction(path, math.nan, math.inf, round(products), status)
 
@@ -106,7 +106,7 @@ def finite_window(
 
     # the last sub-step: where it began, its descent and its length; at first a descent about w itself, of no length
     mean, cost = _block_mean(effective, at, strata())
-    descent = linear_descent(problem.linearize(at).operator, mean, time=h / 2, rtol=_KRYLOV)
+    descent = linear_descent(linearize(problem, at).operator, mean, time=h / 2, rtol=_KRYLOV)
     last = (at, descent, 0.0)
     products += cost + descent.products
     while time < total * (1 - 1e-9):
@@ -119,8 +119,8 @@ def finite_window(
             mean, half, cost = (mean + other) / 2, mean.sub_(other).div_(2), cost + more
             del other
         if not torch.isfinite(problem.outputs(middle)).all():
-            return failed("diverged")
-        B = problem.linearize(middle).operator
+            return failed(Result.DIVERGED)
+        B = linearize(problem, middle).operator
 
         sampled = 0.0 if half is None else descent_norm(B, half, time=h)  # the error of the two blocks' mean
         slope = mean + B.normal_product(at - middle)
@@ -135,14 +135,14 @@ def finite_window(
         products += cost + descent.products + 2 + 3 + 2 * 3.5
         size = torch.linalg.vector_norm(u).item()
         if not math.isfinite(size + local):
-            return failed("diverged")
+            return failed(Result.DIVERGED)
         allowed = max(rtol * size, sampled / 2)  # finer than the draws allow is of no use
         change = 0.9 * math.sqrt(allowed / local) if local > 0 else math.inf  # nothing moves on Gamma without noise
         wanted = max(alpha, h * min(_GROW, max(_SHRINK, change)))
         if local > allowed and h > alpha:
             h = wanted
-            if products > steps:  # following every step would have been cheaper
-                return failed("inaccurate")
+            if products > steps:  # unit-step integration would have been cheaper
+                return failed(Result.INACCURATE)
             continue
         variance += sampled**2
         error = math.hypot(error, local)
@@ -154,4 +154,4 @@ def finite_window(
                 if lag:  # w = z + c v, and v = -(z_k - z_{k-1})/lr
                     path[i] -= lag / sgd.lr * (descent.at(since) - descent.at(since - min(alpha, since)))
         last, at, time, h = (at, descent, h), at + u, time + h, wanted
-    return WindowPrediction(path, math.sqrt(variance), error, round(products), "ok")
+    return WindowPrediction(path, math.sqrt(variance), error, round(products), Result.SUCCESSFUL)

@@ -1,4 +1,4 @@
-"""A module, its loss and a finite probe set, as functions of a flat weight vector."""
+"""A module, its loss and finitely many samples, as functions of a flat weight vector."""
 
 from __future__ import annotations
 
@@ -6,30 +6,20 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp
 from torch.utils.flop_counter import FlopCounterMode
 
-from torch_singlim.functional import ActivationSite, FunctionalModule
-from torch_singlim.gram import MAX_DENSE, gram_matrix, worth_factoring
-from torch_singlim.linalg import (
-    CholeskyFactored,
-    DenseFactored,
-    FactoredOperator,
-    KrylovFactored,
-    LinearOperator,
-    cholesky,
-    gram_cutoff,
-)
-from torch_singlim.loss import SampleLoss, resolve_loss
-from torch_singlim.memory import free_memory, saved_bytes
-from torch_singlim.products import JacobianProducts
-from torch_singlim.team import Team
+from torch_singlim.network.functional import FunctionalModule
+from torch_singlim.network.layers import ActivationSite
+from torch_singlim.network.loss import SampleLoss, resolve_loss
+from torch_singlim.network.memory import free_memory, saved_bytes
+from torch_singlim.network.process_group import ProcessGroup
 
-__all__ = ["Linearization", "ZeroLossProblem", "check_samples"]
+__all__ = ["ZeroLossProblem", "check_samples"]
 
 # memory of the deepest derivative that is taken, the gradient of a curvature, in units of the activations that one
 # backward pass keeps: 8 to 11 were measured
@@ -44,7 +34,7 @@ with warnings.catch_warnings():
 def check_samples(inputs: Tensor, targets: Tensor) -> None:
     """Raise ValueError unless these are as many finite inputs as targets, and at least one."""
     if inputs.shape[0] == 0:
-        raise ValueError("the probe set is empty: pass at least one sample")
+        raise ValueError("there are no samples: pass at least one sample")
     if targets.ndim == 0 or targets.shape[0] != inputs.shape[0]:
         raise ValueError(
             f"inputs and targets must have the same number of samples, got {inputs.shape[0]} inputs and targets "
@@ -55,32 +45,13 @@ def check_samples(inputs: Tensor, targets: Tensor) -> None:
             raise ValueError(f"{name} contain nan or infinity")
 
 
-@dataclass(frozen=True)
-class Linearization:
-    """The weighted residual b and its derivative B at one weight vector: b(w + v) = b + B v + O(|v|^2).
-
-    On the zero-loss set b = 0, and H = B^T B is the Hessian of the loss there.
-
-    Args:
-        operator: B, with the products v -> B v and u -> B^T u; shape [M, P].
-        residual: b ``[M]``, samples first.
-        gram: forms K = B B^T ``[M, M]``.
-        cheap_gram: whether that and a factorisation take seconds.
-    """
-
-    operator: LinearOperator
-    residual: Tensor
-    gram: Callable[[], Tensor] = field(repr=False)
-    cheap_gram: bool
-
-
 class ZeroLossProblem:
-    """The loss gap L(w) >= 0 of a module on a probe set; its zero set Gamma = {w : L(w) = 0} is what is studied.
+    """The excess loss L(w) >= 0 of a module on N samples; its zero set Gamma = {w : L(w) = 0} is what is studied.
 
         L(w) = (1/N) sum_i l(f(w; x_i), y_i)        l convex in f, its infimum subtracted
 
-    The module is evaluated in evaluation mode on a copy that shares its parameters: its mode, buffers, gradients and
-    hooks' owner are left alone, and no global random state is consumed.
+    The module is evaluated in evaluation mode on a copy that shares its parameters: its mode, buffers and gradients are
+    left alone, and no global random state is consumed.
 
     Args:
         module: maps a batch of inputs to outputs ``[n, ...]``; evaluation mode must be deterministic.
@@ -96,10 +67,10 @@ class ZeroLossProblem:
             these are all, the pass that products with the Jacobian share is made once and kept.
         step_ratios: parameter name -> its step size, relative to the descent's lr; those not named are held where they
             are. Default: all trainable ones, 1. Weights w ``[P]`` are then those of the metric, divided by the root.
-        team: processes that share the samples: each evaluates its own, sums and outputs are exchanged.
+        process_group: processes that share the samples: each evaluates its own, sums and outputs are exchanged.
 
     Raises:
-        ValueError: empty probe set, fewer samples than processes, targets that do not fit, hard labels with
+        ValueError: no samples, fewer samples than processes, targets that do not fit, hard labels with
             cross-entropy (Gamma is empty), non-finite data, a module that is random in evaluation mode.
 
     Warns:
@@ -126,7 +97,7 @@ class ZeroLossProblem:
         device: torch.device | str | None = None,
         batch_size: int | None = None,
         step_ratios: Mapping[str, float] | None = None,
-        team: Team = Team(),  # noqa: B008  # frozen
+        process_group: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
     ) -> None:
         check_samples(inputs, targets)
         if batch_size is not None and batch_size < 1:
@@ -139,10 +110,12 @@ class ZeroLossProblem:
             self.inputs = self.inputs.to(dtype)
         self.num_samples = inputs.shape[0]
         self.num_weights = self.function.num_weights
-        if self.num_samples < team.size:
-            raise ValueError(f"{self.num_samples} samples cannot be shared by {team.size} processes: pass more samples")
-        self.team = team
-        self.memory = int(team.least(free_memory(self.device) // 2, self.device))
+        if self.num_samples < process_group.size:
+            raise ValueError(
+                f"{self.num_samples} samples cannot be shared by {process_group.size} processes: pass more samples"
+            )
+        self.process_group = process_group
+        self.memory = int(process_group.all_reduce_min(free_memory(self.device) // 2, self.device))
 
         example = self.inputs[:2]
         self.function.check_deterministic(example)
@@ -153,16 +126,12 @@ class ZeroLossProblem:
         each = saved_bytes(lambda w: self.function(w, example), self.weights(), example) / len(example)
         fitting = max(1, int(self.memory / max(_PASSES * each, 1)))
         self.batch_size = min(batch_size or fitting, self.num_samples)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self.function(self.weights(), example)
-        self.flops = counter.get_total_flops() / len(example)
-        self.linear_layers = self.function.linear_layers(example)
         self.targets = self.sample_loss.prepare(targets.detach().to(self.device), outputs)
         self.num_residuals = self.num_samples * self.sample_loss.num_rows(self.num_outputs)
         if self.num_weights < self.num_residuals:
             warnings.warn(
                 f"{self.num_weights} weights for {self.num_residuals} residuals ({self.num_samples} samples): the "
-                "network is not over-parameterised on this probe set, its zero-loss set may be empty or a point; "
+                "network is not over-parameterised on these samples, its zero-loss set may be empty or a point; "
                 "use fewer samples or a larger network",
                 UserWarning,
                 stacklevel=2,
@@ -175,13 +144,13 @@ class ZeroLossProblem:
         )
 
     def alone(self) -> ZeroLossProblem:
-        """The same problem, all of it evaluated here: for what cannot be exchanged in between."""
+        """The same problem, all of it evaluated by this process, for what cannot communicate in between."""
         whole = copy.copy(self)
-        whole.team = Team()
+        whole.process_group = ProcessGroup()
         return whole
 
     def subset(self, count: int, *, dtype: torch.dtype = torch.float64) -> ZeroLossProblem:
-        """The same problem on its first samples, all of them evaluated here."""
+        """The same problem on its first samples, all of them evaluated by this process."""
         part = self.alone()
         part.function = self.function.at_precision(dtype)
         part.dtype = dtype
@@ -193,6 +162,19 @@ class ZeroLossProblem:
         part.num_residuals = part.num_samples * (self.num_residuals // self.num_samples)
         part.sites = part.function.sites(part.inputs)
         return part
+
+    @cached_property
+    def flops(self) -> float:
+        """Operations of a forward pass of one sample, two for a multiplication."""
+        example = self.inputs[:2]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.function(self.weights(), example)
+        return counter.get_total_flops() / len(example)
+
+    @cached_property
+    def linear_layers(self) -> list[tuple[int, int]]:
+        """(fan_in, fan_out) of the linear layers, where the network has no other weights; see `FunctionalModule`."""
+        return self.function.linear_layers(self.inputs[:2])
 
     @property
     def input_shape(self) -> torch.Size:
@@ -207,7 +189,7 @@ class ZeroLossProblem:
 
     def chunks(self) -> Iterator[slice]:
         """Slices of this process's samples, `batch_size` each, the last one what is left."""
-        own = self.team.own(self.num_samples)
+        own = self.process_group.shard(self.num_samples)
         for start in range(own.start, own.stop, self.batch_size):
             yield slice(start, min(start + self.batch_size, own.stop))
 
@@ -218,7 +200,7 @@ class ZeroLossProblem:
             term, share = function(part), (part.stop - part.start) / self.num_samples
             total = (term if share == 1 else share * term) if total is None else total + share * term
         assert total is not None  # no process is without samples
-        return self.team.sum(total)
+        return self.process_group.all_reduce(total)
 
     def batch_loss(
         self, w: Tensor, x: Tensor, y: Tensor, *, activations: Tensor | None = None, shift: Tensor | None = None
@@ -235,18 +217,18 @@ class ZeroLossProblem:
     # --- the loss and its derivatives ------------------------------------------------------------------------------
 
     def outputs(self, w: Tensor) -> Tensor:
-        """f(w; x_i) for the whole probe set ``[N, C]``."""
+        """f(w; x_i) for all samples ``[N, C]``."""
         with torch.no_grad():
             own = torch.cat([self.function(w, self.inputs[part]) for part in self.chunks()])
-        return self.team.whole(own, self.num_samples)
+        return self.process_group.all_gather(own, self.num_samples)
 
     def loss(self, w: Tensor) -> Tensor:
-        """The loss gap L(w), a scalar: zero exactly on Gamma."""
+        """The excess loss L(w), a scalar: zero exactly on Gamma."""
         with torch.no_grad():
             return self.mean(lambda part: self.batch_loss(w, self.inputs[part], self.targets[part]))
 
     def infimum(self) -> float:
-        """What `loss` has subtracted: training loss = loss gap + infimum (the entropy of soft targets)."""
+        """What `loss` has subtracted: training loss = excess loss + infimum (the entropy of soft targets)."""
         return self.sample_loss.infimum(self.targets).mean().item()
 
     def gradient(self, w: Tensor) -> Tensor:
@@ -280,66 +262,3 @@ class ZeroLossProblem:
         f, y = f[part], self.targets[part]
         basis = torch.eye(self.num_residuals // self.num_samples, dtype=f.dtype, device=f.device)
         return torch.stack([self.sample_loss.unwhiten(f, y, e.expand(len(f), -1)) for e in basis], 1)
-
-    def linearize(self, w: Tensor) -> Linearization:
-        """b(w) and B = N^{-1/2} [R_i J_i] at w.
-
-        With one chunk the pass through the network is made once and kept, each product is then about half a gradient.
-        With several chunks it is made again chunk by chunk, which bounds memory.
-
-        Raises:
-            ValueError: outputs that are not finite.
-        """
-
-        def at_chunk(part: slice, *, tangent: bool) -> JacobianProducts:
-            return JacobianProducts(lambda v: self.function(v, self.inputs[part]), w, tangent=tangent)
-
-        own = self.team.own(self.num_samples)
-        whole = self.batch_size >= own.stop - own.start
-        # the transpose pays where it is kept
-        kept = at_chunk(own, tangent=not self.linear_layers) if whole else None
-        f = self.outputs(w) if kept is None else self.team.whole(kept.outputs, self.num_samples)
-        if not torch.isfinite(f).all():
-            raise ValueError("the network's outputs are not finite at these weights: training has probably diverged")
-        scale = 1 / math.sqrt(self.num_samples)
-
-        def jacobian(part: slice) -> JacobianProducts:
-            return at_chunk(part, tangent=True) if kept is None else kept
-
-        def matvec(v: Tensor) -> Tensor:  # v -> J v -> R J v
-            Jv = torch.cat([jacobian(part).push(v) for part in self.chunks()])
-            return self.whiten(f, self.team.whole(Jv, self.num_samples))
-
-        def batched(v: Tensor) -> Tensor:  # vmap survives no exchange: over all samples here
-            if self.team.size == 1:
-                return self.whiten(f, torch.cat([jacobian(part).unrecorded(v) for part in self.chunks()]))
-            parts = self.alone().chunks()
-            return self.whiten(f, torch.cat([at_chunk(part, tangent=True).unrecorded(v) for part in parts]))
-
-        def rmatvec(u: Tensor) -> Tensor:  # u -> R^T u -> J^T R^T u
-            g = scale * self.sample_loss.unwhiten(f, self.targets, u.reshape(self.num_samples, -1))  # [N, C]
-            return self.team.sum(torch.stack([jacobian(part).pull(g[part]) for part in self.chunks()]).sum(0))
-
-        operator = LinearOperator((self.num_residuals, self.num_weights), matvec, rmatvec)
-        residual = self.sample_loss.residual(f, self.targets).reshape(-1) * scale
-        return Linearization(operator, residual, lambda: gram_matrix(self, w, f, batched), worth_factoring(self))
-
-    def gauss_newton(
-        self, w: Tensor, *, max_dense: int = MAX_DENSE, rtol: float = 1e-6, max_steps: int = 300
-    ) -> FactoredOperator:
-        """H = B^T B at w, ready for projections and matrix functions.
-
-        Args:
-            w: weights ``[P]``.
-            max_dense: up to this many residuals K is formed and decomposed (exact); above, Lanczos, and where K is
-                cheap to form its Cholesky factor for the projections.
-            rtol: relative accuracy of each Lanczos product.
-            max_steps: most products with K in each.
-        """
-        linearization = self.linearize(w)
-        if self.num_residuals <= max_dense:
-            return DenseFactored.from_gram(linearization.operator, linearization.gram())
-        cutoff = gram_cutoff(self.num_residuals, self.dtype)
-        lanczos = (linearization.operator, linearization.residual, rtol, max_steps, cutoff)
-        factor = cholesky(linearization.gram()) if linearization.cheap_gram else None
-        return KrylovFactored(*lanczos) if factor is None else CholeskyFactored(*lanczos, factor=factor)

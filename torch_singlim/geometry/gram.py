@@ -2,22 +2,22 @@
 
 layers     K = (1/N) sum_l (r A_l A_l^T + s) o (G_l G_l^T)   linear layers, from their inputs A and gradients G;
                                                              r, s the relative step sizes of weight and bias
-pushing    K = B B^T column by column                        M products with B
+columns    K = B B^T column by column                        M products with B
 rows       K = B B^T block by block                          the rows of B themselves
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from torch_singlim.functional import FunctionalModule, LinearCall
-from torch_singlim.team import Team
+from torch_singlim.network.functional import LinearCall
+from torch_singlim.network.problem import ZeroLossProblem
+from torch_singlim.network.process_group import ProcessGroup
 
 __all__ = ["MAX_DENSE", "gram_flops", "gram_matrix", "samples_at_once", "worth_factoring"]
 
@@ -25,71 +25,48 @@ __all__ = ["MAX_DENSE", "gram_flops", "gram_matrix", "samples_at_once", "worth_f
 MAX_DENSE = 4096
 # Jacobian rows held at once
 _ROW_BYTES = 2**30
-# directions pushed through the network side by side
-_PUSHED = 10
+# directions whose products are evaluated side by side
+_DIRECTIONS = 10
 # residuals up to which K and a factor are kept, about a gigabyte each; and how many such matrices there are at a time
 _MOST_FACTORED, _SQUARES = 12_000, 3
 # rows of K that are formed at once
 _BLOCK = 1024
 
 
-class Residuals(Protocol):
-    """What is read of a `ZeroLossProblem`."""
-
-    function: FunctionalModule
-    inputs: Tensor
-    dtype: torch.dtype
-    team: Team
-    num_samples: int
-    num_weights: int
-    num_residuals: int
-    flops: float
-    memory: int
-    linear_layers: list[tuple[int, int]]
-
-    def chunks(self) -> Iterator[slice]:
-        """Slices of this process's samples."""
-        ...
-
-    def output_factor(self, f: Tensor, part: slice) -> Tensor:
-        """R_i of some samples ``[n, rows, C]``."""
-        ...
-
-
-def samples_at_once(problem: Residuals, rows: int) -> int:
+def samples_at_once(problem: ZeroLossProblem, rows: int) -> int:
     """Samples whose Jacobian rows, so many each, are held at once: in a quarter of the free memory, at most 1 GiB."""
     return max(1, min(_ROW_BYTES, problem.memory // 2) // (rows * problem.num_weights * problem.dtype.itemsize))
 
 
-def _flops(problem: Residuals) -> dict[str, float]:
+def _flops(problem: ZeroLossProblem) -> dict[str, float]:
     """Operations of each way that is open, counted as in flops of a forward pass (two for a multiplication)."""
     N, M = problem.num_samples, problem.num_residuals
-    ways = {"pushing": 2 * problem.flops * N * M, "rows": float(M) ** 2 * problem.num_weights}
+    ways = {"columns": 2 * problem.flops * N * M, "rows": float(M) ** 2 * problem.num_weights}
     if problem.linear_layers:
         ways = {"layers": sum(2.0 * N**2 * fan_in + 2.0 * M**2 * fan_out for fan_in, fan_out in problem.linear_layers)}
     return ways
 
 
-def gram_flops(problem: Residuals) -> float:
+def gram_flops(problem: ZeroLossProblem) -> float:
     """Operations that `gram_matrix` takes, about."""
     return min(_flops(problem).values())
 
 
-def worth_factoring(problem: Residuals) -> bool:
+def worth_factoring(problem: ZeroLossProblem) -> bool:
     """Whether forming K takes no longer than its Cholesky factorisation, a few seconds, and both fit into memory."""
     M = problem.num_residuals
     fits = _SQUARES * M**2 * problem.dtype.itemsize <= problem.memory
     return fits and M <= _MOST_FACTORED and gram_flops(problem) <= float(M) ** 3
 
 
-def gram_matrix(problem: Residuals, w: Tensor, outputs: Tensor, push: Callable[[Tensor], Tensor]) -> Tensor:
+def gram_matrix(problem: ZeroLossProblem, w: Tensor, outputs: Tensor, matvec: Callable[[Tensor], Tensor]) -> Tensor:
     """K = B B^T  ``[M, M]`` at weights w ``[P]``.
 
     Args:
         problem: of N samples with `rows` residuals each, M = N rows.
         w: weights.
         outputs: f(w) ``[N, C]``.
-        push: the product v -> B v, one that vmap can batch.
+        matvec: the product v -> B v, one that vmap can batch.
 
     Processes that share the samples form the rows of theirs, and exchange them.
     """
@@ -97,10 +74,10 @@ def gram_matrix(problem: Residuals, w: Tensor, outputs: Tensor, push: Callable[[
     cheapest = min(ways, key=lambda way: ways[way])
     if cheapest == "layers":
         return _from_layers(problem, w, outputs)
-    return _from_rows(problem, w, outputs, push if cheapest == "pushing" else None)
+    return _from_rows(problem, w, outputs, matvec if cheapest == "columns" else None)
 
 
-def _from_layers(problem: Residuals, w: Tensor, f: Tensor) -> Tensor:
+def _from_layers(problem: ZeroLossProblem, w: Tensor, f: Tensor) -> Tensor:
     """The gradient of residual i in a linear layer's weights is g_i a_i^T, and that in its bias g_i: no row is formed.
 
     A ``[N, fan_in]`` are the layer's inputs, G ``[M, fan_out]`` the residuals' derivatives in its outputs.
@@ -112,18 +89,18 @@ def _from_layers(problem: Residuals, w: Tensor, f: Tensor) -> Tensor:
     for part in problem.chunks():
         out, calls = problem.function.linear_calls(w, problem.inputs[part])
         R = problem.output_factor(f, part)  # [n, rows, C]
-        probes = [call.probe for call in calls]
-        pulled = [torch.autograd.grad(out, probes, row, retain_graph=True) for row in R.unbind(1)]
+        shifts = [call.shift for call in calls]
+        slopes = [torch.autograd.grad(out, shifts, row, retain_graph=True) for row in R.unbind(1)]
         inputs.append([call.input for call in calls])
-        gradients.append([torch.stack(g, 1).flatten(0, 1) for g in zip(*pulled, strict=True)])  # [n rows, fan_out]
+        gradients.append([torch.stack(g, 1).flatten(0, 1) for g in zip(*slopes, strict=True)])  # [n rows, fan_out]
     K = f.new_zeros(problem.num_residuals, problem.num_residuals)
     width = max(1, _BLOCK // rows)  # samples
-    team, N = problem.team, problem.num_samples
-    own = team.own(N)
+    group, N = problem.process_group, problem.num_samples
+    own = group.shard(N)
     for layer, call in enumerate(calls):
-        A = team.whole(torch.cat([chunk[layer] for chunk in inputs]), N)
+        A = group.all_gather(torch.cat([chunk[layer] for chunk in inputs]), N)
         G = torch.cat([chunk[layer] for chunk in gradients])  # [n rows, fan_out]
-        G = team.whole(G.view(own.stop - own.start, -1), N).view(N * rows, -1)
+        G = group.all_gather(G.view(own.stop - own.start, -1), N).view(N * rows, -1)
         for i in range(own.start, own.stop, width):
             last = min(i + width, own.stop)
             at = slice(i * rows, last * rows)
@@ -131,44 +108,45 @@ def _from_layers(problem: Residuals, w: Tensor, f: Tensor) -> Tensor:
             inner = call.weight_rate * (A[i:last] @ A.T) if call.weight else block.new_zeros(1, 1)
             inner = inner + call.bias_rate
             K[at] += block.view(-1, rows, N, rows).mul_(inner[:, None, :, None]).view_as(block)
-    return team.sum(K) / N
+    return group.all_reduce(K) / N
 
 
-def _rows(problem: Residuals, w: Tensor, f: Tensor, part: slice) -> Tensor:
+def _rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, part: slice) -> Tensor:
     """Rows of B that belong to some samples ``[n rows, P]``: one vector-Jacobian product per residual."""
 
     def sample_rows(x_i: Tensor, R_i: Tensor) -> Tensor:
-        pull = vjp(lambda v: problem.function(v, x_i[None])[0], w)[1]
-        return vmap(lambda r: pull(r)[0])(R_i)  # R_i J_i  [rows, P]
+        transposed = vjp(lambda v: problem.function(v, x_i[None])[0], w)[1]
+        return vmap(lambda r: transposed(r)[0])(R_i)  # R_i J_i  [rows, P]
 
     R = problem.output_factor(f, part)
     return vmap(sample_rows)(problem.inputs[part], R).reshape(-1, problem.num_weights) / math.sqrt(problem.num_samples)
 
 
-def _from_rows(problem: Residuals, w: Tensor, f: Tensor, push: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """A bounded number of rows at a time: pushed through all samples, or multiplied with one another.
+def _from_rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, matvec: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """A bounded number of rows at a time: B times each of them, or their products with one another.
 
     The first is for weights that are used once, the second for those that are used at every pixel.
     """
     rows = problem.num_residuals // problem.num_samples
-    # a pushed vector holds the tangent of every sample's activations beside its own P numbers
-    size = max(1, samples_at_once(problem, rows) // (4 if push else 1))
-    teams = [Team(rank, problem.team.size).own(problem.num_samples) for rank in range(problem.team.size)]
-    parts = [slice(i, min(i + size, each.stop)) for each in teams for i in range(each.start, each.stop, size)]
-    own = teams[problem.team.rank]
+    # a product holds the tangent of every sample's activations beside its own P numbers
+    size = max(1, samples_at_once(problem, rows) // (4 if matvec else 1))
+    group = problem.process_group
+    shards = [ProcessGroup(rank, group.size).shard(problem.num_samples) for rank in range(group.size)]
+    parts = [slice(i, min(i + size, each.stop)) for each in shards for i in range(each.start, each.stop, size)]
+    own = shards[group.rank]
     K = f.new_zeros(problem.num_residuals, problem.num_residuals)
     for i, left in enumerate(parts):
         if not own.start <= left.start < own.stop:
             continue
         B_left = _rows(problem, w, f, left)
         at = slice(left.start * rows, left.stop * rows)
-        if push is not None:
-            K[:, at] = vmap(push, out_dims=1, chunk_size=_PUSHED)(B_left)
+        if matvec is not None:
+            K[:, at] = vmap(matvec, out_dims=1, chunk_size=_DIRECTIONS)(B_left)
             continue
         K[at, at] = B_left @ B_left.T
         for right in parts[i + 1 :]:
             across = slice(right.start * rows, right.stop * rows)
             K[at, across] = B_left @ _rows(problem, w, f, right).T
             K[across, at] = K[at, across].T
-    K = problem.team.sum(K)
+    K = problem.process_group.all_reduce(K)
     return (K + K.T) / 2

@@ -1,0 +1,226 @@
+"""What an optimizer does to the weights, from its parameter groups: settings, steps, and what theory does not cover."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from torch_singlim.measure import Code, Reason, StepSums
+from torch_singlim.theory import SGDSettings
+
+__all__ = [
+    "OptimizerSettings",
+    "StepRecorder",
+    "read_groups",
+    "read_optimizer",
+    "select_parameters",
+    "step_batch_size",
+]
+
+
+def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None) -> list[str]:
+    """Names of the trainable parameters that a pattern matches, as in a shell; None: all.
+
+    Raises:
+        ValueError: a pattern that matches none.
+
+    >>> select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), "1.*")
+    ['1.weight', '1.bias']
+    """
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    if patterns is None:
+        return names
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            few = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            raise ValueError(f"parameters={pattern!r} matches none of the trainable parameters, which are {few}")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How an optimizer steps, or why the theory does not cover it.
+
+    Args:
+        sgd: its settings, those of the first parameter group at the present learning rate (None: it is not SGD, or does
+            not move at present).
+        weight_decay: likewise.
+        step_ratios: learning rate of each measured parameter, relative to the first group's.
+        group_ratios: the same for each group.
+        reasons: why its steps are not predicted.
+    """
+
+    sgd: SGDSettings | None
+    weight_decay: float
+    step_ratios: dict[str, float]
+    group_ratios: tuple[float, ...]
+    reasons: tuple[Reason, ...]
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    """Under a schedule the rate that it was given: its present one may be a warm-up's zero, or a later one's."""
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def read_groups(
+    groups: Sequence[Mapping[str, Any]], rate_of: Mapping[str, float], batch_size: int | None
+) -> OptimizerSettings:
+    """Settings of torch.optim.SGD from its parameter groups; what the theory does not cover is in `reasons`.
+
+    Args:
+        groups: parameter groups, of an optimizer or of its state.
+        rate_of: the learning rate, see `_rate`, of each measured parameter that the optimizer holds.
+        batch_size: samples of one step; None: all.
+    """
+    first, rates = groups[0], [_rate(group) for group in groups]
+    reasons = []
+    keys = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
+    different = [key for key in keys if any(group.get(key) != first.get(key) for group in groups)]
+    if different:
+        reasons.append(Code.GROUPS_DIFFER(keys=", ".join(different)))
+    if first.get("maximize"):
+        reasons.append(Code.MAXIMIZES())
+    if min(rates) <= 0:
+        stands = Code.NO_STEP_SIZE() if max(rates) <= 0 else Code.NO_STEP_SIZE_OF_GROUP()
+        return OptimizerSettings(None, 0.0, dict.fromkeys(rate_of, 1.0), (), (*reasons, stands))
+    present, sgd = float(first["lr"]), None
+    if present > 0:
+        sgd = SGDSettings(
+            lr=present,
+            momentum=float(first["momentum"]),
+            dampening=float(first["dampening"]),
+            nesterov=bool(first["nesterov"]),
+            batch_size=batch_size,
+        )
+    ratios = {name: rate / rates[0] for name, rate in rate_of.items()}
+    of_groups = tuple(rate / rates[0] for rate in rates)
+    return OptimizerSettings(sgd, float(first["weight_decay"]), ratios, of_groups, tuple(reasons))
+
+
+def _plain(trainer: Trainer) -> torch.optim.Optimizer | None:
+    """The one optimizer, without what Lightning may wrap around it; None: there are several, or none."""
+    if len(trainer.optimizers) != 1:
+        return None
+    return getattr(trainer.optimizers[0], "optimizer", trainer.optimizers[0])
+
+
+def read_optimizer(
+    trainer: Trainer, module: LightningModule, names: Sequence[str], batch_size: int | None
+) -> OptimizerSettings:
+    """Settings of the trainer's optimizer, for the parameters of these names."""
+    plain, optimizer = dict.fromkeys(names, 1.0), _plain(trainer)
+    if optimizer is None:
+        several = Code.SEVERAL_OPTIMIZERS(count=len(trainer.optimizers))
+        return OptimizerSettings(None, 0.0, plain, (), (several,))
+    if not isinstance(optimizer, torch.optim.SGD):
+        reason = Code.OPTIMIZER(optimizer=type(optimizer).__name__)
+        return OptimizerSettings(None, 0.0, plain, (), (reason,))
+    groups = optimizer.param_groups
+    held = {id(p): _rate(group) for group in groups for p in group["params"] if p.requires_grad}
+    parameters = dict(module.named_parameters())
+    measured = {name: parameters[name] for name in names if name in parameters}
+    rate_of = {name: held.get(id(p), _rate(groups[0])) for name, p in measured.items()}
+    found = read_groups(groups, rate_of, batch_size)
+    reasons = list(found.reasons)
+    if not module.automatic_optimization:
+        reasons.append(Code.MANUAL_OPTIMIZATION())
+    if type(module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping:
+        reasons.append(Code.OWN_CLIPPING())
+    if held.keys() != {id(p) for p in measured.values()}:
+        reasons.append(Code.OTHER_PARAMETERS(held=len(held), measured=len(measured)))
+    return replace(found, reasons=tuple(reasons))
+
+
+def step_batch_size(trainer: Trainer) -> int | None:
+    """Samples of one optimizer step, accumulated, of all processes (None: the loader has no batch size)."""
+    each = getattr(trainer.train_dataloader, "batch_size", None)
+    return each * trainer.accumulate_grad_batches * trainer.world_size if each else None
+
+
+def _gradients(optimizer: Any) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _skipped(trainer: Trainer, optimizer: Any) -> bool:
+    """Whether the loss scaling of half precision skips this step, its gradient having overflown."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return False
+    return not all(bool(gradient.isfinite().all()) for gradient in _gradients(optimizer))
+
+
+def _clipped(trainer: Trainer) -> Tensor:
+    """Whether the gradients of the step that was made are at the bound, 0 or 1, on their device."""
+    by_value = trainer.gradient_clip_algorithm == "value"
+    order = math.inf if by_value else 2.0
+    size = torch.stack(
+        [torch.linalg.vector_norm(g.detach(), order).double() for g in _gradients(trainer.optimizers[0])]
+    )
+    size = size.max() if by_value else torch.linalg.vector_norm(size)
+    bound = float(trainer.gradient_clip_val or 0)
+    # torch divides by the norm plus 1e-6: what was clipped is as much, and a rounding error, below the bound
+    return (size >= bound * (1 - 1e-5) - 1e-6).long()
+
+
+class StepRecorder:
+    """Sums over the steps that an optimizer makes, and what of them the theory does not cover.
+
+    Args:
+        settings: of the optimizer, when training starts.
+    """
+
+    def __init__(self, settings: OptimizerSettings) -> None:
+        self._settings = settings
+        self._sums = StepSums()
+        self._clipped: int | Tensor = 0  # on the device, so that no step has to wait for it
+        self._ratio_changed = False
+
+    def before_step(self, trainer: Trainer, optimizer: Any) -> None:
+        """Take the learning rate that this step uses."""
+        if not self._settings.group_ratios or _skipped(trainer, optimizer):
+            return
+        groups = optimizer.param_groups
+        rates = [float(group["lr"]) for group in groups]
+        lr = rates[0]
+        expected = zip(rates, self._settings.group_ratios, strict=False)
+        if any(abs(rate - ratio * lr) > 1e-6 * lr for rate, ratio in expected):
+            self._ratio_changed = True
+        alpha = 0.0
+        if lr > 0:
+            first = groups[0]
+            settings = SGDSettings(lr, float(first["momentum"]), float(first["dampening"]), bool(first["nesterov"]))
+            alpha = settings.effective_lr
+        s = self._sums
+        self._sums = replace(s, lr=s.lr + lr, alpha=s.alpha + alpha, alpha_squared=s.alpha_squared + alpha**2)
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Count a step whose gradient was clipped."""
+        if trainer.gradient_clip_val:
+            self._clipped = self._clipped + _clipped(trainer)
+
+    @property
+    def sums(self) -> StepSums:
+        """Over the steps so far."""
+        return replace(self._sums, clipped=int(self._clipped))
+
+    @property
+    def reasons(self) -> tuple[Reason, ...]:
+        """What the steps so far did that is not covered."""
+        return (Code.RATIO_CHANGES(),) if self._ratio_changed else ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums."""
+        return asdict(self.sums)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with them."""
+        self._sums = StepSums(**state)
+        self._clipped = self._sums.clipped

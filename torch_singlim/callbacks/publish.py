@@ -1,0 +1,69 @@
+"""What was measured, to loggers, other callbacks, the progress bar and the terminal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from lightning.pytorch import Trainer
+
+from torch_singlim.callbacks.tensorboard import writers
+from torch_singlim.measure import Engine, Place, Reason, Scope
+from torch_singlim.measure.tags import bands, shown_in
+
+__all__ = ["describe", "log_point", "provide", "report_reasons", "say"]
+
+_log = logging.getLogger(__name__)
+
+
+def say(trainer: Trainer, level: int, message: str) -> None:
+    """Log a message once, on the first process."""
+    if trainer.is_global_zero:
+        _log.log(level, "torch_singlim: %s", message)
+
+
+def report_reasons(trainer: Trainer, reasons: Sequence[Reason]) -> None:
+    """Say why something is not measured or not predicted, and what that means."""
+    for reason in reasons:
+        scope = reason.code.scope
+        means = f" ({scope.value})" if scope is not Scope.PART else ""
+        say(trainer, logging.WARNING, f"{reason.sentence.removesuffix('.')}{means}.")
+
+
+def describe(trainer: Trainer, engine: Engine) -> None:
+    """Say what was found at the start."""
+    p = engine.problem
+    if p is not None:
+        low = {str(q.dtype).removeprefix("torch.") for q in p.function.parameters() if q.dtype.itemsize < 4}
+        weights = f"{p.num_weights} weights" + (f" in {', '.join(sorted(low))}" if low else "")
+        say(
+            trainer,
+            logging.INFO,
+            f"{weights}, {p.num_samples} samples, {p.num_residuals} residuals, {type(p.sample_loss).__name__}, noise "
+            f"{engine.noise}, measured in {str(p.dtype).removeprefix('torch.')}",
+        )
+    report_reasons(trainer, engine.reasons)
+
+
+def _named(name: str, point: Mapping[str, float]) -> dict[str, float]:
+    """Tags as the loggers see them."""
+    return {f"{name}/{tag}": value for tag, value in point.items()}
+
+
+def log_point(trainer: Trainer, name: str, step: int, point: Mapping[str, float]) -> None:
+    """What the monitor of this name measured at a step, to the trainer's loggers; TensorBoard gets bands, too."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        logger.log_metrics(_named(name, point), step=step)
+    for writer in writers(trainer):
+        for tag, value in _named(name, bands(point)).items():
+            writer.add_scalar(tag, value, step)
+
+
+def provide(trainer: Trainer, name: str, point: Mapping[str, float], *, prog_bar: bool) -> None:
+    """The same to callbacks that monitor a metric, and to the progress bar."""
+    named = _named(name, point)
+    trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in named.items()})
+    if prog_bar:
+        shown = (f"{name}/{tag.name}" for tag in shown_in(Place.PROGRESS))
+        trainer.progress_bar_metrics.update({tag: named[tag] for tag in shown if tag in named})

@@ -1,0 +1,106 @@
+"""Snapshots of a training: from a Trainer, and from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from torch_singlim.callbacks.inject import InjectNoise
+from torch_singlim.callbacks.optimizer import StepRecorder, read_groups, read_optimizer, step_batch_size
+from torch_singlim.measure import Code, Snapshot
+from torch_singlim.network import WeightSpace
+
+__all__ = ["snapshot_of_checkpoint", "snapshot_of_trainer"]
+
+
+def _velocity(space: WeightSpace, buffers: Sequence[Tensor | None]) -> Tensor | None:
+    """Momentum buffers as one vector ``[P]``, where there is one for every parameter."""
+    found = [each for each in buffers if each is not None]
+    return space.flatten(found, gradients=True) if found and len(found) == len(buffers) else None
+
+
+def snapshot_of_trainer(
+    trainer: Trainer, module: LightningModule, space: WeightSpace, recorder: StepRecorder
+) -> Snapshot:
+    """The present moment of a training.
+
+    Args:
+        trainer: with its optimizer and the noise that its callbacks inject.
+        module: what it trains.
+        space: the weights that are measured.
+        recorder: of the optimizer's steps.
+    """
+    settings = read_optimizer(trainer, module, space.names, step_batch_size(trainer))
+    perturbed: dict[nn.Parameter, Tensor] = {}
+    for each in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets them from a helper
+        perturbed |= each.perturbation if isinstance(each, InjectNoise) else {}
+    parameters = space.parameters()
+    perturbation = None
+    if perturbed:
+        perturbation = space.flatten([perturbed.get(p, torch.zeros_like(p)) for p in parameters])
+    velocity = None
+    if settings.sgd is not None:
+        state = trainer.optimizers[0].state
+        velocity = _velocity(space, [state.get(p, {}).get("momentum_buffer") for p in parameters])
+    return Snapshot(
+        step=trainer.global_step,
+        weights=space.weights(),
+        perturbation=perturbation,
+        velocity=velocity,
+        sgd=settings.sgd,
+        weight_decay=settings.weight_decay,
+        step_ratios=settings.step_ratios,
+        sums=recorder.sums,
+        reasons=(*settings.reasons, *recorder.reasons),
+    )
+
+
+def snapshot_of_checkpoint(
+    state: Mapping[str, Any], path: Path, space: WeightSpace, *, batch_size: int | None
+) -> Snapshot:
+    """The moment that a checkpoint holds; its weights have been loaded into the module of the space.
+
+    Args:
+        state: what Lightning wrote.
+        path: of the file, named in reasons.
+        space: all trainable weights of the module.
+        batch_size: samples of one optimizer step; None: all.
+    """
+    step, weights = int(state["global_step"]), space.weights()
+    injected = [own for key, own in state.get("callbacks", {}).items() if key.startswith("InjectNoise")]
+    transient = [own["transient"] for own in injected if own["transient"] is not None]
+    perturbation = space.flatten(transient) if transient else None
+    optimizers = state.get("optimizer_states") or []
+    if len(optimizers) != 1:
+        reason = (
+            Code.NO_OPTIMIZER_STATE(path=str(path))
+            if not optimizers
+            else Code.SEVERAL_OPTIMIZERS(count=len(optimizers))
+        )
+        return Snapshot(step, weights, perturbation, reasons=(reason,))
+    groups, buffers = optimizers[0]["param_groups"], optimizers[0]["state"]
+    if "dampening" not in groups[0]:
+        return Snapshot(step, weights, perturbation, reasons=(Code.OPTIMIZER(optimizer="the optimizer"),))
+    settings = read_groups(groups, {}, batch_size)
+    reasons = settings.reasons
+    if len(groups) > 1:  # which parameter is in which group the state does not say
+        reasons += (Code.GROUPS_DIFFER(keys="their parameters, which a checkpoint does not name"),)
+    held = sum(len(group["params"]) for group in groups)
+    if held != len(space.names):
+        reasons += (Code.OTHER_PARAMETERS(held=held, measured=len(space.names)),)
+    momentum = [buffers.get(i, {}).get("momentum_buffer") for i in range(held)]
+    return Snapshot(
+        step=step,
+        weights=weights,
+        perturbation=perturbation,
+        velocity=_velocity(space, momentum) if held == len(space.names) else None,
+        sgd=settings.sgd,
+        weight_decay=settings.weight_decay,
+        step_ratios=dict.fromkeys(space.names, 1.0),
+        reasons=reasons,
+    )

@@ -1,0 +1,241 @@
+"""What TensorBoard shows of a monitor: a layout of charts, cards, figures, hyperparameters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from torch_singlim.geometry import relaxation_level
+from torch_singlim.measure import (
+    DistanceMeasurement,
+    Engine,
+    History,
+    Need,
+    Place,
+    Reason,
+    Scope,
+    Snapshot,
+    Window,
+)
+from torch_singlim.measure.tags import GROUPS, TAGS, Tag, shown_in
+from torch_singlim.report import (
+    Figure,
+    agreement_figure,
+    plane_figure,
+    spectrum_figure,
+    speed_figure,
+    time_scales_figure,
+)
+from torch_singlim.theory import SGDSettings, time_scale
+
+__all__ = [
+    "Spectrum",
+    "begin_hyperparameters",
+    "card",
+    "end_hyperparameters",
+    "draw",
+    "figures",
+    "has_board",
+    "layout",
+    "module_hyperparameters",
+    "open_board",
+    "settings",
+    "writers",
+]
+
+Chart = list[str | list[str]]
+Layout = dict[str, dict[str, Chart]]
+
+
+def writers(trainer: Trainer) -> Iterator[SummaryWriter]:
+    """The trainer's TensorBoard writers, on the process that writes."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if isinstance(logger, TensorBoardLogger):
+            yield logger.experiment
+
+
+def has_board(trainer: Trainer) -> bool:
+    """Whether the trainer logs to TensorBoard, asked on any process."""
+    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+
+
+def layout(monitors: Mapping[str, frozenset[Need]]) -> Layout:
+    """The charts of all monitors: group -> title with unit -> what is drawn.
+
+    Args:
+        monitors: name of each -> what its series can count on.
+
+    >>> layout({"singlim": frozenset()})["Distance"]["Excess loss [loss]"]
+    ['Multiline', ['^singlim/excess_loss$']]
+    """
+    charts: Layout = {}
+    for name, expected in monitors.items():
+        of = f" ({name})" if len(monitors) > 1 else ""
+        for group in GROUPS:
+            found = _charts(name, [tag for tag in TAGS if tag.group == group], expected)
+            if found:
+                charts[f"{group}{of}"] = found
+    return charts
+
+
+def _charts(name: str, tags: Sequence[Tag], expected: frozenset[Need]) -> dict[str, Chart]:
+    """The charts of one group whose series can be expected."""
+    there = [tag for tag in tags if tag.needs <= expected]
+    charts: dict[str, Chart] = {}
+    for title in dict.fromkeys(tag.chart for tag in there if tag.chart):
+        patterns = [f"^{re.escape(f'{name}/{tag.name}')}$" for tag in there if tag.chart == title]
+        charts[title] = ["Multiline", patterns]
+    for tag in there:
+        if tag.band and (Need.MARKS in expected or Need.FLOW not in tag.needs):
+            charts[tag.band] = ["Margin", [f"{name}/{each}" for each in (tag.name, *tag.band_names)]]
+    return charts
+
+
+def settings(engine: Engine, snapshot: Snapshot, *, window: int) -> dict[str, str | float]:
+    """What was found of network, loss, data, noise and optimizer, and the time scales that follow, in steps.
+
+    Args:
+        engine: at the first snapshot.
+        snapshot: the first.
+        window: steps over which drift is measured.
+    """
+    problem, noise, sgd = engine.problem, engine.noise, snapshot.sgd
+    found: dict[str, str | float] = {"weights": snapshot.weights.numel(), "noise": str(noise), "window": window}
+    if problem is not None:
+        found |= {
+            "network": type(problem.function.module).__name__,
+            "loss": str(problem.sample_loss),
+            "samples": problem.num_samples,
+            "residuals": problem.num_residuals,
+        }
+    if sgd is None:
+        return found
+    found |= {"lr": sgd.lr, "momentum": sgd.momentum, "step size": sgd.effective_lr}
+    if problem is not None:
+        found["batch"] = sgd.batch(problem.num_samples)
+    if engine.supports(Scope.DRIFT) and Need.MOVES in engine.expects():
+        variance = engine.variance
+        found |= {"noise level": math.sqrt(variance), "order": noise.order or 0}
+        found["steps per unit of slow time"] = time_scale(sgd, noise.order, variance)
+    if engine.last_distance is not None:
+        relaxation = 1 / (sgd.effective_lr * engine.last_distance.tangent.hessian.largest)
+        found["steps in which the stiffest mode relaxes"] = relaxation
+    return found
+
+
+def card(settings: Mapping[str, str | float], reasons: Sequence[Reason]) -> str:
+    """What was found at the start, as markdown.
+
+    >>> print(card({"weights": 10}, []))
+    | found | |
+    |:---|:---|
+    | weights | 10 |
+    """
+    lines = ["| found | |", "|:---|:---|"]
+    for key, value in settings.items():
+        lines.append(f"| {key} | {value if isinstance(value, str | int) else f'{value:.4g}'} |")
+    return "\n".join([*lines, *(f"\n{reason.sentence}" for reason in reasons)])
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The nonzero eigenvalues of H at one measurement.
+
+    Args:
+        eigenvalues: descending  ``[rank]``.
+        level: from which a mode counts as relaxed; infinite: none does; None: not known.
+        step: of the measurement.
+    """
+
+    eigenvalues: Tensor = field(repr=False)
+    level: float | None
+    step: int
+
+    @classmethod
+    def of(cls, distance: DistanceMeasurement, sgd: SGDSettings | None, relaxed_after: float) -> Spectrum:
+        """From a distance measurement; by products, where H is not decomposed."""
+        step, level = distance.step, None
+        if sgd is not None:
+            level = relaxation_level(sgd.effective_lr, step, relaxed_after)
+        return cls(distance.tangent.spectrum(), level, step)
+
+
+def figures(history: History, window: Window | None, spectrum: Spectrum | None) -> dict[str, Figure]:
+    """Name -> figure, of what there is to draw so far."""
+    drawn = {"1_time_scales": time_scales_figure(history)}
+    if window is not None and window.comparisons:
+        drawn |= {"2_agreement": agreement_figure(history), "3_speed": speed_figure({"": history})}
+        if window.plane is not None:
+            drawn["4_plane"] = plane_figure(window)
+    if spectrum is not None:
+        drawn["5_spectrum"] = spectrum_figure(spectrum.eigenvalues, level=spectrum.level, step=spectrum.step)
+    return drawn
+
+
+def draw(trainer: Trainer, name: str, engine: Engine, sgd: SGDSettings | None) -> None:
+    """Write the figures of a monitor of this name; every process takes part in what they are drawn of."""
+    seen = engine.last_distance
+    spectrum = None if seen is None else Spectrum.of(seen, sgd, engine.options.relaxed_after)
+    for writer in writers(trainer):
+        for title, figure in figures(engine.history, engine.last_window, spectrum).items():
+            writer.add_figure(f"{name}/figures/{title}", figure, trainer.global_step)
+
+
+def open_board(
+    trainer: Trainer,
+    name: str,
+    running: Mapping[str, Engine],
+    found: Mapping[str, str | float],
+    *,
+    first: bool,
+    complete: bool,
+) -> None:
+    """Write the card of what a monitor found, the run's hyperparameters, the layout of the charts.
+
+    Args:
+        trainer: with its loggers.
+        name: of the monitor.
+        running: the engines of all monitors that have begun.
+        found: its settings.
+        first: whether it is the trainer's first, which writes the hyperparameters.
+        complete: whether all have begun: the charts can be laid out.
+    """
+    for writer in writers(trainer):
+        if first and not module_hyperparameters(trainer):
+            begin_hyperparameters(writer, found, list(running))
+        writer.add_text(f"{name}/set-up", card(found, running[name].reasons), trainer.global_step)
+        if complete:
+            writer.add_custom_scalars(layout({each: engine.expects() for each, engine in running.items()}))
+
+
+def module_hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    """Those that module and data module have saved, which Lightning logs when training starts; empty: none."""
+    holders = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    saved = [each.hparams_initial for each in holders if each is not None and each._log_hyperparams]
+    return {key: value for each in saved for key, value in each.items() if key != "_class_path"}
+
+
+def begin_hyperparameters(writer: SummaryWriter, settings: Mapping[str, Any], names: Sequence[str]) -> None:
+    """The run as a row of the HPARAMS tab: its settings, and which tags it is judged by, once they are logged.
+
+    TensorBoard takes the first such record of a run alone, and Lightning writes one for a module with hyperparameters.
+    """
+    plain = {key: value for key, value in settings.items() if isinstance(value, bool | str | float | int)}
+    # the names count, no value is kept
+    metrics = {f"{name}/{tag.name}": 0.0 for name in names for tag in shown_in(Place.FINAL)}
+    for summary in hparams(plain, metrics)[:2]:
+        writer._get_file_writer().add_summary(summary)
+
+
+def end_hyperparameters(writer: SummaryWriter) -> None:
+    """The run is finished: its metrics are the last values that were logged."""
+    writer._get_file_writer().add_summary(hparams({}, {})[2])

@@ -1,0 +1,33 @@
+"""The zero-loss set: Jacobian products, curvature, nearest point, tangent space."""
+
+from torch_singlim.geometry.curvature import Linearization, gauss_newton, linearize
+from torch_singlim.geometry.gram import MAX_DENSE, gram_flops, gram_matrix, samples_at_once, worth_factoring
+from torch_singlim.geometry.jacobian import JacobianProducts
+from torch_singlim.geometry.nearest_point import NearestPoint, linearised_displacement, nearest_point
+from torch_singlim.geometry.relaxed import num_modes, relaxation_level, relaxed_filter, relaxed_part
+from torch_singlim.geometry.tangent_space import TangentSpace, tangent_space
+
+__all__ = [
+    # products with the Jacobian, the residual's linearisation, H = B^T B
+    "JacobianProducts",
+    "Linearization",
+    "linearize",
+    "gauss_newton",
+    # K = B B^T
+    "MAX_DENSE",
+    "gram_matrix",
+    "gram_flops",
+    "worth_factoring",
+    "samples_at_once",
+    # Gamma
+    "nearest_point",
+    "NearestPoint",
+    "linearised_displacement",
+    "tangent_space",
+    "TangentSpace",
+    # the modes that have had the time to decay
+    "relaxation_level",
+    "relaxed_filter",
+    "relaxed_part",
+    "num_modes",
+]

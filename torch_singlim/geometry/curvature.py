@@ -1,0 +1,132 @@
+"""The residual's linearisation b + B v at one weight vector, and the Gauss-Newton matrix H = B^T B."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torch_singlim.geometry.gram import MAX_DENSE, gram_matrix, worth_factoring
+from torch_singlim.geometry.jacobian import JacobianProducts
+from torch_singlim.linalg import (
+    CholeskyFactored,
+    DenseFactored,
+    FactoredOperator,
+    KrylovFactored,
+    LinearOperator,
+    cholesky,
+    gram_cutoff,
+)
+from torch_singlim.network.problem import ZeroLossProblem
+
+__all__ = ["Linearization", "gauss_newton", "linearize"]
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """The weighted residual b and its derivative B at one weight vector: b(w + v) = b + B v + O(|v|^2).
+
+    On the zero-loss set b = 0, and H = B^T B is the Hessian of the loss there.
+
+    Args:
+        operator: B, with the products v -> B v and u -> B^T u; shape [M, P].
+        residual: b ``[M]``, samples first.
+        gram: forms K = B B^T ``[M, M]``.
+        cheap_gram: whether that and a factorisation take seconds.
+    """
+
+    operator: LinearOperator
+    residual: Tensor
+    gram: Callable[[], Tensor] = field(repr=False)
+    cheap_gram: bool
+
+
+def _at_chunk(problem: ZeroLossProblem, w: Tensor, part: slice, *, tangent: bool) -> JacobianProducts:
+    return JacobianProducts(lambda v: problem.function(v, problem.inputs[part]), w, tangent=tangent)
+
+
+def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
+    """b(w) and B = N^{-1/2} [R_i J_i] at w.
+
+    With one chunk of samples the pass through the network is made once and cached; each product then costs about half a
+    gradient. With several chunks it is repeated chunk by chunk, which bounds memory.
+
+    Args:
+        problem: loss and samples.
+        w: weights ``[P]``.
+
+    Raises:
+        ValueError: outputs that are not finite.
+
+    >>> from torch import nn
+    >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))
+    >>> linearize(problem, torch.zeros(2, dtype=torch.float64)).residual  # sqrt(2) (f - y)
+    tensor([-4.2426], dtype=torch.float64)
+    """
+    N, group = problem.num_samples, problem.process_group
+    own = group.shard(N)
+    whole = problem.batch_size >= own.stop - own.start
+    # the transpose pays where it is cached
+    cached = _at_chunk(problem, w, own, tangent=not problem.linear_layers) if whole else None
+    f = problem.outputs(w) if cached is None else group.all_gather(cached.outputs, N)
+    if not torch.isfinite(f).all():
+        raise ValueError("the network's outputs are not finite at these weights: training has probably diverged")
+    scale = 1 / math.sqrt(N)
+
+    def jacobian(part: slice) -> JacobianProducts:
+        return _at_chunk(problem, w, part, tangent=True) if cached is None else cached
+
+    def matvec(v: Tensor) -> Tensor:  # v -> J v -> R J v
+        Jv = torch.cat([jacobian(part).jvp(v) for part in problem.chunks()])
+        return problem.whiten(f, group.all_gather(Jv, N))
+
+    def batched(v: Tensor) -> Tensor:  # processes cannot communicate inside vmap: over all samples here
+        if group.size == 1:
+            return problem.whiten(f, torch.cat([jacobian(part).unrecorded_jvp(v) for part in problem.chunks()]))
+        parts = problem.alone().chunks()
+        Jv = torch.cat([_at_chunk(problem, w, part, tangent=True).unrecorded_jvp(v) for part in parts])
+        return problem.whiten(f, Jv)
+
+    def rmatvec(u: Tensor) -> Tensor:  # u -> R^T u -> J^T R^T u
+        g = scale * problem.sample_loss.unwhiten(f, problem.targets, u.reshape(N, -1))  # [N, C]
+        return group.all_reduce(torch.stack([jacobian(part).vjp(g[part]) for part in problem.chunks()]).sum(0))
+
+    operator = LinearOperator((problem.num_residuals, problem.num_weights), matvec, rmatvec)
+    residual = problem.sample_loss.residual(f, problem.targets).reshape(-1) * scale
+    return Linearization(operator, residual, lambda: gram_matrix(problem, w, f, batched), worth_factoring(problem))
+
+
+def gauss_newton(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    *,
+    at: Linearization | None = None,
+    max_dense: int = MAX_DENSE,
+    rtol: float = 1e-6,
+    max_steps: int = 300,
+) -> FactoredOperator:
+    """H = B^T B at w, ready for projections and matrix functions.
+
+    Args:
+        problem: loss and samples.
+        w: weights ``[P]``.
+        at: ``linearize(problem, w)``, if it is there already.
+        max_dense: up to this many residuals K is formed and decomposed (exact); above, Lanczos, and where K is
+            cheap to form its Cholesky factor for the projections.
+        rtol: relative accuracy of each Lanczos product.
+        max_steps: most products with K in each.
+
+    >>> from torch import nn
+    >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))
+    >>> gauss_newton(problem, torch.zeros(2, dtype=torch.float64)).spectrum()
+    tensor([2.0000], dtype=torch.float64)
+    """
+    at = linearize(problem, w) if at is None else at
+    if problem.num_residuals <= max_dense:
+        return DenseFactored.from_gram(at.operator, at.gram())
+    lanczos = (at.operator, at.residual, rtol, max_steps, gram_cutoff(problem.num_residuals, problem.dtype))
+    factor = cholesky(at.gram()) if at.cheap_gram else None
+    return KrylovFactored(*lanczos) if factor is None else CholeskyFactored(*lanczos, factor=factor)

@@ -1,0 +1,43 @@
+"""Relaxed modes: the normal modes that have had the time to decay, alpha lambda k >= c."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torch_singlim.linalg import FactoredOperator
+
+__all__ = ["num_modes", "relaxation_level", "relaxed_filter", "relaxed_part"]
+
+
+def relaxation_level(lr: float, steps: float, threshold: float) -> float:
+    """Smallest eigenvalue of a relaxed mode: threshold / (lr steps); infinite before the first step.
+
+    After that many steps of size `lr` the initial deviation along such a mode has decayed to exp(-threshold) or less.
+
+    >>> relaxation_level(0.5, 60, 3.0)
+    0.1
+    """
+    return threshold / (lr * steps) if lr * steps > 0 else float("inf")
+
+
+def relaxed_filter(eigenvalues: Tensor, level: float) -> Tensor:
+    """How far modes count as relaxed: 1 / (1 + (level / lambda)^4), from 0 over 1/2 at the level to 1.
+
+    Rational, because Lanczos does not approximate a step function accurately: with 100 products on 10,000 residuals the
+    directions through a step were 5 % to 10 % off, through this filter 0.1 %, and the distances above the level agree.
+
+    >>> import torch
+    >>> relaxed_filter(torch.tensor([0.1, 1.0, 10.0]), 1.0)
+    tensor([9.9990e-05, 5.0000e-01, 9.9990e-01])
+    """
+    return 1 / (1 + (level / eigenvalues) ** 4)
+
+
+def relaxed_part(hessian: FactoredOperator, v: Tensor, level: float) -> Tensor:
+    """f(H) v, the part of v along the relaxed modes of H  ``[P]``, f the `relaxed_filter`."""
+    return hessian.normal_function(lambda values: relaxed_filter(values, level), v)
+
+
+def num_modes(hessian: FactoredOperator) -> int:
+    """Number of normal modes: the rank; where H was not decomposed, the number of residuals, which bounds it."""
+    return hessian.rank if hessian.decomposed else hessian.operator.shape[0]

@@ -1,0 +1,47 @@
+"""How an iteration ended: one enumeration for every solver and integrator, each result with its message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+__all__ = ["Result", "Solution"]
+
+
+class Result(Enum):
+    """How an iteration ended; the value says what it means and what to do.
+
+    >>> Result.MAX_STEPS.message
+    'the tolerance was not reached in the steps allowed: allow more of them, or a larger tolerance'
+    """
+
+    SUCCESSFUL = "the tolerance was reached"
+    MAX_STEPS = "the tolerance was not reached in the steps allowed: allow more of them, or a larger tolerance"
+    INCONSISTENT = "the right-hand side has a part outside the range: this is the least-squares solution"
+    STALLED = "no shorter step reduced the residual: this is the best point found"
+    DIVERGED = "the iterates left every bounded region: the step size is probably unstable"
+    INACCURATE = "the accuracy asked for costs more than unit-step integration: use effective_flow"
+
+    @property
+    def message(self) -> str:
+        """What it means and what to do."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The vector that an iteration found, and how the iteration ended.
+
+    Args:
+        x: the vector.
+        status: how it ended.
+        steps: products that it took.
+        residual: relative to the right-hand side; for a matrix function the change over the last steps.
+    """
+
+    x: Tensor
+    status: Result
+    steps: int
+    residual: float

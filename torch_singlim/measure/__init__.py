@@ -1,0 +1,70 @@
+"""From weights to records to words; it knows no Lightning."""
+
+from torch_singlim.measure import tags
+from torch_singlim.measure.agreement import Agreement, Plane, Scatter, compare, noise_ceiling, noise_ratio
+from torch_singlim.measure.budget import Budget
+from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
+from torch_singlim.measure.engine import Engine, Options
+from torch_singlim.measure.full_batch_window import compare_window
+from torch_singlim.measure.measurement import Clock, Measurement
+from torch_singlim.measure.reasons import Code, Kind, Reason, Scope
+from torch_singlim.measure.scaling import Exponents, Rate, Scaling, fit_exponents, scaling_table
+from torch_singlim.measure.schedule import Due, Schedule
+from torch_singlim.measure.snapshot import Snapshot, StepSums
+from torch_singlim.measure.tags import History, Need, Place, Tag, scalars
+from torch_singlim.measure.training import Training, training_of
+from torch_singlim.measure.verdict import Visibility, terminal_line, verdict, visibility
+from torch_singlim.measure.window import Comparison, Model, Spread, Window
+
+__all__ = [
+    # one moment of a training
+    "Snapshot",
+    "StepSums",
+    # how it is trained, and why something is not measured
+    "Training",
+    "training_of",
+    "Reason",
+    "Code",
+    "Kind",
+    "Scope",
+    # the engine, when it measures, in how much time
+    "Engine",
+    "Options",
+    "Schedule",
+    "Due",
+    "Budget",
+    # what it measures
+    "Measurement",
+    "Clock",
+    "DistanceMeasurement",
+    "measure_distance",
+    "Window",
+    "Model",
+    "Comparison",
+    "Spread",
+    "compare_window",
+    # measured against predicted
+    "compare",
+    "Agreement",
+    "Scatter",
+    "Plane",
+    "noise_ceiling",
+    "noise_ratio",
+    # tags, words
+    "tags",
+    "History",
+    "Tag",
+    "Need",
+    "Place",
+    "scalars",
+    "verdict",
+    "Visibility",
+    "visibility",
+    "terminal_line",
+    # several runs
+    "Rate",
+    "Exponents",
+    "Scaling",
+    "fit_exponents",
+    "scaling_table",
+]

@@ -1,0 +1,285 @@
+"""From one snapshot to its distance from the zero-loss set, and what the singular limit predicts from there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torch_singlim.geometry import (
+    MAX_DENSE,
+    NearestPoint,
+    TangentSpace,
+    gauss_newton,
+    linearize,
+    nearest_point,
+    num_modes,
+    relaxation_level,
+    relaxed_part,
+    tangent_space,
+)
+from torch_singlim.linalg import FactoredOperator, VectorEstimate
+from torch_singlim.measure.agreement import compare
+from torch_singlim.measure.reasons import Code, Reason
+from torch_singlim.measure.snapshot import Snapshot
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import NoiseSystem
+from torch_singlim.theory import (
+    EffectiveLoss,
+    LimitPrediction,
+    SGDSettings,
+    averaged_gradient,
+    expected_distance,
+    gradient_noise,
+    has_effective_flow,
+    potential,
+    singular_limit,
+)
+
+__all__ = [
+    "DistanceMeasurement",
+    "Expansion",
+    "Forecast",
+    "RelaxedPart",
+    "compare_expansion",
+    "measure_distance",
+    "tangent_at",
+]
+
+# tolerance of the nearest point: the distance, stationary there, is then right to about its square
+_NEAREST = 2e-2
+# the same where a linearisation takes seconds: the distance is right to a hundredth
+_NEAREST_COARSE = 0.1
+# most linearisations for it; early in training it is far and may not be found
+_NEAREST_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The paper's second-order expansion of the noise against its average at finite size, at one weight vector.
+
+    Args:
+        cosine: between grad V and E_eta grad Lhat - grad L.
+        ratio: |grad V| over the other's norm; far from 1: the expansion does not hold at this noise.
+        stderr: sampling error of the two, relative to their norms.
+    """
+
+    cosine: float
+    ratio: float
+    stderr: float
+
+    @property
+    def fails(self) -> bool:
+        """Whether the expansion clearly does not hold: cosine or norm off by more than 0.15 and the sampling error."""
+        return abs(self.ratio - 1) > 0.15 + self.stderr or self.cosine < 0.85 - self.stderr
+
+
+def compare_expansion(averaged: VectorEstimate, expanded: VectorEstimate) -> Expansion:
+    """Compare the averaged gradient with grad V at the same weights, from other draws, sampling error taken out."""
+    a, b = averaged.norm, expanded.norm
+    if a * b == 0:
+        return Expansion(math.nan, math.nan, math.nan)
+    cosine = torch.dot(averaged.mean, expanded.mean).item() / (a * b)
+    return Expansion(cosine, b / a, math.hypot(averaged.stderr / a, expanded.stderr / b))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The singular limit's motion from one point of Gamma, frozen there.
+
+    Args:
+        point: ``[P]``.
+        tangent: Gamma's tangent space there.
+        drift: mean displacement per optimizer step ``[P]``.
+        diffusion: variance per step and tangent direction, in squared weight norm.
+        dimension: of Gamma.
+    """
+
+    point: Tensor = field(repr=False)
+    tangent: TangentSpace = field(repr=False)
+    drift: Tensor = field(repr=False)
+    diffusion: float
+    dimension: int
+
+
+@dataclass(frozen=True)
+class RelaxedPart:
+    """Distance along the relaxed modes at w: the part of B^+ b, the linearised displacement, with alpha lambda k >= c.
+
+    Args:
+        measured: its norm.
+        expected: the same by theory, root mean square (None without a prediction).
+        cosine: with the mean offset that theory expects (nan at order 2, and without a prediction).
+        count: how many modes that is; where H is too large to be decomposed, an estimate, or nan.
+        num_modes: how many modes there are; then the number of residuals, which bounds it.
+    """
+
+    measured: float
+    expected: float | None
+    cosine: float
+    count: float
+    num_modes: int
+
+
+@dataclass(frozen=True)
+class DistanceMeasurement:
+    """The weights at one step, seen from Gamma.
+
+    Args:
+        step: optimizer steps so far.
+        weight_norm: |w|.
+        nearest: the nearest point of Gamma.
+        tangent: the tangent space there.
+        relaxed: the part of the distance along the relaxed modes (None without a step size that theory covers).
+        limit: the singular limit's prediction at the nearest point (None where the theory does not cover the training,
+            or its expansion of the noise does not hold).
+        tangent_steps: 1 / (alpha d^T H d / d^T d) for the limit's drift d: over fewer steps it is as good as tangent,
+            whatever Lanczos has left of normal directions in it (nan where H was decomposed, and without a drift).
+        expansion: how far the expansion of the noise holds at these weights (order 1 alone).
+    """
+
+    step: int
+    weight_norm: float
+    nearest: NearestPoint = field(repr=False)
+    tangent: TangentSpace = field(repr=False)
+    relaxed: RelaxedPart | None
+    limit: LimitPrediction | None = field(repr=False)
+    tangent_steps: float
+    expansion: Expansion | None
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """The motion along Gamma that the limit predicts from here (None where it predicts none)."""
+        if self.limit is None or self.limit.order is None:
+            return None
+        return Forecast(self.nearest.point, self.tangent, self.limit.drift, self.limit.diffusion, self.limit.dimension)
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why the limit's prediction is not given, where the expansion that it rests on fails."""
+        if self.expansion is None or not self.expansion.fails:
+            return None
+        return Code.EXPANSION_FAILS(step=self.step, cosine=self.expansion.cosine, ratio=self.expansion.ratio)
+
+
+def tangent_at(problem: ZeroLossProblem, point: Tensor, *, max_dense: int = MAX_DENSE) -> TangentSpace:
+    """Gamma's tangent space at a point of it, as accurate as a measurement needs it."""
+    return tangent_space(problem, point, max_dense=max_dense, rtol=1e-3, max_steps=100)
+
+
+def _noise_gradient(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    noise: NoiseSystem,
+    sgd: SGDSettings,
+    *,
+    num_draws: int,
+    generator: torch.Generator | None,
+) -> tuple[VectorEstimate, Expansion | None]:
+    """The noise's average gradient at w ``[P]``, and at order 1 how far its second-order expansion holds."""
+    gradient, expansion = VectorEstimate(torch.zeros_like(w)[None]), None
+    if noise.order == 1:
+        expanded = potential(noise, problem, w, num_draws=num_draws, generator=generator).gradient
+        gradient = averaged_gradient(noise, problem, w, num_draws=num_draws, generator=generator)
+        expansion = compare_expansion(gradient, expanded)
+    if has_effective_flow(noise, problem):
+        effective = EffectiveLoss(problem, noise, sgd, generator=generator)
+        if effective.second:
+            gradient = gradient + VectorEstimate(torch.stack([effective.order_two_gradient(w) for _ in range(4)]))
+    return gradient, expansion
+
+
+def _relaxed(
+    problem: ZeroLossProblem,
+    snapshot: Snapshot,
+    hessian: FactoredOperator,
+    linearised: Tensor,
+    *,
+    noise: NoiseSystem | None,
+    num_draws: int,
+    relaxed_after: float,
+    generator: torch.Generator | None,
+) -> tuple[RelaxedPart | None, Expansion | None]:
+    """The linearised displacement ``[P]`` along the relaxed modes, beside what theory expects of it."""
+    sgd = snapshot.sgd
+    if sgd is None:
+        return None, None
+    level = relaxation_level(sgd.effective_lr, snapshot.step, relaxed_after)
+    expected = offset = expansion = None
+    if noise is not None:
+        w, batch = snapshot.weights, sgd.batch(problem.num_samples)
+        gradient, expansion = _noise_gradient(
+            problem, snapshot.iterate, noise, sgd, num_draws=num_draws, generator=generator
+        )
+        Sigma = gradient_noise(noise, problem, w, batch_size=batch, num_draws=num_draws, generator=generator)
+        expectation = expected_distance(
+            hessian, gradient, Sigma, sgd=sgd, level=level, num_draws=4, generator=generator
+        )
+        expected, offset = expectation.rms, expectation.offset.mean
+        del gradient, Sigma, expectation  # as large as several weight vectors each
+    part = relaxed_part(hessian, linearised, level)
+    cosine = math.nan if offset is None else compare(part, offset).cosine
+    count = hessian.count(level)
+    return RelaxedPart(torch.linalg.vector_norm(part).item(), expected, cosine, count, num_modes(hessian)), expansion
+
+
+def measure_distance(
+    problem: ZeroLossProblem,
+    snapshot: Snapshot,
+    *,
+    noise: NoiseSystem | None = None,
+    num_draws: int = 32,
+    relaxed_after: float = 3.0,
+    max_dense: int = MAX_DENSE,
+    generator: torch.Generator | None = None,
+) -> DistanceMeasurement:
+    """Distance, tangent space and the limit's prediction at one snapshot; w is linearised once.
+
+    Args:
+        problem: loss and samples.
+        snapshot: of the training.
+        noise: the system; None where the theory does not cover the training (geometry only).
+        num_draws: for the trace in V, see `singular_limit`.
+        relaxed_after: a mode counts as relaxed at alpha lambda step >= this.
+        max_dense: up to this many residuals the geometry is exact; above, Lanczos, and unless B B^T is cheap to factor
+            the linearised distance.
+        generator: of random directions.
+    """
+    w = snapshot.weights
+    at = linearize(problem, w)
+    # the relaxed modes are those of H at w: there the loss and the noise balance
+    hessian = gauss_newton(problem, w, at=at, max_dense=max_dense, rtol=1e-2, max_steps=200)
+    factored = hessian.decomposed or hessian.inverse is not None
+    nearest = nearest_point(
+        problem,
+        w,
+        rtol=_NEAREST if hessian.decomposed else max(_NEAREST, _NEAREST_COARSE),
+        max_steps=_NEAREST_STEPS if factored else 1,
+        max_dense=max_dense,
+        krylov_steps=100,
+        at=at,
+        hessian=hessian,
+    )
+    del at
+    tangent = tangent_at(problem, nearest.point, max_dense=max_dense)
+    relaxed, expansion = _relaxed(
+        problem,
+        snapshot,
+        hessian,
+        nearest.linearised,
+        noise=noise,
+        num_draws=num_draws,
+        relaxed_after=relaxed_after,
+        generator=generator,
+    )
+    limit, tangent_steps, sgd = None, math.nan, snapshot.sgd
+    if noise is not None and sgd is not None and not (expansion is not None and expansion.fails):
+        limit = singular_limit(
+            problem, nearest.point, noise, sgd, num_draws=num_draws, hessian=tangent.hessian, generator=generator
+        )
+        if not tangent.hessian.decomposed and limit.drift.any():
+            tangent_steps = 1 / (sgd.effective_lr * tangent.curvature(limit.drift))
+    weight_norm = torch.linalg.vector_norm(w).item()
+    return DistanceMeasurement(snapshot.step, weight_norm, nearest, tangent, relaxed, limit, tangent_steps, expansion)

@@ -1,0 +1,188 @@
+"""Why something is not measured or not predicted: a code with a step and values, made into English here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+__all__ = ["Code", "Kind", "Reason", "Scope"]
+
+Value = str | int | float
+
+
+class Kind(Enum):
+    """How a reason comes about; the value heads its sentence in a verdict."""
+
+    UNSUPPORTED = "Unsupported"
+    INVALIDATED = "Invalidated"
+    SKIPPED = "Skipped"
+
+
+class Scope(Enum):
+    """What a reason keeps from being measured; the value says it."""
+
+    EVERYTHING = "nothing is measured"
+    GEOMETRY = "neither distance nor drift is predicted or measured against theory"
+    DRIFT = "the drift is not predicted"
+    WINDOW = "the prediction of one window is not given"
+    PART = "a part of the measurements is missing"
+
+
+_UNSUPPORTED, _INVALIDATED, _SKIPPED = Kind.UNSUPPORTED, Kind.INVALIDATED, Kind.SKIPPED
+
+
+class Code(Enum):
+    """Every reason there is: its kind, what it keeps from being measured, and its sentence."""
+
+    # the training cannot be written as a zero-loss problem
+    NO_PROBLEM = _UNSUPPORTED, Scope.GEOMETRY, "{why}"
+    SHARDED = (
+        _UNSUPPORTED,
+        Scope.EVERYTHING,
+        '{strategy} shards the weights over several processes, and measurements need them whole: use strategy="ddp" or '
+        "one device, or measure the checkpoints afterwards",
+    )
+    DERIVATIVES = _UNSUPPORTED, Scope.GEOMETRY, "{why}"
+    # the optimizer
+    NO_OPTIMIZER_STATE = (
+        _UNSUPPORTED,
+        Scope.DRIFT,
+        "{path} does not hold the state of one optimizer; ModelCheckpoint(save_weights_only=False) keeps it",
+    )
+    SEVERAL_OPTIMIZERS = (
+        _UNSUPPORTED,
+        Scope.DRIFT,
+        "expected one optimizer, got {count}: the weights' motion is then not one descent; train the other networks in "
+        "a run of their own",
+    )
+    OPTIMIZER = (
+        _UNSUPPORTED,
+        Scope.DRIFT,
+        "{optimizer} rescales or reshapes the gradient; the theory covers torch.optim.SGD",
+    )
+    GROUPS_DIFFER = _UNSUPPORTED, Scope.DRIFT, "parameter groups differ in {keys}; the learning rate alone may differ"
+    RATIO_CHANGES = (
+        _UNSUPPORTED,
+        Scope.DRIFT,
+        "the schedule changes the ratio of the parameter groups' learning rates",
+    )
+    RATIOS_UNDER_NOISE = _UNSUPPORTED, Scope.DRIFT, "parameter groups with different learning rates under {noises}"
+    MANUAL_OPTIMIZATION = (
+        _UNSUPPORTED,
+        Scope.DRIFT,
+        "manual optimization: what happens between two steps of the optimizer is not known",
+    )
+    MAXIMIZES = _UNSUPPORTED, Scope.DRIFT, "the optimizer maximizes"
+    OWN_CLIPPING = _UNSUPPORTED, Scope.DRIFT, "the module clips gradients in its own way (configure_gradient_clipping)"
+    OTHER_PARAMETERS = (
+        _UNSUPPORTED,
+        Scope.DRIFT,
+        "the optimizer holds {held} parameters, {measured} are measured, and these are not the same: exclude those "
+        "that are not trained, by requires_grad_(False) or SingularLimitMonitor(parameters=...)",
+    )
+    NO_STEP_SIZE = _UNSUPPORTED, Scope.DRIFT, "the learning rate is 0"
+    NO_STEP_SIZE_OF_GROUP = _UNSUPPORTED, Scope.DRIFT, "the learning rate of a parameter group is 0"
+    # the noise
+    BATCH_NORMALISATION = (
+        _UNSUPPORTED,
+        Scope.DRIFT,
+        "batch normalisation couples the samples of a batch in training mode (GroupNorm does not)",
+    )
+    OTHER_RANDOMNESS = (
+        _UNSUPPORTED,
+        Scope.DRIFT,
+        "training mode is random beyond the nn.Dropout layers (functional dropout, attention dropout)",
+    )
+    ORDER_UNKNOWN = _UNSUPPORTED, Scope.DRIFT, "{why}"
+    # the samples
+    SUBSET = (
+        _UNSUPPORTED,
+        Scope.DRIFT,
+        "{samples} of {total} training samples are measured: the distance is a lower bound; for the drift pass "
+        "num_samples",
+    )
+    # windows
+    CLIPPED = _INVALIDATED, Scope.WINDOW, "gradients were clipped in {count} of the steps {start}-{stop}"
+    NOT_MOVED = _INVALIDATED, Scope.WINDOW, "no weight was moved in the steps {start}-{stop}"
+    UNCERTAIN = (
+        _INVALIDATED,
+        Scope.WINDOW,
+        "long steps over the window {start}-{stop} are uncertain by more than half of what they predict, and there was "
+        "no time for unit-step integration: pass max_overhead=None",
+    )
+    DIVERGED = (
+        _INVALIDATED,
+        Scope.WINDOW,
+        "descent on the effective loss diverges in the window {start}-{stop}: training itself is probably unstable at "
+        "this step size and noise",
+    )
+    EXPANSION_FAILS = (
+        _INVALIDATED,
+        Scope.PART,
+        "the noise is too large for the second-order expansion that the singular limit rests on: at step {step} its "
+        "gradient has cosine {cosine:.2f} and {ratio:.2f} times the norm of the averaged one",
+    )
+    # measurements
+    FAILED = _SKIPPED, Scope.PART, "the measurement at step {step} failed: {error}"
+    TIME = (
+        _SKIPPED,
+        Scope.PART,
+        "to keep measurements below {share:.0%} of the wall time: {what}; pass max_overhead=None, or every_n_steps, "
+        "for all of them",
+    )
+    STATE = _SKIPPED, Scope.PART, "the checkpoint's state of the monitor was not taken over: {why}"
+
+    @property
+    def kind(self) -> Kind:
+        """How it comes about."""
+        return self.value[0]
+
+    @property
+    def scope(self) -> Scope:
+        """What it keeps from being measured."""
+        return self.value[1]
+
+    def __call__(self, *, step: int | None = None, **values: Value) -> Reason:
+        """The reason with this code, at a step, with the values that its sentence names."""
+        return Reason(self, step, values)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One thing that is not measured or predicted, and why.
+
+    Args:
+        code: which.
+        step: where it came up; None: at the start.
+        values: what its sentence names.
+
+    >>> str(Code.CLIPPED(count=3, start=0, stop=500))
+    'gradients were clipped in 3 of the steps 0-500'
+    """
+
+    code: Code
+    step: int | None = None
+    values: Mapping[str, Value] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.code.value[2].format(**{"step": self.step, **self.values})
+
+    @property
+    def sentence(self) -> str:
+        """With what it means, for a verdict.
+
+        >>> Code.MAXIMIZES().sentence
+        'Unsupported: the optimizer maximizes.'
+        """
+        return f"{self.code.kind.value}: {self}."
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {"code": self.code.name, "step": self.step, "values": dict(self.values)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Reason:
+        """The reason as it was."""
+        return cls(Code[state["code"]], state["step"], state["values"])

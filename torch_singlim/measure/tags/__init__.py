@@ -1,0 +1,209 @@
+"""Every series that is logged, declared once; scalars, bands, charts, tables and the docs page derive from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from torch_singlim.measure.measurement import Measurement
+from torch_singlim.measure.tags.clock import (
+    CONVERGED,
+    GRADIENTS,
+    LINEAR_RESIDUAL,
+    NOISE_LEVEL,
+    OVERHEAD,
+    POTENTIAL,
+    PREDICTION_ERROR,
+    PREDICTION_STDERR,
+    RESIDUAL,
+    SLOW_TIME,
+    STEP_SIZE,
+    TANGENT_STEPS,
+    TIME_SCALE,
+    UNRESOLVED,
+)
+from torch_singlim.measure.tags.distance import (
+    EXCESS_LOSS,
+    LINEARISED,
+    NEAREST,
+    RELAXED,
+    RELAXED_COSINE,
+    RELAXED_EXPECTED,
+    RELAXED_SHARE,
+)
+from torch_singlim.measure.tags.drift import (
+    DRIFT_BASELINE_COSINE,
+    DRIFT_CEILING,
+    DRIFT_COSINE,
+    DRIFT_MEASURED,
+    DRIFT_PREDICTED,
+    DRIFT_RESIDUAL,
+    DRIFT_SPEED,
+    EXPANSION_COSINE,
+    EXPANSION_RATIO,
+    LIMIT_FROZEN_COSINE,
+    LIMIT_FROZEN_SPEED,
+    NOISE_RATIO,
+    NOISE_SHARE,
+    SPREAD_MEASURED,
+    SPREAD_PREDICTED,
+    WINDOW_STEPS,
+)
+from torch_singlim.measure.tags.tag import Need, Place, Tag
+
+__all__ = [
+    "GROUPS",
+    "TAGS",
+    "History",
+    "Need",
+    "Place",
+    "Tag",
+    "bands",
+    "last",
+    "scalars",
+    "series",
+    "shown_in",
+    "tags_page",
+    "CONVERGED",
+    "DRIFT_BASELINE_COSINE",
+    "DRIFT_CEILING",
+    "DRIFT_COSINE",
+    "DRIFT_MEASURED",
+    "DRIFT_PREDICTED",
+    "DRIFT_RESIDUAL",
+    "DRIFT_SPEED",
+    "EXCESS_LOSS",
+    "EXPANSION_COSINE",
+    "EXPANSION_RATIO",
+    "GRADIENTS",
+    "LIMIT_FROZEN_COSINE",
+    "LIMIT_FROZEN_SPEED",
+    "LINEARISED",
+    "LINEAR_RESIDUAL",
+    "NEAREST",
+    "NOISE_LEVEL",
+    "NOISE_RATIO",
+    "NOISE_SHARE",
+    "OVERHEAD",
+    "POTENTIAL",
+    "PREDICTION_ERROR",
+    "PREDICTION_STDERR",
+    "RELAXED",
+    "RELAXED_COSINE",
+    "RELAXED_EXPECTED",
+    "RELAXED_SHARE",
+    "RESIDUAL",
+    "SLOW_TIME",
+    "SPREAD_MEASURED",
+    "SPREAD_PREDICTED",
+    "STEP_SIZE",
+    "TANGENT_STEPS",
+    "TIME_SCALE",
+    "UNRESOLVED",
+    "WINDOW_STEPS",
+]
+
+# step -> tag -> value: all that was logged in a run, without the monitor's name
+History = Mapping[int, Mapping[str, float]]
+
+# in the order in which a reader meets them
+TAGS: tuple[Tag, ...] = (
+    EXCESS_LOSS,
+    NEAREST,
+    LINEARISED,
+    RELAXED,
+    RELAXED_EXPECTED,
+    RELAXED_COSINE,
+    RELAXED_SHARE,
+    WINDOW_STEPS,
+    DRIFT_MEASURED,
+    DRIFT_PREDICTED,
+    DRIFT_COSINE,
+    DRIFT_CEILING,
+    DRIFT_SPEED,
+    DRIFT_BASELINE_COSINE,
+    DRIFT_RESIDUAL,
+    NOISE_RATIO,
+    NOISE_SHARE,
+    EXPANSION_COSINE,
+    EXPANSION_RATIO,
+    LIMIT_FROZEN_COSINE,
+    LIMIT_FROZEN_SPEED,
+    SPREAD_MEASURED,
+    SPREAD_PREDICTED,
+    POTENTIAL,
+    SLOW_TIME,
+    TIME_SCALE,
+    STEP_SIZE,
+    NOISE_LEVEL,
+    CONVERGED,
+    RESIDUAL,
+    LINEAR_RESIDUAL,
+    UNRESOLVED,
+    TANGENT_STEPS,
+    PREDICTION_STDERR,
+    PREDICTION_ERROR,
+    OVERHEAD,
+    GRADIENTS,
+)
+GROUPS: tuple[str, ...] = tuple(dict.fromkeys(tag.group for tag in TAGS))
+
+
+def scalars(measurement: Measurement) -> dict[str, float]:
+    """Tag -> value, of what was measured and is finite; standard errors too.
+
+    >>> scalars(Measurement(3, excess_loss=0.5, overhead=0.1))
+    {'excess_loss': 0.5, 'cost/overhead': 0.1}
+    """
+    found: dict[str, float] = {}
+    for tag in TAGS:
+        for name, read in ((tag.name, tag.value), (tag.stderr_name, tag.stderr)):
+            value = None if read is None else read(measurement)
+            if value is not None and math.isfinite(value):
+                found[name] = value
+    return found
+
+
+def bands(point: Mapping[str, float]) -> dict[str, float]:
+    """Value minus and plus its standard error, for the charts that draw them.
+
+    >>> bands({"potential": 2.0, "potential_stderr": 0.5})
+    {'potential_lower': 1.5, 'potential_upper': 2.5}
+    """
+    found = {}
+    for tag in TAGS:
+        if tag.band and tag.name in point and tag.stderr_name in point:
+            value, error = point[tag.name], point[tag.stderr_name]
+            found |= dict(zip(tag.band_names, (value - error, value + error), strict=True))
+    return found
+
+
+def shown_in(place: Place) -> tuple[Tag, ...]:
+    """The tags that appear in a place, in the order of their declaration."""
+    return tuple(tag for tag in TAGS if place in tag.shown)
+
+
+def series(history: History, tag: Tag) -> dict[int, float]:
+    """Step -> value, of all steps at which it was logged.
+
+    >>> series({0: {"excess_loss": 1.0}, 5: {}}, EXCESS_LOSS)
+    {0: 1.0}
+    """
+    return {step: point[tag.name] for step, point in sorted(history.items()) if tag.name in point}
+
+
+def last(history: History, name: str) -> float | None:
+    """The last value that was logged under a tag; None: none."""
+    return next((point[name] for _, point in sorted(history.items(), reverse=True) if name in point), None)
+
+
+def _row(tag: Tag) -> str:
+    names = f"`{tag.name}`" + (f", `{tag.stderr_name}`" if tag.stderr is not None else "")
+    return f"| {names} | {tag.unit} | {tag.meaning} | {tag.advice} |"
+
+
+def tags_page() -> Iterator[str]:
+    """Lines of the tables that explain every tag, one table for each group, as markdown."""
+    for group in GROUPS:
+        yield from ("", f"## {group}", "", "| tag | unit | meaning | how to act on it |", "|---|---|---|---|")
+        yield from (_row(tag) for tag in TAGS if tag.group == group)

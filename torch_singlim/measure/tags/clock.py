@@ -1,0 +1,187 @@
+"""Series of the clock and the potential, of quality and cost."""
+
+from __future__ import annotations
+
+from torch_singlim.measure.distance import DistanceMeasurement
+from torch_singlim.measure.tags.tag import (
+    Need,
+    Place,
+    Reader,
+    Tag,
+    needs,
+    of_clock,
+    of_distance,
+    of_drift,
+    of_window,
+    shown,
+)
+
+
+def _potential(error: bool) -> Reader:
+    def read(d: DistanceMeasurement) -> float | None:
+        if d.limit is None or d.limit.order is None:
+            return None
+        return d.limit.potential.stderr if error else d.limit.potential.mean
+
+    return of_distance(read)
+
+
+POTENTIAL = Tag(
+    name="potential",
+    label="potential V",
+    unit="loss",
+    meaning="V at the nearest point",
+    advice="Falls along Γ: the noise descends it",
+    group="Clock",
+    chart="",
+    value=_potential(error=False),
+    stderr=_potential(error=True),
+    band="Potential of the noise, standard error [loss]",
+    needs=needs(Need.MOVES),
+)
+SLOW_TIME = Tag(
+    name="clock/slow_time",
+    label="slow time",
+    unit="slow time",
+    meaning="Σ α^order σ² over the steps so far",
+    advice="The drift is of order 1 after a slow time of order 1",
+    group="Clock",
+    chart="Slow time [sum of step size^order sigma^2]",
+    value=of_clock(lambda c: c.slow_time),
+    needs=needs(Need.MOVES),
+)
+TIME_SCALE = Tag(
+    name="clock/time_scale",
+    label="steps per unit of slow time",
+    unit="steps",
+    meaning="optimizer steps per unit of slow time, 1/(α^order σ²)",
+    advice="Far beyond your run: no drift will be seen",
+    group="Clock",
+    chart="Optimizer steps per unit of slow time",
+    value=of_clock(lambda c: c.time_scale),
+    needs=needs(Need.MOVES),
+)
+STEP_SIZE = Tag(
+    name="clock/step_size",
+    label="step size α",
+    unit="step size",
+    meaning="α, at the present learning rate",
+    advice="Shows the schedule",
+    group="Clock",
+    chart="Step size",
+    value=of_clock(lambda c: c.step_size),
+    needs=needs(),
+    shown=shown(Place.REPORT),
+)
+NOISE_LEVEL = Tag(
+    name="clock/noise_level",
+    label="noise level σ",
+    unit="–",
+    meaning="σ, of several noises the largest of the leading order",
+    advice="–",
+    group="Clock",
+    chart="",
+    value=of_clock(lambda c: c.noise_level),
+    needs=needs(Need.MOVES),
+    shown=shown(Place.REPORT),
+)
+
+_PREDICTION_ERROR = "Error of the prediction [weight norm]"
+
+CONVERGED = Tag(
+    name="quality/converged",
+    label="nearest point found",
+    unit="0 or 1",
+    meaning="whether the nearest point was found to tolerance",
+    advice="0 late in training: raise the precision (`dtype`), or measure fewer samples",
+    group="Quality and cost",
+    chart="Nearest point found [0 or 1]",
+    value=of_distance(lambda d: float(d.nearest.converged)),
+)
+RESIDUAL = Tag(
+    name="quality/residual",
+    label="residual at the nearest point",
+    unit="√loss",
+    meaning="norm of the residual that is left at the nearest point",
+    advice="Should be small against √(2 · excess loss)",
+    group="Quality and cost",
+    chart="Residual at the nearest point [root of loss]",
+    value=of_distance(lambda d: d.nearest.residual),
+)
+LINEAR_RESIDUAL = Tag(
+    name="quality/linear_residual",
+    label="residual of the linearised distance",
+    unit="share",
+    meaning="where the linearised distance alone was affordable: the share of the residual that its 100 Lanczos "
+    "products leave",
+    advice="Above 0.1 the smallest eigenvalues are missing, and `distance/linearised` is too small by an unknown "
+    "amount",
+    group="Quality and cost",
+    chart="",
+    value=lambda m: None if m.linearised is None else m.linearised.residual,
+)
+UNRESOLVED = Tag(
+    name="quality/unresolved",
+    label="unresolved modes",
+    unit="share",
+    meaning="share of the normal modes that the tangent projection does not resolve to a tenth; 0 where B Bᵀ is "
+    "factored",
+    advice="High: the limit's figures are rough",
+    group="Quality and cost",
+    chart="",
+    value=of_distance(lambda d: d.tangent.unresolved),
+)
+TANGENT_STEPS = Tag(
+    name="quality/tangent_steps",
+    label="steps as tangent",
+    unit="steps",
+    meaning="over windows up to this length the limit's drift is as good as tangent, whatever is unresolved",
+    advice="Shorter than the window: the limit's figures are rough",
+    group="Quality and cost",
+    chart="",
+    value=of_distance(lambda d: d.tangent_steps),
+    needs=needs(Need.MOVES),
+)
+PREDICTION_STDERR = Tag(
+    name="quality/stderr",
+    label="sampling error of the prediction",
+    unit="weight norm",
+    meaning="sampling error of `drift/predicted` (an upper estimate)",
+    advice="Should be below a fifth of `drift/predicted`",
+    group="Quality and cost",
+    chart=_PREDICTION_ERROR,
+    value=of_drift(lambda c: c.prediction.stderr),
+    needs=needs(Need.FLOW),
+)
+PREDICTION_ERROR = Tag(
+    name="quality/error",
+    label="integration error of the prediction",
+    unit="weight norm",
+    meaning="estimated integration error of `drift/predicted`; 0 by unit-step integration",
+    advice="Should be below a fifth of `drift/predicted`",
+    group="Quality and cost",
+    chart=_PREDICTION_ERROR,
+    value=of_drift(lambda c: c.prediction.error),
+    needs=needs(Need.FLOW),
+)
+OVERHEAD = Tag(
+    name="cost/overhead",
+    label="overhead",
+    unit="share",
+    meaning="share of the wall time so far that was spent on measuring",
+    advice="`max_overhead` bounds it",
+    group="Quality and cost",
+    chart="Share of the wall time spent on measuring",
+    value=lambda m: m.overhead,
+)
+GRADIENTS = Tag(
+    name="cost/gradients",
+    label="gradients",
+    unit="gradients",
+    meaning="gradients of all samples, spent on the last window's predictions",
+    advice="One costs about as much as an epoch",
+    group="Quality and cost",
+    chart="Gradients spent on a window [number]",
+    value=of_window(lambda w: float(w.gradients) if w.comparisons else None),
+    needs=needs(),
+)

@@ -1,0 +1,110 @@
+"""Series of the distance to the zero-loss set."""
+
+from __future__ import annotations
+
+import torch
+
+from torch_singlim.measure.distance import DistanceMeasurement
+from torch_singlim.measure.measurement import Measurement
+from torch_singlim.measure.tags.tag import Place, Tag, needs, of_distance, of_relaxed, shown
+
+
+def _relaxed_share(d: DistanceMeasurement) -> float | None:
+    return None if d.relaxed is None else d.relaxed.count / max(d.relaxed.num_modes, 1)
+
+
+def _linearised(m: Measurement) -> float | None:
+    if m.distance is not None:
+        return m.distance.nearest.linearised_distance
+    return None if m.linearised is None else torch.linalg.vector_norm(m.linearised.x).item()
+
+
+_TO_SET = "Distance to the zero-loss set [weight norm]"
+_RELAXED = "Relaxed part of the distance, measured and expected [weight norm]"
+
+EXCESS_LOSS = Tag(
+    name="excess_loss",
+    label="excess loss",
+    unit="loss",
+    meaning="L(w) of the samples, dropout off: mean loss minus its infimum, zero exactly on Γ. Ten times per decade of "
+    "steps",
+    advice="Should fall by orders of magnitude; a floor above 0 means that the noise, or too few weights, keep it "
+    "there",
+    group="Distance",
+    chart="Excess loss [loss]",
+    value=lambda m: m.excess_loss,
+    shown=shown(Place.DISTANCES, Place.TERMINAL, Place.PROGRESS, Place.REPORT, Place.FINAL),
+)
+NEAREST = Tag(
+    name="distance/nearest",
+    label="distance",
+    unit="weight norm",
+    meaning="to the nearest point of Γ; an upper bound where `quality/converged` is 0",
+    advice="Falls fast, then changes slowly; a star in the verdict: upper bound",
+    group="Distance",
+    chart=_TO_SET,
+    value=of_distance(lambda d: d.nearest.distance),
+    shown=shown(Place.DISTANCES, Place.TERMINAL, Place.PROGRESS, Place.REPORT, Place.FINAL),
+)
+LINEARISED = Tag(
+    name="distance/linearised",
+    label="linearised",
+    unit="weight norm",
+    meaning="\\|B⁺b\\|, the distance in the linear model at w, dominated by the smallest eigenvalues of H. Right to "
+    "first order near Γ",
+    advice="Equal to `distance/nearest` near Γ; far apart: the linear model says little about the distance",
+    group="Distance",
+    chart=_TO_SET,
+    value=_linearised,
+    shown=shown(Place.DISTANCES, Place.PROGRESS),
+)
+RELAXED = Tag(
+    name="distance/relaxed",
+    label="relaxed part",
+    unit="weight norm",
+    meaning="the part of the linearised distance, at w, along the relaxed modes, α λ · steps ≥ 3, by the filter "
+    "1/(1 + (3/(α λ · steps))⁴)",
+    advice="Compare with `distance/relaxed_expected`",
+    group="Distance",
+    chart=_RELAXED,
+    value=of_relaxed(lambda r: r.measured),
+    needs=needs(),
+    shown=shown(Place.DISTANCES, Place.REPORT),
+)
+RELAXED_EXPECTED = Tag(
+    name="distance/relaxed_expected",
+    label="expected",
+    unit="weight norm",
+    meaning="root mean square of that part by theory: offset −H⁺g, g the noise's average gradient at w (α∇V at order "
+    "2), and normal fluctuation. The rest of the distance has no prediction",
+    advice="Within some 10 % of `distance/relaxed`; far off: large steps (α λ near 2), or modes that have just relaxed",
+    group="Distance",
+    chart=_RELAXED,
+    value=of_relaxed(lambda r: r.expected),
+    needs=needs(),
+    shown=shown(Place.DISTANCES, Place.REPORT),
+)
+RELAXED_COSINE = Tag(
+    name="distance/relaxed_cosine",
+    label="cosine with the expected offset",
+    unit="–",
+    meaning="between that part and the predicted offset; low where fluctuation leads, as at order 2",
+    advice="Near 1 at order 1: the offset is where theory has it",
+    group="Distance",
+    chart="",
+    value=of_relaxed(lambda r: r.cosine),
+    needs=needs(),
+)
+RELAXED_SHARE = Tag(
+    name="distance/relaxed_share",
+    label="share of relaxed modes",
+    unit="share",
+    meaning="relaxed modes among all normal modes; the theory's two time scales exist for these alone. Above 4,096 "
+    "residuals estimated, among all residuals",
+    advice="Low: the limit will not match, the effective flow may",
+    group="Distance",
+    chart="Relaxed modes [share]",
+    value=of_distance(_relaxed_share),
+    needs=needs(),
+    shown=shown(Place.DISTANCES),
+)

@@ -1,0 +1,139 @@
+"""What a series is: its name, unit and meaning, where it is shown, how it is read off a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from torch_singlim.measure.distance import DistanceMeasurement, RelaxedPart
+from torch_singlim.measure.measurement import Clock, Measurement
+from torch_singlim.measure.window import Comparison, Model, Window
+
+__all__ = [
+    "Need",
+    "Place",
+    "Reader",
+    "Tag",
+    "needs",
+    "of_clock",
+    "of_distance",
+    "of_drift",
+    "of_model",
+    "of_predicted_window",
+    "of_relaxed",
+    "of_window",
+    "shown",
+]
+
+Reader = Callable[[Measurement], float | None]
+
+
+class Need(Enum):
+    """What has to be there for a series to be logged."""
+
+    DRIFT = auto()  # the drift is predicted
+    MOVES = auto()  # the noise moves the weights on one of the two clocks
+    FLOW = auto()  # it has an effective loss that can be descended
+    REPLICAS = auto()
+    MARKS = auto()  # iterates within windows
+
+
+class Place(Enum):
+    """Where a series is shown besides its chart."""
+
+    DISTANCES = auto()  # the verdict's table of measurements
+    WINDOWS = auto()  # its table of windows
+    LENGTHS = auto()  # its table of lengths, where the limit diffuses
+    TERMINAL = auto()  # the line that is printed at a measurement
+    PROGRESS = auto()  # the progress bar
+    REPORT = auto()  # the report's table of last values
+    FINAL = auto()  # the metrics of TensorBoard's HPARAMS
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One series.
+
+    Args:
+        name: the tag, below the monitor's name.
+        label: in tables and figures.
+        unit: of its values; a dash: none.
+        meaning: one sentence or two, with the formula.
+        advice: how to act on it.
+        group: of charts, and of the page that explains them.
+        chart: title of the chart that shows it; several tags may share one. Empty: no chart.
+        value: reads it off a measurement.
+        stderr: reads its standard error, logged as the name with ``_stderr``; None: it has none.
+        band: title of the chart that shows it with its standard error. Empty: no such chart.
+        needs: what has to be there.
+        shown: where else it appears.
+    """
+
+    name: str
+    label: str
+    unit: str
+    meaning: str
+    advice: str
+    group: str
+    chart: str
+    value: Reader
+    stderr: Reader | None = None
+    band: str = ""
+    needs: frozenset[Need] = frozenset()
+    shown: frozenset[Place] = frozenset()
+
+    @property
+    def stderr_name(self) -> str:
+        """The tag of its standard error."""
+        return f"{self.name}_stderr"
+
+    @property
+    def band_names(self) -> tuple[str, str]:
+        """The tags of value minus and plus the standard error."""
+        return f"{self.name}_lower", f"{self.name}_upper"
+
+
+def of_distance(read: Callable[[DistanceMeasurement], float | None]) -> Reader:
+    """Read from the distance measurement."""
+    return lambda m: None if m.distance is None else read(m.distance)
+
+
+def of_relaxed(read: Callable[[RelaxedPart], float | None]) -> Reader:
+    """Of the relaxed part, where there is one: with no mode relaxed there is nothing to compare."""
+    return of_distance(lambda d: None if d.relaxed is None or not d.relaxed.count else read(d.relaxed))
+
+
+def of_window(read: Callable[[Window], float | None]) -> Reader:
+    """Read from the window."""
+    return lambda m: None if m.window is None else read(m.window)
+
+
+def of_model(model: Model, read: Callable[[Comparison], float | None]) -> Reader:
+    """Read from the window's comparison with a model."""
+    return of_window(lambda w: read(w.comparisons[model]) if model in w.comparisons else None)
+
+
+def of_drift(read: Callable[[Comparison], float | None]) -> Reader:
+    """Read from the window's comparison with the noise-averaged loss, where it holds."""
+    return of_window(lambda w: None if w.drift is None else read(w.drift))
+
+
+def of_predicted_window(read: Callable[[Window], float | None]) -> Reader:
+    """Read from the window, where that comparison holds."""
+    return of_window(lambda w: None if w.drift is None else read(w))
+
+
+def of_clock(read: Callable[[Clock], float | None]) -> Reader:
+    """Read from the clock."""
+    return lambda m: None if m.clock is None else read(m.clock)
+
+
+def needs(*more: Need) -> frozenset[Need]:
+    """A prediction of the drift, and more."""
+    return frozenset({Need.DRIFT, *more})
+
+
+def shown(*places: Place) -> frozenset[Place]:
+    """Where else a series appears."""
+    return frozenset(places)

@@ -1,0 +1,139 @@
+"""From what was logged, and the reasons for what was not, to a verdict in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch_singlim.measure import tags
+from torch_singlim.measure.distance import DistanceMeasurement
+from torch_singlim.measure.reasons import Reason
+from torch_singlim.measure.tags import History, Place, Tag
+from torch_singlim.measure.window import Window
+
+__all__ = ["Visibility", "terminal_line", "verdict", "visibility"]
+
+# the noise is visible where its ratio is known to a quarter
+_VISIBLE = 0.25
+# error of the effective flow, relative to the motion: what minibatches alone add to it
+_FLOW_ERROR = 0.02
+
+
+def _cells(point: Mapping[str, float], shown: Sequence[Tag]) -> list[str]:
+    values = (point.get(tag.name) for tag in shown)
+    return ["-" if value is None else f"{value:.3g}" for value in values]
+
+
+def _table(head: str, rows: Mapping[str, Mapping[str, float]], shown: Sequence[Tag], *, star: bool) -> list[str]:
+    """A markdown table with a row for each point; a star marks distances that are upper bounds."""
+    lines = [f"| {' | '.join([head, *(tag.label for tag in shown)])} |", "|---:" * (len(shown) + 1) + "|"]
+    for name, point in rows.items():
+        cells = _cells(point, shown)
+        if star and not point.get(tags.CONVERGED.name, 1.0):
+            cells = [cell + " *" * (tag is tags.NEAREST) for cell, tag in zip(cells, shown, strict=True)]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return lines
+
+
+def verdict(history: History, *, reasons: Sequence[Reason] = (), noise: str | None = None) -> str:
+    """A short markdown table from what was logged: each step's distance, each window's drift against theory.
+
+    Below it, whether the noise was visible, and the reasons for what was not measured or not predicted.
+
+    Args:
+        history: what was logged, step -> tag -> value.
+        reasons: for what was not.
+        noise: whether it was visible, in words.
+
+    >>> print(verdict({0: {"excess_loss": 0.5, "distance/nearest": 2.0}}).splitlines()[2])
+    | 0 | 0.5 | 2 | - | - | - | - |
+    """
+    measured = {str(step): p for step, p in history.items() if {tags.NEAREST.name, tags.LINEARISED.name} & p.keys()}
+    windows = {step: p for step, p in history.items() if tags.WINDOW_STEPS.name in p}
+    names = {step: f"{step - int(p[tags.WINDOW_STEPS.name])}-{step}" for step, p in windows.items()}
+    lines = ["The distance was not measured."]
+    if measured:
+        lines = _table("step", measured, tags.shown_in(Place.DISTANCES), star=True)
+    if not all(p.get(tags.CONVERGED.name, 1.0) for p in measured.values()):
+        lines.append("\n\\* the nearest point was not found to tolerance: an upper bound")
+    compared = {names[step]: p for step, p in windows.items() if tags.DRIFT_BASELINE_COSINE.name in p}
+    if compared:
+        lines += ["", *_table("window", compared, tags.shown_in(Place.WINDOWS), star=False)]
+    diffusing = {name: p for name, p in compared.items() if _diffuses(p)}
+    if diffusing:
+        lines += ["", *_table("window", diffusing, tags.shown_in(Place.LENGTHS), star=False)]
+    if noise:
+        lines.append(f"\nNoise: {noise}.")
+    lines += [f"\n{reason.sentence}" for reason in reasons]
+    return "\n".join(lines)
+
+
+def _diffuses(point: Mapping[str, float]) -> bool:
+    """Whether the limit has a length and the effective loss no descent, as under Langevin noise."""
+    return tags.SPREAD_PREDICTED.name in point and tags.DRIFT_COSINE.name not in point
+
+
+def terminal_line(point: Mapping[str, float]) -> str:
+    """What was measured at one step, in a line.
+
+    >>> terminal_line({"excess_loss": 0.5, "drift/cosine": 0.98, "window/steps": 500.0})
+    'excess loss 0.5, cosine 0.98 over 500 steps'
+    """
+    found = [f"{tag.label} {point[tag.name]:.3g}" for tag in tags.shown_in(Place.TERMINAL) if tag.name in point]
+    steps = point.get(tags.WINDOW_STEPS.name)
+    return ", ".join(found) + (f" over {steps:.0f} steps" if steps else "")
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Whether the effect of the noise stood out in a window.
+
+    Args:
+        visible: it did.
+        words: by how much, or how many steps it would take.
+    """
+
+    visible: bool
+    words: str
+
+
+def visibility(window: Window | None, distance: DistanceMeasurement | None) -> Visibility:
+    """Whether the noise-induced drift stood out in a window, and on which clock the noise moves the weights.
+
+    Args:
+        window: the last one.
+        distance: the last distance measurement, with the limit's prediction.
+
+    >>> visibility(None, None)
+    Visibility(visible=False, words='no window was compared with theory')
+    """
+    if window is None or not window.comparisons:
+        return Visibility(False, "no window was compared with theory")
+    limit = None if distance is None else distance.limit
+    clock = "its clock was not measured"
+    if limit is not None and limit.order is None:
+        return Visibility(False, "no motion along the zero-loss set on either clock; what moves is the approach")
+    if limit is not None and distance is not None:
+        percent = 0.01 * distance.weight_norm / limit.drift.norm().item()
+        clock = f"order {limit.order}, the singular limit moves the weights by 1 % in {percent:.2g} steps"
+    elif distance is not None and distance.reason is not None:
+        clock = "too large for the singular limit"
+    if window.diffuses:
+        return Visibility(True, f"{clock}, but diffusion hides that: only the length of the motion can be predicted")
+    ratio, share, steps = window.noise_ratio, window.noise_share, window.steps
+    if window.drift is None or not math.isfinite(ratio.stderr):
+        return Visibility(False, f"{clock}; the error of its drift is not known without replicas")
+    error = math.hypot(ratio.stderr, _FLOW_ERROR / share)
+    if error <= _VISIBLE:
+        return Visibility(
+            True,
+            f"{clock}; the drift that it induces, {share:.0%} of the motion, is {ratio.mean:.2f} +- {error:.2f} of the "
+            "predicted",
+        )
+    needed = steps * max((ratio.stderr / _VISIBLE) ** 2, _FLOW_ERROR / (share * _VISIBLE))
+    return Visibility(
+        False,
+        f"{clock}; not visible in windows of {steps} steps: the drift that it induces is {share:.2%} of the predicted "
+        f"motion; it would take windows of about {needed:.2g} steps",
+    )

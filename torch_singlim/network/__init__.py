@@ -1,0 +1,33 @@
+"""A module, its loss and its samples as functions of a flat weight vector."""
+
+from torch_singlim.network.copying import in_precision, structural_copy
+from torch_singlim.network.functional import FunctionalModule, LinearCall
+from torch_singlim.network.layers import ActivationSite
+from torch_singlim.network.loss import CustomLoss, MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
+from torch_singlim.network.memory import free_memory, saved_bytes
+from torch_singlim.network.problem import ZeroLossProblem, check_samples
+from torch_singlim.network.process_group import ProcessGroup
+from torch_singlim.network.weight_space import WeightSpace
+
+__all__ = [
+    # loss and samples
+    "ZeroLossProblem",
+    "check_samples",
+    # a module as a function of its flat weights
+    "WeightSpace",
+    "FunctionalModule",
+    "ActivationSite",
+    "LinearCall",
+    "structural_copy",
+    "in_precision",
+    # losses of one sample
+    "SampleLoss",
+    "MeanSquaredError",
+    "SoftCrossEntropy",
+    "CustomLoss",
+    "resolve_loss",
+    # memory and processes
+    "free_memory",
+    "saved_bytes",
+    "ProcessGroup",
+]

@@ -1,0 +1,227 @@
+"""A module as a pure function of its flat weight vector, its inputs and noise on its activations."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from torch_singlim.network.copying import structural_copy
+from torch_singlim.network.layers import DROPOUT_KINDS, ActivationNoise, ActivationSite, DecomposedLayerNorm, Tape
+from torch_singlim.network.weight_space import WeightSpace
+
+__all__ = ["FunctionalModule", "LinearCall"]
+
+_NOT_MULTIPLICATIVE = (nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """A linear layer in one pass: the gradient of anything in its weight is the sum of outer products g_n a_n^T.
+
+    Args:
+        input: a ``[n, fan_in]``.
+        shift: a zero that was added to its output ``[n, fan_out]``: g is the gradient in it.
+        weight: name of its weight, None if that is not among the weights.
+        bias: of its bias, None if there is none, or it is not among the weights.
+        weight_rate: relative step size r of the weight: the gradient in its coordinate is sqrt(r) g a^T; 0: no weight.
+        bias_rate: of the bias.
+    """
+
+    input: Tensor
+    shift: Tensor
+    weight: str | None
+    bias: str | None
+    weight_rate: float
+    bias_rate: float
+
+
+@contextmanager
+def _no_global_randomness() -> Iterator[None]:
+    """A forward pass that draws random numbers leaves the global generators as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+
+
+class FunctionalModule(WeightSpace):
+    """f(w; x, eta) for a module: evaluation mode, weights from a flat vector, activations times 1 + eta.
+
+    Works on a copy of the module's structure that shares its parameters (they are never written) and snapshots its
+    buffers in `dtype`. Every ``nn.Dropout`` of the copy is a noise site; in the order of calls, sites split the columns
+    of eta ``[n, D]``. The arguments are those of `WeightSpace`.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 1))
+    >>> f = FunctionalModule(net, dtype=torch.float64)
+    >>> f.num_weights, [(s.rate, s.shape) for s in f.sites(torch.ones(1, 2).double())]
+    (13, [(0.5, (3,))])
+    >>> f(f.weights(), torch.ones(4, 2, dtype=torch.float64)).shape
+    torch.Size([4, 1])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        step_ratios: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(module, dtype=dtype, device=device, step_ratios=step_ratios)
+        self._tape = Tape()
+        self._copy = self._evaluation_copy()
+        self.refresh_constants()
+
+    def _evaluation_copy(self) -> nn.Module:
+        # a parent, should the module be a dropout layer itself
+        holder = nn.ModuleDict({"root": structural_copy(self.module)})
+        for parent_name, parent in list(holder.named_modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, _NOT_MULTIPLICATIVE):
+                    raise ValueError(
+                        f"{type(child).__name__} is not multiplicative mean-one noise, the theory does not cover it: "
+                        "use nn.Dropout"
+                    )
+                if isinstance(child, nn.modules.dropout._DropoutNd) and type(child) in DROPOUT_KINDS:
+                    site = f"{parent_name}.{name}".removeprefix("root.")
+                    parent._modules[name] = ActivationNoise(site, child, self._tape)
+                if type(child) is nn.LayerNorm:
+                    parent._modules[name] = DecomposedLayerNorm(child)
+        return holder["root"].eval()
+
+    def refresh_constants(self) -> None:
+        """Take the module's present buffers and other parameters (running statistics move while it trains)."""
+        constants = [(n, p) for n, p in self.module.named_parameters() if n not in self.step_ratios]
+        constants += list(self.module.named_buffers())
+        self.constants = {name: self._cast(tensor) for name, tensor in constants}
+
+    def at_precision(self, dtype: torch.dtype) -> FunctionalModule:
+        """The same function in another floating point type."""
+        return FunctionalModule(self.module, dtype=dtype, device=self.device, step_ratios=self.step_ratios)
+
+    def __call__(self, w: Tensor, x: Tensor, eta: Tensor | None = None) -> Tensor:
+        """Outputs ``[n, C]`` at weights w ``[P]``, inputs x, noise eta ``[n, D]``; trailing dimensions flattened."""
+        if eta is not None:
+            self._tape.noise = list(eta.split([s.dimension for s in self._noise_sites], dim=1))
+        try:
+            out = torch.func.functional_call(self._copy, {**self.unflatten(w), **self.constants}, (x,))
+        finally:
+            self._tape.noise = None
+        if not isinstance(out, Tensor) or out.ndim == 0 or out.shape[0] != x.shape[0]:
+            got = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"forward must return one tensor [n, ...] for n = {x.shape[0]} inputs, got {got}")
+        return out.reshape(x.shape[0], -1)
+
+    def sites(self, x: Tensor) -> list[ActivationSite]:
+        """The dropout calls of one forward pass on x, in order; remembered for the noise that is passed later."""
+        self._tape.sites = []
+        try:
+            with torch.no_grad(), _no_global_randomness():
+                self(self.weights(), x)
+            self._noise_sites = list(self._tape.sites)
+        finally:
+            self._tape.sites = None
+        return self._noise_sites
+
+    def is_random(self, x: Tensor, *, training: bool = False) -> bool:
+        """Whether two forward passes on x differ, dropout layers switched off; `training`: in training mode.
+
+        In training mode this finds randomness that does not come from a dropout layer.
+        """
+        w = self.weights()
+        self._copy.train(training)
+        try:
+            with torch.no_grad(), _no_global_randomness():
+                first = self(w, x)
+                self.refresh_constants()  # training mode writes buffers: both passes start from the same ones
+                second = self(w, x)
+        finally:
+            self._copy.eval()
+            self.refresh_constants()
+        return not torch.equal(first.nan_to_num(), second.nan_to_num())
+
+    def check_deterministic(self, x: Tensor) -> None:
+        """Raise ValueError if two evaluation-mode passes on x differ."""
+        if self.is_random(x):
+            raise ValueError(
+                "the module is random in evaluation mode: two forward passes on the same inputs differ; make forward "
+                "deterministic under module.eval() (nn.Dropout rather than F.dropout without training=self.training)"
+            )
+
+    def layers(self, x: Tensor) -> list[tuple[nn.Module, Tensor]]:
+        """Copies of the leaf modules that one pass on x calls, in `dtype`, each with its first input."""
+        called: list[tuple[nn.Module, Tensor]] = []
+
+        def visit(layer: nn.Module, args: tuple) -> None:
+            if args and isinstance(args[0], Tensor):
+                called.append((layer, args[0].detach()))
+
+        leaves = [part for part in self._copy.modules() if next(part.children(), None) is None]
+        hooks = [leaf.register_forward_pre_hook(visit) for leaf in leaves]
+        try:
+            with torch.no_grad():
+                self(self.weights(), x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        copies = [(copy.deepcopy(layer).to(self.dtype), value) for layer, value in called]
+        for layer, _ in copies:
+            if hasattr(layer, "inplace"):  # their input is not theirs here
+                layer.inplace = False  # type: ignore[assignment]  # a flag
+        return copies
+
+    def linear_calls(self, w: Tensor, x: Tensor) -> tuple[Tensor, list[LinearCall]]:
+        """Outputs ``[n, C]`` at weights w, inputs x, and every call of a linear layer on a matrix ``[n, fan_in]``."""
+        calls: list[LinearCall] = []
+
+        def visit(prefix: str, layer: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            weight, bias = (n if n in self.names else None for n in (f"{prefix}weight", f"{prefix}bias"))
+            if args[0].ndim != 2 or (weight is None and bias is None):
+                return out
+            shift = torch.zeros_like(out, requires_grad=True)
+            rates = [0.0 if n is None else self.step_ratios[n] for n in (weight, bias)]
+            calls.append(LinearCall(args[0].detach(), shift, weight, bias, *rates))
+            return out + shift
+
+        hooks = [
+            layer.register_forward_hook(partial(visit, f"{name}." if name else ""))
+            for name, layer in self._copy.named_modules()
+            if type(layer) is nn.Linear
+        ]
+        try:
+            return self(w, x), calls
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def linear_layers(self, x: Tensor) -> list[tuple[int, int]]:
+        """(fan_in, fan_out) of the linear layers, if every weight belongs to one that is called once on a matrix.
+
+        Else empty. That no weight is used in another way besides, as a tied one is, is seen from the gradient on x.
+        """
+        w = self.weights().requires_grad_()
+        out, calls = self.linear_calls(w, x)
+        if sorted(n for call in calls for n in (call.weight, call.bias) if n is not None) != sorted(self.names):
+            return []
+        cotangent = torch.arange(1.0, 1 + out.numel(), dtype=out.dtype, device=out.device).cos().view_as(out)
+        gradient, *slopes = torch.autograd.grad(out, [w, *(call.shift for call in calls)], cotangent)
+        parts: dict[str | None, Tensor] = {}
+        for call, g in zip(calls, slopes, strict=True):
+            parts |= {
+                call.weight: call.weight_rate**0.5 * g.T @ call.input,
+                call.bias: call.bias_rate**0.5 * g.sum(0),
+            }
+        assembled = torch.cat([parts[name].reshape(-1) for name in self.names])
+        scale = torch.linalg.vector_norm(gradient)
+        if torch.linalg.vector_norm(assembled - gradient) > 1e3 * torch.finfo(out.dtype).eps * scale:
+            return []
+        return [(call.input.shape[1], call.shift.shape[1]) for call in calls]
+
+    @property
+    def normalises_over_batch(self) -> bool:
+        """Whether training mode couples the samples of a batch (batch normalisation)."""
+        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._copy.modules())

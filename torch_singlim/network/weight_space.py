@@ -1,0 +1,92 @@
+"""The trainable weights of a module as one flat vector, in the coordinates of their step sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["WeightSpace"]
+
+
+class WeightSpace:
+    """The parameters of a module that require a gradient, in the order of ``module.parameters()``, as a vector ``[P]``.
+
+    With `step_ratios` r (parameter name -> its step size relative to alpha) the coordinates are those in which steps of
+    different sizes are one descent: w = sqrt(r) u, where
+
+        w <- w - alpha r grad_w L      is      u <- u - alpha grad_u L(sqrt(r) u)
+
+    and |u| is the norm of the metric 1/r. Parameters that `step_ratios` does not name are held where the module has
+    them.
+
+    Args:
+        module: whose weights they are; they are read, never written.
+        dtype: of the vectors.
+        device: of the vectors; default: that of the weights.
+        step_ratios: default: all trainable parameters, 1.
+
+    Raises:
+        ValueError: no trainable parameters, unknown names, a ratio that is not positive.
+
+    >>> space = WeightSpace(nn.Linear(2, 1), dtype=torch.float64, step_ratios={"bias": 4.0})
+    >>> space.num_weights, space.names
+    (1, ['bias'])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        step_ratios: Mapping[str, float] | None = None,
+    ) -> None:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if step_ratios is not None:
+            unknown = sorted(step_ratios.keys() - dict(named).keys())
+            if unknown or not all(ratio > 0 for ratio in step_ratios.values()):
+                raise ValueError(
+                    "step_ratios must give a positive number for names of trainable parameters, got "
+                    f"{', '.join(unknown) or dict(step_ratios)}"
+                )
+            named = [(name, p) for name, p in named if name in step_ratios]
+        if not named:
+            raise ValueError("the module has no trainable parameters: there is no weight space to measure in")
+        self.module = module
+        self.step_ratios = {name: 1.0 if step_ratios is None else float(step_ratios[name]) for name, _ in named}
+        self.dtype = dtype
+        self.device = torch.device(device) if device is not None else named[0][1].device
+        self.names = [name for name, _ in named]
+        self.shapes = [p.shape for _, p in named]
+        self.num_weights = sum(p.numel() for _, p in named)
+        plain = all(ratio == 1 for ratio in self.step_ratios.values())
+        roots = [p.new_full(p.shape, self.step_ratios[name] ** 0.5, dtype=dtype).reshape(-1) for name, p in named]
+        self._scale = None if plain else torch.cat(roots).to(self.device)  # sqrt(r) [P]
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(self.device, dtype, copy=True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The module's parameters, in the order of the vector."""
+        named = dict(self.module.named_parameters())
+        return [named[name] for name in self.names]
+
+    def weights(self) -> Tensor:
+        """The module's present weights ``[P]``, a copy."""
+        return self.flatten(self.parameters())
+
+    def flatten(self, tensors: list[Tensor] | list[nn.Parameter], *, gradients: bool = False) -> Tensor:
+        """Weights, or gradients, of the parameters' shapes, in their order, as one vector ``[P]``."""
+        flat = torch.cat([self._cast(t).reshape(-1) for t in tensors])
+        if self._scale is None:
+            return flat
+        return flat * self._scale if gradients else flat / self._scale
+
+    def unflatten(self, w: Tensor) -> dict[str, Tensor]:
+        """The weights by name, from w ``[P]``."""
+        sizes = [shape.numel() for shape in self.shapes]
+        parts = (w if self._scale is None else w * self._scale).split(sizes)
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}

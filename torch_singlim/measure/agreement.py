@@ -95,7 +95,7 @@ class Scatter:
 
 
 def jackknife(measured: Sequence[Tensor], predicted: Sequence[Tensor]) -> Scatter:
-    """Standard errors from two paths ``[P]`` at the ends of n parts of a window, one part left out at a time.
+    """Standard errors from two paths ``[P]`` at the ends of n parts of a window, omitting one part at a time.
 
         s^2 = (n-1)/n sum_j (a_j - mean a)^2,      a_j the agreement without part j        (Efron & Stein 1981)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from torch_singlim.geometry import linearize
-from torch_singlim.linalg import Result, descent_norm, linear_descent
+from torch_singlim.linalg import LinearDescent, Result, descent_norm, linear_descent
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import NoiseSystem
 from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction, check_marks
@@ -30,6 +31,59 @@ def _block_mean(effective: EffectiveLoss, w: Tensor, strata: int) -> tuple[Tenso
         count += 1
     mean = total.div_(count)
     return (mean + effective.order_two_gradient(w), count + 2) if effective.second else (mean, count)
+
+
+@dataclass(frozen=True)
+class _SubStep:
+    """One exponential sub-step: the linear descent u(t) from where it begins.
+
+    Args:
+        origin: where it begins  ``[P]``.
+        descent: u.
+        length: h.
+        sampled: norm of the sampling error of u(h).
+        local: estimated norm of its integration error.
+        gradients: of all samples that it took.
+        finite: whether the network's outputs in its middle, and its errors, are.
+    """
+
+    origin: Tensor = field(repr=False)
+    descent: LinearDescent = field(repr=False)
+    length: float
+    sampled: float = 0.0
+    local: float = 0.0
+    gradients: float = 0.0
+    finite: bool = True
+
+    def middle_of_next(self, h: float) -> Tensor:
+        """The middle of the next sub-step, of length h, as this one's descent would go on  ``[P]``."""
+        return self.origin + self.descent.at(self.length + h / 2)
+
+
+def _sub_step(effective: EffectiveLoss, at: Tensor, last: _SubStep, h: float, strata: int) -> _SubStep:
+    """The sub-step of length h from w ``[P]``, linearised about its middle, with its errors."""
+    problem, middle = effective.problem, last.middle_of_next(h)
+    mean, cost = _block_mean(effective, middle, strata)
+    half = None
+    if effective.is_random:
+        other, more = _block_mean(effective, middle, strata)
+        mean, half, cost = (mean + other) / 2, mean.sub_(other).div_(2), cost + more
+        del other
+    if not torch.isfinite(problem.outputs(middle)).all():
+        return _SubStep(at, last.descent, h, finite=False)
+    B = linearize(problem, middle).operator
+    sampled = 0.0 if half is None else descent_norm(B, half, time=h)  # the error of the two blocks' mean
+    slope = mean + B.normal_product(at - middle)
+    del mean, half
+    descent = linear_descent(B, slope, time=h, rtol=_KRYLOV)
+    u = descent.at(h)
+    draw = effective.draw()
+    bend = draw(at).add_(draw(at + u)).sub_(draw(middle), alpha=2)
+    local = descent_norm(B, bend.sub_(B.normal_product(2 * (at - middle) + u)), time=h) / 6
+    # two products for the offset and the bend, three gradients for the bend, two short Lanczos runs
+    cost = cost + descent.products + 2 + 3 + 2 * 3.5
+    finite = math.isfinite(torch.linalg.vector_norm(u).item() + local)
+    return _SubStep(at, descent, h, sampled, local, cost, finite)
 
 
 def finite_window(
@@ -95,63 +149,45 @@ def finite_window(
     lag = sgd.lr * sgd.momentum / (1 - sgd.momentum) * (sgd.momentum if sgd.nesterov else 1)
     alpha, total = sgd.effective_lr, sgd.effective_lr * steps
     at = w if velocity is None or lag == 0 else w - lag * velocity
-    time, h, products, variance, error = 0.0, total / _FIRST, 0.0, 0.0, 0.0
+    time, h, gradients, variance, error = 0.0, total / _FIRST, 0.0, 0.0, 0.0
 
     def failed(status: Result) -> WindowPrediction:
         path[-1] = at - w
-        return WindowPrediction(path, math.nan, math.inf, round(products), status)
+        return WindowPrediction(path, math.nan, math.inf, round(gradients), status)
 
     def strata() -> int:
         return math.ceil(min(num_draws, h / alpha) / 2)
 
-    # the last sub-step: where it began, its descent and its length; at first a descent about w itself, of no length
+    # at first a descent about w itself, of no length
     mean, cost = _block_mean(effective, at, strata())
     descent = linear_descent(linearize(problem, at).operator, mean, time=h / 2, rtol=_KRYLOV)
-    last = (at, descent, 0.0)
-    products += cost + descent.products
+    last = _SubStep(at, descent, 0.0)
+    gradients += cost + descent.products
     while time < total * (1 - 1e-9):
         h = (total - time) / math.ceil((total - time) / h * (1 - 1e-9))  # no short rest at the end
-        middle = last[0] + last[1].at(last[2] + h / 2)
-        mean, cost = _block_mean(effective, middle, strata())
-        half = None
-        if effective.is_random:
-            other, more = _block_mean(effective, middle, strata())
-            mean, half, cost = (mean + other) / 2, mean.sub_(other).div_(2), cost + more
-            del other
-        if not torch.isfinite(problem.outputs(middle)).all():
+        step = _sub_step(effective, at, last, h, strata())
+        gradients += step.gradients
+        if not step.finite:
             return failed(Result.DIVERGED)
-        B = linearize(problem, middle).operator
-
-        sampled = 0.0 if half is None else descent_norm(B, half, time=h)  # the error of the two blocks' mean
-        slope = mean + B.normal_product(at - middle)
-        del mean, half
-        descent = linear_descent(B, slope, time=h, rtol=_KRYLOV)
-        u = descent.at(h)
-        draw = effective.draw()
-        bend = draw(at).add_(draw(at + u)).sub_(draw(middle), alpha=2)
-        local = descent_norm(B, bend.sub_(B.normal_product(2 * (at - middle) + u)), time=h) / 6
-        del bend
-        # two products for the offset and the bend, three gradients for the bend, two short Lanczos runs
-        products += cost + descent.products + 2 + 3 + 2 * 3.5
-        size = torch.linalg.vector_norm(u).item()
-        if not math.isfinite(size + local):
-            return failed(Result.DIVERGED)
-        allowed = max(rtol * size, sampled / 2)  # finer than the draws allow is of no use
-        change = 0.9 * math.sqrt(allowed / local) if local > 0 else math.inf  # nothing moves on Gamma without noise
+        u = step.descent.at(h)
+        # finer than the draws allow is of no use
+        allowed = max(rtol * torch.linalg.vector_norm(u).item(), step.sampled / 2)
+        # nothing moves on Gamma without noise
+        change = 0.9 * math.sqrt(allowed / step.local) if step.local > 0 else math.inf
         wanted = max(alpha, h * min(_GROW, max(_SHRINK, change)))
-        if local > allowed and h > alpha:
+        if step.local > allowed and h > alpha:
             h = wanted
-            if products > steps:  # unit-step integration would have been cheaper
+            if gradients > steps:  # unit-step integration would have been cheaper
                 return failed(Result.INACCURATE)
             continue
-        variance += sampled**2
-        error = math.hypot(error, local)
+        variance += step.sampled**2
+        error = math.hypot(error, step.local)
         for i, mark in enumerate(marks):
             since = alpha * mark - time
             if since > 0 and (since <= h or mark == steps):  # what is beyond h for K itself is overwritten later
                 since = min(since, h)
-                path[i] = at + descent.at(since) - w
+                path[i] = at + step.descent.at(since) - w
                 if lag:  # w = z + c v, and v = -(z_k - z_{k-1})/lr
-                    path[i] -= lag / sgd.lr * (descent.at(since) - descent.at(since - min(alpha, since)))
-        last, at, time, h = (at, descent, h), at + u, time + h, wanted
-    return WindowPrediction(path, math.sqrt(variance), error, round(products), Result.SUCCESSFUL)
+                    path[i] -= lag / sgd.lr * (step.descent.at(since) - step.descent.at(since - min(alpha, since)))
+        last, at, time, h = step, at + u, time + h, wanted
+    return WindowPrediction(path, math.sqrt(variance), error, round(gradients), Result.SUCCESSFUL)

@@ -278,6 +278,16 @@ def detect_problem(
     with any label smoothing, which two values determine. Cross-entropy on hard labels is no such problem, unless the
     noise that is injected flips the labels: their mean is then label smoothing.
 
+    Args:
+        module: what is trained.
+        samples: to measure.
+        loss: what ``training_step`` computes; None: it is recognised.
+        noise: what is injected, or given.
+        dtype: see `ZeroLossProblem`.
+        batch_size: see there.
+        step_ratios: see there.
+        process_group: see there.
+
     Raises:
         ValueError: the loss is not recognised, or is not the one that was passed, or its zero-loss set is empty.
     """

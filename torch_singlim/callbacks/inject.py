@@ -304,6 +304,9 @@ class _Perturbation:
 def injected_noise(trainer: Trainer) -> NoiseSystem | None:
     """The sum of what the trainer's `InjectNoise` callbacks inject; None without any.
 
+    Args:
+        trainer: with its callbacks.
+
     Raises:
         ValueError: the same kind of noise twice.
     """

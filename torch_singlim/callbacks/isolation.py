@@ -24,6 +24,9 @@ def isolated(budget: Budget, device_type: str) -> Iterator[None]:
     Args:
         budget: that counts the time.
         device_type: of the training.
+
+    Raises:
+        BaseException: whatever the block raises, once the random state is put back.
     """
     error: BaseException | None = None
     with (

@@ -28,6 +28,10 @@ __all__ = [
 def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None) -> list[str]:
     """Names of the trainable parameters that a pattern matches, as in a shell; None: all.
 
+    Args:
+        module: whose parameters they are.
+        patterns: one, or several.
+
     Raises:
         ValueError: a pattern that matches none.
 

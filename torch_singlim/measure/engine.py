@@ -374,6 +374,9 @@ class Engine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what a checkpoint holds.
 
+        Args:
+            state: as `state_dict` gives it.
+
         Raises:
             ValueError: a state of another version, or one that is not whole; its keys are named. Nothing has changed
                 then.

@@ -40,6 +40,9 @@ class Run:
 def find_runs(root: Path) -> list[Path]:
     """Folders, this one or below, that hold event files or a ``metrics.csv``.
 
+    Args:
+        root: the folder.
+
     Raises:
         ValueError: there is no such folder, or nothing in it.
     """

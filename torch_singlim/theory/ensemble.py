@@ -110,6 +110,9 @@ def simulate(
         progress: show a progress bar on the terminal.
         generator: of noise and batches.
 
+    Raises:
+        ValueError: fewer than one step or run; a noise that does not fit the problem.
+
     >>> from torch import nn
     >>> from torch_singlim.noise import Minibatch
     >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.eye(2), torch.zeros(2, 1))

@@ -47,6 +47,9 @@ def limit_flow(
         num_draws: for each drift, see `singular_limit`.
         generator: of random directions.
 
+    Raises:
+        ValueError: fewer than one step or sub-step.
+
     >>> from torch import nn
     >>> from torch_singlim.noise import Dropout
     >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 1, bias=False))

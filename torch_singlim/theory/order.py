@@ -105,10 +105,17 @@ def with_measured_order(
 ) -> NoiseSystem:
     """The same system, every `CustomNoise` whose order is left to measurement with the order that it has at `point`.
 
-    Raises:
-        ValueError: the draws do not tell, nor four times as many, and so on up to about a thousand.
-    """
+    Args:
+        noise: the system.
+        problem: loss and samples.
+        point: weights on Gamma ``[P]``.
+        num_draws: directions for the trace in V; four times as many where these do not decide, up to about a thousand.
+        hessian: ``gauss_newton(problem, point)``, if it is there already.
+        generator: of the directions.
 
+    Raises:
+        ValueError: the draws do not decide the order.
+    """
     hessian = gauss_newton(problem, point) if hessian is None else hessian
 
     def measured(part: NoiseSystem) -> NoiseSystem:

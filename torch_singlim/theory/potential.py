@@ -52,6 +52,9 @@ def traced(
         dimension: of the trace; up to num_draws the basis is used.
         num_draws: else so many random directions, at least 2, rounded up to a multiple of four.
         like: a vector ``[P]`` of the gradient's dtype and device.
+
+    Raises:
+        ValueError: a single random direction.
     """
     exact = num_draws >= dimension
     if not exact and num_draws < 2:
@@ -206,6 +209,9 @@ def averaged_gradient(
         num_draws: draws of the noise, at least 2, in up to four stratified blocks (see `stratified_noise`), which are
             rounded up to a prime number of draws each.
         generator: of the draws.
+
+    Raises:
+        ValueError: a single draw.
     """
     system.check(problem)
     if num_draws < 2:

@@ -1,4 +1,4 @@
-"""Numerical linear algebra on plain tensors; it has never heard of networks."""
+"""Numerical linear algebra on plain tensors, independent of networks."""
 
 from torch_singlim.linalg.estimate import Estimate, VectorEstimate, rademacher
 from torch_singlim.linalg.exponential import LinearDescent, descent_norm, linear_descent, phi1, phi2
@@ -22,7 +22,7 @@ from torch_singlim.linalg.operator import LinearOperator
 from torch_singlim.linalg.solution import Result, Solution
 
 __all__ = [
-    # operators known by their products
+    # operators given by their products
     "LinearOperator",
     # H = B^T B through K = B B^T
     "FactoredOperator",

@@ -1,4 +1,4 @@
-"""Random estimates that carry their standard error."""
+"""Random estimates with their standard errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Estimate:
 
     @classmethod
     def from_draws(cls, draws: Tensor) -> Estimate:
-        """Mean of independent draws ``[k]`` and s / sqrt(k); the error of a single draw is unknown: nan."""
+        """Mean of independent draws ``[k]`` and s / sqrt(k). A single draw gives no standard error: nan."""
         values = draws.double()
         count = values.numel()
         stderr = (values.std() / math.sqrt(count)).item() if count > 1 else math.nan
@@ -42,11 +42,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class VectorEstimate:
-    """A vector known by k independent, equally good estimates of it ``[k, n]``; k = 1 means that it is exact.
+    """A vector given by k independent, equally good estimates of it ``[k, n]``; k = 1 means that it is exact.
 
         mean = (1/k) sum_i g_i,      stderr^2 = sum_i |g_i - mean|^2 / (k (k - 1))  estimates  E |mean - truth|^2
 
-    Kept apart so that the error can follow the vector through a linear map.
+    The estimates are stored separately, so that the error is known after a linear map, too.
 
     >>> g = VectorEstimate(torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
     >>> g.mean, g.stderr, g.map(lambda v: 10 * v).stderr
@@ -70,18 +70,18 @@ class VectorEstimate:
 
     @property
     def norm(self) -> float:
-        """Norm of the truth, sqrt(|mean|^2 - stderr^2): sampling error alone does not make it grow."""
+        """Norm of the true vector, sqrt(|mean|^2 - stderr^2): the squared norm of the sampling error is subtracted."""
         return math.sqrt(max(self.mean.square().sum().item() - self.stderr**2, 0.0))
 
     def __add__(self, other: VectorEstimate) -> VectorEstimate:
-        """Sum of independent estimates with equally many groups, or one of them exact."""
+        """Sum of independent estimates with the same number of groups, or of an estimate and an exact vector."""
         return VectorEstimate(self.groups + other.groups)
 
     def halves(self) -> VectorEstimate:
-        """The same mean from the means of the two halves of the groups, for linear maps that are expensive.
+        """The same mean as an estimate with two groups, the means of the two halves, for linear maps that are expensive.
 
-        The error is then known from one difference instead of three (four groups), each of as many dimensions as the
-        error spreads over.
+        With four groups, the standard error then rests on one difference of vectors instead of three. One difference is
+        enough where the error has many components.
         """
         k = len(self.groups)
         if k < 4 or k % 2:
@@ -89,7 +89,7 @@ class VectorEstimate:
         return VectorEstimate(self.groups.view(2, k // 2, -1).mean(1))
 
     def map(self, linear: Callable[[Tensor], Tensor]) -> VectorEstimate:
-        """The estimate of a linear image, of the same dimension."""
+        """The estimate of the image under a linear map that preserves the dimension."""
         images = torch.empty_like(self.groups)
         for image, g in zip(images, self.groups, strict=True):
             image.copy_(linear(g))

@@ -3,7 +3,8 @@
     u(t) = -t phi1(-t H) r = -t r + t^2 B^T phi2(-t K) B r,      K = B B^T
     phi1(-z) = (1 - e^{-z})/z,      phi2(-z) = (1 - phi1(-z))/z
 
-The Krylov space is that of (K, B r), in the space of residuals; one space serves every t (Hochbruck & Ostermann 2010).
+The Krylov space is that of (K, B r), in the space of residuals; the same space is used for every t (Hochbruck &
+Ostermann 2010).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def phi2(z: Tensor) -> Tensor:
     >>> phi2(torch.tensor([0.0, 1.0]))
     tensor([0.5000, 0.3679])
     """
-    small = z < 1e-2  # below, the difference cancels: its series, right to 1e-11
+    small = z < 1e-2  # the difference cancels for small z: use its series there, accurate to 1e-11
     series = 1 / 2 - z / 6 + z**2 / 24 - z**3 / 120 + z**4 / 720
     return torch.where(small, series, (1 - phi1(z)) / z.where(~small, 1.0))
 
@@ -48,10 +49,10 @@ class LinearDescent:
     Args:
         operator: B ``[m, n]``.
         slope: r ``[n]``.
-        space: Krylov space of (K, B r); None where B r = 0.
+        space: Krylov space of (K, B r); None if B r = 0.
         start: |B r|.
         residual: relative change of u(t) over the last Krylov steps, at the t that was asked for.
-        products: with H that it took.
+        products: number of products with H that were taken.
     """
 
     operator: LinearOperator = field(repr=False)
@@ -62,7 +63,7 @@ class LinearDescent:
     products: float
 
     def at(self, t: float) -> Tensor:
-        """u(t)  ``[n]``; half a product, and one for every Krylov vector that is not held."""
+        """u(t)  ``[n]``; costs half a product, and one more for every Krylov vector that is not in memory."""
         if self.space is None or t == 0.0:
             return -t * self.slope
         y = _coefficients(self.space, self.start, t)
@@ -80,15 +81,15 @@ def linear_descent(
 ) -> LinearDescent:
     """Solve u' = -r - B^T B u, u(0) = 0 up to `time`.
 
-    Lanczos stops when u(time) moved by at most rtol times its norm over the last three steps; the norm is that of
-    u, not of its Krylov coefficients: |B^T Q y|^2 = y^T T y.
+    Lanczos stops when u(time) has changed by at most rtol times its norm over the last three steps. The norm is that
+    of u, not that of its Krylov coefficients: |B^T Q y|^2 = y^T T y.
 
     Args:
         operator: B ``[m, n]``.
         slope: r ``[n]``.
-        time: t > 0; later times are a little less accurate.
+        time: t > 0; u is slightly less accurate at later times.
         rtol: relative accuracy.
-        max_steps: most products with K.
+        max_steps: maximum number of products with K.
 
     Source: M. Hochbruck, A. Ostermann, Exponential integrators, Acta Numerica 2010.
 
@@ -117,7 +118,7 @@ def linear_descent(
 
 
 def descent_norm(operator: LinearOperator, slope: Tensor, *, time: float, steps: int = 3) -> float:
-    """|t phi1(-t H) r| without the vector, by Gauss quadrature with a few Lanczos steps.
+    """|t phi1(-t H) r| by Gauss quadrature with a few Lanczos steps; the vector itself is not formed.
 
         |t phi1(-t H) r|^2 = t^2 |r|^2 - t^3 (B r)^T psi(t K) B r,      psi(z) = phi2(-z) (1 + phi1(-z))
 

@@ -1,10 +1,10 @@
-"""H = B^T B seen through its small Gram matrix K = B B^T: kernel projection, pseudo-inverse, matrix functions.
+"""H = B^T B by means of its small Gram matrix K = B B^T: kernel projection, pseudo-inverse, matrix functions.
 
 With K u_i = l_i u_i, the eigenvectors of H with nonzero eigenvalue are v_i = B^T u_i / sqrt(l_i). So for any phi,
 
     phi(H) P_N = sum_i phi(l_i) v_i v_i^T = B^T psi(K) B,      psi(l) = phi(l) / l,
 
-and nothing of the large dimension squared is ever formed.
+and no n x n matrix is ever formed.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ __all__ = [
 ]
 
 
-# Lanczos steps of a quadrature, which has then 2 * 40 moments of the spectrum right
+# Lanczos steps of a quadrature, which then matches 2 * 40 moments of the spectrum
 _QUADRATURE = 40
-# random vectors from which eigenvalues are counted
+# number of random vectors for estimates of traces and counts of eigenvalues
 _COUNTING = 4
 
 
 def gram_cutoff(rows: int, dtype: torch.dtype) -> float:
-    """Eigenvalues of K up to this share of the largest are rounding error: m eps (as numpy.linalg.matrix_rank).
+    """Relative cutoff m eps: smaller eigenvalues of K are rounding error (as in numpy.linalg.matrix_rank).
 
-    A sensible relative cutoff for K ``[m, m]`` and so for the eigenvalues of H, which are squared singular values of B.
+    It applies to K ``[m, m]``, and so to the eigenvalues of H, which are the squared singular values of B.
     """
     return max(rows, 10) * torch.finfo(dtype).eps
 
 
 class FactoredOperator(ABC):
-    """H = B^T B ``[n, n]`` for an operator B ``[m, n]``; the interface of the two ways to work with it."""
+    """H = B^T B ``[n, n]`` for an operator B ``[m, n]``: the interface of the dense and the Krylov implementations."""
 
     operator: LinearOperator
 
     @property
     @abstractmethod
     def decomposed(self) -> bool:
-        """Whether all eigenvectors are at hand: any matrix function is then a dense product, else many with B."""
+        """Whether all eigenvectors were computed. A matrix function is then a dense product, else many products with B."""
 
     @abstractmethod
     def gram_function(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class FactoredOperator(ABC):
 
     @abstractmethod
     def spectrum(self) -> Tensor:
-        """Nonzero eigenvalues of H, descending ``[r]``; those resolved, where `exact` is False."""
+        """Nonzero eigenvalues of H, descending ``[r]``; only the resolved ones if `exact` is False."""
 
     @property
     @abstractmethod
@@ -82,7 +82,7 @@ class FactoredOperator(ABC):
 
     @abstractmethod
     def count(self, smallest: float) -> float:
-        """Number of eigenvalues of H that are at least this; nan where they are not resolved that far."""
+        """Number of eigenvalues of H that are at least `smallest`; nan if eigenvalues that small are not resolved."""
 
     @property
     @abstractmethod
@@ -92,16 +92,16 @@ class FactoredOperator(ABC):
     @property
     @abstractmethod
     def unresolved(self) -> float:
-        """Share of K's m eigenvalues that a projection resolves no better than to a tenth of themselves; 0: all."""
+        """Share of K's m eigenvalues that a projection does not resolve to a relative accuracy of 1/10; 0: none."""
 
     @property
     @abstractmethod
     def inverse(self) -> Callable[[Tensor], Tensor] | None:
-        """The product u -> K^-1 u ``[m]``, where K has full rank and was factored."""
+        """The product u -> K^-1 u ``[m]``; None unless K has full rank and was factored."""
 
     @property
     def rank(self) -> int:
-        """Number of nonzero eigenvalues of H; a lower bound where `exact` is False."""
+        """Number of nonzero eigenvalues of H; a lower bound if `exact` is False."""
         return self.spectrum().numel()
 
     def normal_function(self, phi: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
@@ -112,7 +112,8 @@ class FactoredOperator(ABC):
     def project_kernel(self, v: Tensor) -> Tensor:
         """P_T v = v - B^T K^+ B v: the orthogonal projection on ker H.  v ``[n]`` -> ``[n]``.
 
-        Where H was factored it is applied twice: the second pass removes what rounding left of the range.
+        If all eigenvectors are known, the projection is applied twice: the second pass removes the rounding errors of
+        the first one.
         """
         for _ in range(2 if self.decomposed else 1):
             v = v - self.normal_function(torch.ones_like, v)
@@ -184,15 +185,15 @@ class DenseFactored(FactoredOperator):
 
 @dataclass(frozen=True)
 class KrylovFactored(FactoredOperator):
-    """H = B^T B by Lanczos on K, a new Krylov space for each vector; B is only ever multiplied with.
+    """H = B^T B by Lanczos on K, with a new Krylov space for each vector; only products with B and B^T are used.
 
     Args:
         operator: B ``[m, n]``.
-        like: a tensor whose dtype and device the vectors have.
-        rtol: relative accuracy asked of every product.
-        max_steps: most products with K per vector.
+        like: a tensor with the dtype and the device of the vectors.
+        rtol: relative accuracy of every matrix function times a vector.
+        max_steps: maximum number of products with K per vector.
         cutoff: Ritz values at most this share of the largest count as zero.
-        seed: of the random start vector of `spectrum`.
+        seed: of the random start vectors of `spectrum` and `trace`.
     """
 
     operator: LinearOperator
@@ -207,13 +208,13 @@ class KrylovFactored(FactoredOperator):
         return False
 
     def _lanczos(self, start: Tensor, steps: int) -> Iterator[KrylovBasis]:
-        """The one Krylov space after so many steps."""
+        """The Krylov space after this number of steps; an iterator of at most one element."""
         B = self.operator
         return lanczos(B.gram_product, start, max_steps=steps, stride=steps, held=B.held)
 
     @cached_property
     def _ritz(self) -> tuple[Tensor, bool, float]:
-        """Eigenvalues resolved, whether they are all, and the weight of those that are not."""
+        """The resolved eigenvalues, whether these are all distinct ones, and the weight of the unresolved ones."""
         generator = torch.Generator().manual_seed(self.seed)
         start = rademacher((self.operator.shape[0],), generator=generator, like=self.like)
         spaces = list(self._lanczos(start, self.max_steps))
@@ -225,7 +226,7 @@ class KrylovFactored(FactoredOperator):
         resolved = (values > self.cutoff * largest) & (bounds <= self.rtol * largest)
         blurred = (values > self.cutoff * largest) & (bounds > 0.1 * values)
         if space.steps > len(space.held):
-            # copies may have come up: of intervals that overlap, which may hold the same eigenvalue, one counts
+            # eigenvalues may appear repeatedly: overlapping intervals may contain the same one and are counted once
             lowest = math.inf
             for i in resolved.nonzero()[:, 0].flip(0).tolist():
                 resolved[i] = bool(values[i] + bounds[i] < lowest)
@@ -239,13 +240,13 @@ class KrylovFactored(FactoredOperator):
     def exact(self) -> bool:
         """True when the Krylov space of a random vector became invariant: every distinct eigenvalue was found.
 
-        A repeated eigenvalue is found once (a random start vector sees one direction of its eigenspace).
+        A multiple eigenvalue is found once (a random start vector has one direction in common with its eigenspace).
         """
         return self._ritz[1]
 
     @property
     def unresolved(self) -> float:
-        """The quadrature weight of the Ritz values in question, from one random vector."""
+        """The quadrature weight of the Ritz values that are not resolved, from one random vector."""
         return self._ritz[2]
 
     @property
@@ -264,7 +265,7 @@ class KrylovFactored(FactoredOperator):
     @cached_property
     def _quadrature(self) -> list[tuple[Tensor, Tensor, bool]]:
         """For each of a few random vectors z: nodes l and weights c with z^T psi(K) z = sum_j c_j psi(l_j), and whether
-        that is exact. One set serves every trace.
+        this is exact. The same rules are used for every trace.
         """
         generator, m = torch.Generator().manual_seed(self.seed), self.operator.shape[0]
         rules = []
@@ -286,16 +287,17 @@ class KrylovFactored(FactoredOperator):
         return Estimate.from_draws(torch.stack(draws)) if draws else Estimate(0.0, 0.0)
 
     def count(self, smallest: float) -> float:
-        """The trace of an indicator function; right to a few percent of m.
+        """The trace of an indicator function, accurate to a few percent of m.
 
-        Where a vector's Krylov space reaches no eigenvalue as small as `smallest`, what is below is not resolved: nan.
+        It is nan if the Krylov space of one of the vectors has no Ritz value as small as `smallest`: the number of
+        eigenvalues below is then unknown.
         """
         if any(not exact and len(v) and bool(v.min() > smallest) for v, _, exact in self._quadrature):
             return math.nan
         return self.trace(lambda values: (values >= smallest).to(values)).mean
 
     def gram_form(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> float:
-        """By Gauss quadrature, which is right for a number long before the vector psi(K) u is."""
+        """By Gauss quadrature, which converges in fewer steps than the vector psi(K) u does."""
         form, most = 0.0, min(self.max_steps, _QUADRATURE)
         for space in self._lanczos(u, most):
             values, vectors, _ = space.ritz()
@@ -305,9 +307,9 @@ class KrylovFactored(FactoredOperator):
 
 @dataclass(frozen=True)
 class CholeskyFactored(KrylovFactored):
-    """H = B^T B with the Cholesky factor of a K of full rank: projections and K^-1 exact, what else by Lanczos.
+    """H = B^T B with the Cholesky factor of a K of full rank: exact projections and K^-1, all else by Lanczos.
 
-    A factor takes a thirtieth of the time of all eigenvectors.
+    Computing the factor takes a thirtieth of the time of computing all eigenvectors.
 
     >>> B = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]], dtype=torch.float64)
     >>> L = torch.linalg.cholesky(B @ B.T)
@@ -334,7 +336,7 @@ class CholeskyFactored(KrylovFactored):
         return torch.cholesky_solve(u[:, None], self.factor)[:, 0]
 
     def project_kernel(self, v: Tensor) -> Tensor:
-        for _ in range(2):  # the second pass removes what rounding left of the range
+        for _ in range(2):  # the second pass removes the rounding errors of the first one
             v = v - self.pseudo_inverse(self.operator.matvec(v))
         return v
 
@@ -343,7 +345,7 @@ class CholeskyFactored(KrylovFactored):
 
 
 def cholesky(gram: Tensor) -> Tensor | None:
-    """The Cholesky factor of K ``[m, m]``, or None where K is not numerically of full rank."""
+    """The Cholesky factor of K ``[m, m]``, or None if K does not have full numerical rank."""
     factor, info = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal().square()
     full = info.item() == 0 and bool((pivots > gram_cutoff(len(gram), gram.dtype) * gram.diagonal().max()).all())
@@ -355,12 +357,13 @@ def minimum_norm(operator: LinearOperator, gram: Tensor | None, u: Tensor, *, rt
 
     Args:
         operator: B ``[m, n]``.
-        gram: K = B B^T ``[m, m]``, or None to work with products alone (Lanczos).
+        gram: K = B B^T ``[m, m]``, or None to use products alone (Lanczos).
         u: right-hand side ``[m]``.
-        rtol: a residual at most this counts as converged.
-        max_steps: most products with K, where `gram` is None.
+        rtol: largest relative residual that counts as converged.
+        max_steps: maximum number of products with K if `gram` is None.
 
-    A numerically full-rank K is solved by Cholesky; else by its eigendecomposition, small eigenvalues cut off.
+    If K has full numerical rank, its Cholesky factor is used, else its eigendecomposition without the eigenvalues below
+    the cutoff.
     """
     norm = torch.linalg.vector_norm(u).item()
     if norm == 0.0:

@@ -1,7 +1,7 @@
-"""Lanczos' method with reorthogonalisation in bounded memory, and what follows from it: solves and matrix functions.
+"""Lanczos' method with reorthogonalisation in bounded memory; linear systems and matrix functions by Lanczos.
 
-All of it works on a symmetric positive semi-definite operator K given by its products. Here K = B B^T lives in the
-small space (residuals), so keeping and reorthogonalising the basis costs little beside a product.
+The functions take a symmetric positive semi-definite operator K given by its products. Here K = B B^T acts on the small
+space (residuals), so storing and reorthogonalising the basis is cheap compared with a product.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["KrylovBasis", "krylov_function", "krylov_solve", "lanczos", "precond
 class KrylovBasis:
     """K Q = Q T + beta q e_k^T with orthonormal columns Q ``[m, k]`` and tridiagonal T ``[k, k]``, after k steps.
 
-    beta = 0 means that the space is invariant: T holds exact eigenvalues of K. Only the first j columns are held,
-    those beyond are made again from the recurrence when they are needed.
+    beta = 0 means that the space is invariant: the eigenvalues of T are eigenvalues of K. Only the first j columns are
+    stored; the others are recomputed by the recurrence when they are needed.
 
     Args:
-        held: the first columns of Q, as rows ``[j, m]``, 2 <= j <= k where k > 1.
+        held: the first columns of Q, as rows ``[j, m]``, 2 <= j <= k if k > 1.
         tridiagonal: T.
         beta: norm of the remainder.
         matvec: the product with K.
@@ -38,7 +38,7 @@ class KrylovBasis:
 
     @property
     def steps(self) -> int:
-        """k, products with K so far."""
+        """k, the number of products with K so far."""
         return len(self.tridiagonal)
 
     def combine(self, y: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class KrylovBasis:
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values ``[k]`` ascending, their vectors in the basis ``[k, k]``, error bounds |beta e_k^T s| ``[k]``.
 
-        Every interval [theta - bound, theta + bound] holds an eigenvalue of K (Parlett 1998, section 13.2).
+        Every interval [theta - bound, theta + bound] contains an eigenvalue of K (Parlett 1998, section 13.2).
         """
         values, vectors = torch.linalg.eigh(self.tridiagonal)
         return values, vectors, (self.beta * vectors[-1]).abs()
@@ -65,17 +65,18 @@ class KrylovBasis:
 def lanczos(
     matvec: Callable[[Tensor], Tensor], start: Tensor, *, max_steps: int, stride: int = 5, held: int | None = None
 ) -> Iterator[KrylovBasis]:
-    """Yield the Krylov basis of (K, start) every `stride` steps and at the last: `max_steps`, or an invariant space.
+    """Yield the Krylov basis of (K, start) every `stride` steps and at the last step.
 
-    As long as all are held a new direction is orthogonalised against the whole basis, which keeps copies of converged
-    Ritz values out; beyond that by the recurrence alone: copies come up, and matrix functions stay right.
+    The last step is number `max_steps`, or the one at which the space becomes invariant. As long as the whole basis is
+    in memory, each new direction is orthogonalised against all of it, which prevents repeated copies of converged Ritz
+    values. After that only the recurrence is used: copies appear, but matrix functions remain accurate.
 
     Args:
         matvec: the product with K.
         start: ``[m]``.
-        max_steps: most products.
-        stride: steps between what is yielded.
-        held: most vectors held in memory, at least 2; default: all.
+        max_steps: maximum number of products.
+        stride: a basis is yielded every so many steps.
+        held: maximum number of vectors in memory, at least 2; default: all.
 
     Source: C. Musco, C. Musco, A. Sidford, Stability of the Lanczos method for matrix function approximation, 2018.
     """
@@ -112,7 +113,7 @@ def lanczos(
 
 
 def _least_squares(space: KrylovBasis) -> tuple[Tensor, float]:
-    """y of the smallest |K Q y - q_1|, and that residual (MINRES: Paige & Saunders 1975)."""
+    """The y that minimises |K Q y - q_1|, and that residual (MINRES: Paige & Saunders 1975)."""
     k = space.steps
     extended = torch.cat([space.tridiagonal, space.tridiagonal.new_zeros(1, k)])
     extended[k, k - 1] = space.beta
@@ -133,16 +134,17 @@ def krylov_solve(
 ) -> Solution:
     """The minimum-norm solution x of K x = b: x = |b| Q T^+ e_1, on the Krylov space of b.
 
-    Where that leaves more than b itself, as where b has much outside K's range, the x of the smallest residual.
+    If the residual of this x is larger than b itself, as it can be if b is far from the range of K, the x with the
+    smallest residual is returned instead.
 
     Args:
         matvec: product with the symmetric positive semi-definite K.
         rhs: b ``[m]``.
         rtol: stop when |K x - b| <= rtol |b|.
-        max_steps: at most this many products.
-        cutoff: Ritz values at most ``cutoff`` times the largest count as zero (a rank-deficient K, and a part of b
+        max_steps: maximum number of products.
+        cutoff: Ritz values at most ``cutoff`` times the largest count as zero (K is rank-deficient, and b has a part
             outside its range).
-        held: Krylov vectors held in memory, see `lanczos`.
+        held: maximum number of Krylov vectors in memory, see `lanczos`.
 
     >>> K = torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))
     >>> s = krylov_solve(lambda v: K @ v, torch.tensor([4.0, 1.0, 0.0]).double(), rtol=1e-10, max_steps=9, cutoff=1e-12)
@@ -167,7 +169,7 @@ def krylov_solve(
         elif space.beta == 0.0:
             status = Result.INCONSISTENT
         if status != Result.MAX_STEPS or steps == max_steps:
-            if residual > 1:  # worse than nothing: b is probably not in the range
+            if residual > 1:  # worse than x = 0: b is probably not in the range
                 coefficients, residual = _least_squares(space)
             x = norm * space.combine(coefficients)
             break
@@ -185,9 +187,9 @@ def krylov_function(
 ) -> Solution:
     """f(K) b = |b| Q f(T) e_1, on the Krylov space of b (Higham 2008, section 13.2).
 
-    Stops when the result moved by at most rtol times its norm over the last few steps; for the smooth f used
-    here that change is an honest error estimate, for a step function it is not, and `residual` says what was reached.
-    `held`: Krylov vectors held in memory, see `lanczos`.
+    The iteration stops when the result has changed by at most rtol times its norm over the last few steps. This change,
+    which is returned as `residual`, is a reliable error estimate for the smooth f used here, but not for a step
+    function. `held`: maximum number of Krylov vectors in memory, see `lanczos`.
     """
     norm = torch.linalg.vector_norm(vector).item()
     if norm == 0.0:
@@ -220,17 +222,17 @@ def preconditioned_solve(
     rtol: float,
     max_steps: int,
 ) -> Solution:
-    """K x = b for a positive definite K by conjugate gradients, preconditioned by an approximate inverse.
+    """Solve K x = b for a positive definite K by conjugate gradients, preconditioned by an approximate inverse.
 
-    With the Cholesky factor of a K nearby the steps are few (Golub & Van Loan 2013, section 11.5.2).
+    With the Cholesky factor of a nearby K, few steps are needed (Golub & Van Loan 2013, section 11.5.2).
 
     Args:
         matvec: product with K.
         rhs: b ``[m]``.
         precondition: product with the approximate inverse, symmetric positive definite.
         rtol: stop when |K x - b| <= rtol |b|.
-        max_steps: at most this many products; given up after a quarter of them, at least 4, where the residual has
-            not come a quarter of the way, in logarithm.
+        max_steps: maximum number of products. The iteration stops after a quarter of them (at least 4) if the logarithm
+            of the residual has not covered a quarter of the way to that of the tolerance.
 
     >>> K = torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64))
     >>> preconditioned_solve(lambda v: K @ v, torch.ones(2).double(), lambda v: v, rtol=1e-12, max_steps=5).x

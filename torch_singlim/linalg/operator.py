@@ -1,4 +1,4 @@
-"""Linear operators known by their products."""
+"""Linear operators given by their products with vectors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LinearOperator:
 
     @property
     def held(self) -> int:
-        """Krylov vectors ``[m]`` that take the memory of four vectors ``[n]``, or of a million numbers; at least 2."""
+        """How many Krylov vectors ``[m]`` take the memory of four vectors ``[n]``, or of 10^6 numbers; at least 2."""
         m, n = self.shape
         return max(2, max(4 * n, 10**6) // max(m, 1))
 
@@ -50,6 +50,6 @@ class LinearOperator:
         return self.rmatvec(self.matvec(v))  # v -> B v -> B^T B v
 
     def rows(self, like: Tensor) -> Tensor:
-        """The dense matrix B ``[m, n]``, one row a product; for small problems.  `like` gives dtype and device."""
+        """The dense matrix B ``[m, n]``, one product for each row; for small problems.  `like` sets dtype and device."""
         identity = torch.eye(self.shape[0], dtype=like.dtype, device=like.device)
         return torch.stack([self.rmatvec(e) for e in identity])

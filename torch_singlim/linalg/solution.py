@@ -1,4 +1,4 @@
-"""How an iteration ended: one enumeration for every solver and integrator, each result with its message."""
+"""How an iteration ended: one enumeration for every solver and integrator, with a message for each member."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Result", "Solution"]
 
 
 class Result(Enum):
-    """How an iteration ended; the value says what it means and what to do.
+    """How an iteration ended; the value is a message that says what this means and what to do.
 
     >>> Result.MAX_STEPS.message
     'the tolerance was not reached in the steps allowed: allow more of them, or a larger tolerance'
@@ -21,12 +21,12 @@ class Result(Enum):
     MAX_STEPS = "the tolerance was not reached in the steps allowed: allow more of them, or a larger tolerance"
     INCONSISTENT = "the right-hand side has a part outside the range: this is the least-squares solution"
     STALLED = "no shorter step reduced the residual: this is the best point found"
-    DIVERGED = "the iterates left every bounded region: the step size is probably unstable"
+    DIVERGED = "the iterates are not bounded: the step size is probably unstable"
     INACCURATE = "the accuracy asked for costs more than unit-step integration: use effective_flow"
 
     @property
     def message(self) -> str:
-        """What it means and what to do."""
+        """What the result means and what to do."""
         return self.value
 
 
@@ -37,8 +37,9 @@ class Solution:
     Args:
         x: the vector.
         status: how it ended.
-        steps: products that it took.
-        residual: relative to the right-hand side; for a matrix function the change over the last steps.
+        steps: number of products taken.
+        residual: norm of the residual relative to the right-hand side; for a matrix function, the relative change over
+            the last steps.
     """
 
     x: Tensor

@@ -367,6 +367,9 @@ def find_problem(
             )
     except ValueError as error:
         return Code.NO_PROBLEM(why=str(error)), None
+    except Exception as error:  # data sets and modules may raise anything where they are used in another way
+        _log.debug("samples and loss were not found", exc_info=error)
+        return Code.NO_PROBLEM(why=f"samples and loss were not found: {type(error).__name__}: {error}"), None
     for warning in caught if trainer.is_global_zero else ():
         if warning.category is UserWarning and "over-parameterised" in str(warning.message):
             _log.warning("torch_singlim: %s", warning.message)

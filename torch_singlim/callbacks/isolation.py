@@ -63,8 +63,8 @@ def attempt(
     device_type: str,
     smaller: Callable[[], bool],
     failed: Callable[[Exception], None],
-) -> None:
-    """Do it isolated from the training; a failure is reported and its traceback logged at debug level.
+) -> bool:
+    """Do it isolated from the training, and whether that worked; the traceback of a failure is logged at debug level.
 
     Args:
         what: to do.
@@ -77,10 +77,10 @@ def attempt(
         try:
             with isolated(budget, device_type):
                 what()
-            return
+            return True
         except Exception as error:
             if out_of_memory(error) and smaller():
                 continue
             _log.debug("a measurement failed", exc_info=error)
             failed(error)
-            return
+            return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from torch_singlim.callbacks.inject import injected_noise
 from torch_singlim.callbacks.isolation import attempt, isolated
 from torch_singlim.callbacks.optimizer import StepRecorder, read_optimizer, select_parameters, step_batch_size
 from torch_singlim.callbacks.publish import describe, log_point, provide, report_reasons, say
-from torch_singlim.callbacks.snapshot import snapshot_of_trainer
+from torch_singlim.callbacks.snapshot import Subject
 from torch_singlim.callbacks.tensorboard import (
     begin_hyperparameters,
     draw,
@@ -34,12 +33,13 @@ from torch_singlim.measure import (
     DistanceMeasurement,
     Due,
     Engine,
+    Measurement,
     Options,
     Reason,
     Schedule,
-    Snapshot,
     Visibility,
     Window,
+    scalars,
     terminal_line,
     training_of,
 )
@@ -148,10 +148,12 @@ class SingularLimitMonitor(Callback):
         self.engine: Engine | None = None
         """What measures, from the start of training on."""
         self.verdict = ""
+        self._subject: Subject | None = None  # what it takes snapshots of, likewise
         self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until training starts
         self._step_before = 0  # at the end of the last batch
         self._figures_at = 0  # the step at which figures were drawn last
-        self._failed = False  # whether a failure was reported
+        self._failed = False  # whether a failure was noted
+        self._num_reported = 0  # reasons that were reported so far
 
     # --- what was measured -----------------------------------------------------------------------------------------
 
@@ -189,11 +191,11 @@ class SingularLimitMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The engine's state and the sums over the optimizer's steps: tensors and plain values alone."""
-        if self.engine is None:
+        if self.engine is None or self._subject is None:
             return {}
         return {
             "engine": self.engine.state_dict(),
-            "steps": self._recorder.state_dict(),
+            "steps": self._subject.recorder.state_dict(),
             "figures_at": self._figures_at,
         }
 
@@ -201,14 +203,14 @@ class SingularLimitMonitor(Callback):
         """Kept until training starts: the network is not on its device before."""
         self._resumed = state_dict or None
 
-    def _resume(self, trainer: Trainer, engine: Engine, state: Mapping[str, Any]) -> bool:
+    def _resume(self, trainer: Trainer, engine: Engine, subject: Subject, state: Mapping[str, Any]) -> bool:
         """Go on with what a checkpoint holds; False: it could not be taken over."""
         try:
             engine.load_state_dict(state["engine"])
         except (KeyError, ValueError) as error:
             engine.note(Code.STATE(why=str(error)))
             return False
-        self._recorder.load_state_dict(state["steps"])
+        subject.recorder.load_state_dict(state["steps"])
         self._figures_at = state["figures_at"]
         for step in sorted(engine.history):
             provide(trainer, self.name, engine.history[step], prog_bar=self.prog_bar)
@@ -228,7 +230,7 @@ class SingularLimitMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what is trained, and how; measure the first weights, or go on from a checkpoint."""
-        resumed, self._resumed, self.engine = self._resumed, None, None
+        resumed, self._resumed, self.engine, self._subject = self._resumed, None, None, None
         self.verdict, self._failed, self._figures_at = "", False, 0
         self._step_before = trainer.global_step
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it from a helper
@@ -237,27 +239,32 @@ class SingularLimitMonitor(Callback):
         if sharded in _SHARDED:
             report_reasons(trainer, [Code.SHARDED(strategy=sharded)])
             return
+        names = select_parameters(pl_module, self.parameters)
+        if not names:
+            report_reasons(trainer, [Code.NO_WEIGHTS()])
+            return
         budget = Budget(self.max_overhead)
-        with isolated(budget, "cpu"):
-            engine = self._make_engine(trainer, pl_module, budget)
-        self.engine = engine
-        went_on = resumed is not None and self._resume(trainer, engine, resumed)
+        with isolated(budget, trainer.strategy.root_device.type):
+            engine, subject = self._begin(trainer, pl_module, names, budget)
+        self.engine, self._subject = engine, subject
+        went_on = resumed is not None and self._resume(trainer, engine, subject, resumed)
         describe(trainer, engine)
+        self._num_reported = len(engine.reasons)
         if not went_on:
             self._measure(trainer, trainer.global_step - 1)
         self._attempt(trainer, lambda: self._open_dashboard(trainer, engine))
 
-    def _make_engine(self, trainer: Trainer, module: LightningModule, budget: Budget) -> Engine:
-        """The engine for what this trainer trains."""
+    def _begin(
+        self, trainer: Trainer, module: LightningModule, names: Sequence[str], budget: Budget
+    ) -> tuple[Engine, Subject]:
+        """The engine for what this trainer trains, and what it takes snapshots of."""
         injected = injected_noise(trainer)
         if injected is not None and self.noise is not None:
             raise ValueError(
                 f"the noise is given twice, by SingularLimitMonitor(noise={self.noise}) and by "
                 f"InjectNoise({injected}): leave it out of the monitor, which finds what is injected"
             )
-        names = select_parameters(module, self.parameters)
         optimizer = read_optimizer(trainer, module, names, step_batch_size(trainer))
-        self._module, self._recorder = module, StepRecorder(optimizer)
         problem, subset = find_problem(
             trainer,
             module,
@@ -270,10 +277,8 @@ class SingularLimitMonitor(Callback):
             batch_size=self.batch_size,
             step_ratios=optimizer.step_ratios,
         )
-        if isinstance(problem, Reason):
-            self._space = WeightSpace(module, dtype=self.dtype, step_ratios=optimizer.step_ratios)
-        else:
-            self._space = problem.function
+        plain = WeightSpace(module, dtype=self.dtype, step_ratios=optimizer.step_ratios)
+        space = plain if isinstance(problem, Reason) else problem.function
         training = training_of(
             problem,
             given=self.noise,
@@ -282,34 +287,33 @@ class SingularLimitMonitor(Callback):
             reasons=(*optimizer.reasons, *([subset] if subset else [])),
         )
         total = trainer.estimated_stepping_batches
-        schedule = Schedule.of_run(
-            window=self.window, every_n_steps=self.every_n_steps, total=int(total) if math.isfinite(total) else None
-        )
-        return Engine(problem, training, self.options, schedule, budget, torch.Generator().manual_seed(self.seed))
+        schedule = Schedule.of_run(window=self.window, every_n_steps=self.every_n_steps, total=total)
+        generator = torch.Generator().manual_seed(self.seed)
+        engine = Engine(problem, training, self.options, schedule, budget, generator)
+        return engine, Subject(module, space, StepRecorder(optimizer))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Add the learning rate that this step uses."""
-        if self.engine is not None:
-            self._recorder.before_step(trainer, optimizer)
+        if self._subject is not None:
+            self._subject.recorder.before_step(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure what is due; between measurements nothing but comparisons of integers."""
-        engine, step, before = self.engine, trainer.global_step, self._step_before
+        engine, subject, step, before = self.engine, self._subject, trainer.global_step, self._step_before
         self._step_before = step
-        if engine is None:
+        if engine is None or subject is None:
             return
         if step > before:
-            self._recorder.after_step(trainer)
+            subject.recorder.after_step(trainer)
         due = engine.due(before, step)
         if due is Due.MEASUREMENT:
             self._measure(trainer, before)
         elif due is Due.MARK:
-            self._attempt(trainer, lambda: engine.mark(self._snapshot(trainer)))
+            self._attempt(trainer, lambda: engine.mark(subject.snapshot(trainer)))
         elif due is Due.EXCESS_LOSS:
-            self._attempt(trainer, lambda: engine.measure_loss(self._snapshot(trainer)))
-            self._publish(trainer, step)
+            self._attempt(trainer, lambda: self._publish(trainer, engine.measure_loss(subject.snapshot(trainer))))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the last weights and write the verdict."""
@@ -324,26 +328,26 @@ class SingularLimitMonitor(Callback):
 
     # --- one measurement -------------------------------------------------------------------------------------------
 
-    def _snapshot(self, trainer: Trainer) -> Snapshot:
-        return snapshot_of_trainer(trainer, self._module, self._space, self._recorder)
-
     def _measure(self, trainer: Trainer, before: int) -> None:
         """All that is due at this step; published, and drawn where the steps have doubled."""
-        engine, step = self.engine, trainer.global_step
+        engine, subject, step = self.engine, self._subject, trainer.global_step
         assert engine is not None
-        known = len(engine.reasons)
+        assert subject is not None
+
+        def measure() -> None:
+            self._publish(trainer, engine.measure(subject.snapshot(trainer), before=before))
+            say(trainer, logging.INFO, f"step {step}: {terminal_line(engine.history.get(step, {}))}")
+
         profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # Lightning sets it from a helper
         with profiler.profile(f"[{type(self).__name__}]{self.name}.measure"):
             say(trainer, logging.INFO, f"step {step}: measuring ...")
-            self._attempt(trainer, lambda: engine.measure(self._snapshot(trainer), before=before))
-            engine.abandon(step)
-            report_reasons(trainer, engine.reasons[known:])
-            self._publish(trainer, step)
+            if not self._attempt(trainer, measure):
+                engine.abandon(step)
             if step >= 2 * max(self._figures_at, 1):
                 self._attempt(trainer, lambda: self._draw(trainer, engine))
 
-    def _attempt(self, trainer: Trainer, what: Callable[[], object]) -> None:
-        """Do it beside the training, which it may not end.
+    def _attempt(self, trainer: Trainer, what: Callable[[], object]) -> bool:
+        """Do it beside the training, which it may not end; whether it worked.
 
         Among several processes, which wait for one another, nothing can be skipped by one.
         """
@@ -366,21 +370,22 @@ class SingularLimitMonitor(Callback):
                     f"{trainer.global_rank}, and the others wait for it: {words}; leave the monitor out, or train on "
                     "one device, where a measurement that fails is skipped"
                 ) from error
-            if not self._failed:
-                report_reasons(trainer, engine.note(Code.FAILED(step=trainer.global_step, error=words)))
+            if not self._failed:  # the first one is reported
+                engine.note(Code.FAILED(step=trainer.global_step, error=words))
             self._failed = True
 
-        attempt(what, budget=engine.budget, device_type=self._space.device.type, smaller=smaller, failed=failed)
+        device_type = trainer.strategy.root_device.type
+        worked = attempt(what, budget=engine.budget, device_type=device_type, smaller=smaller, failed=failed)
+        report_reasons(trainer, engine.reasons[self._num_reported :])
+        self._num_reported = len(engine.reasons)
+        return worked
 
-    def _publish(self, trainer: Trainer, step: int) -> None:
-        """What was measured at a step."""
-        assert self.engine is not None
-        point = self.engine.history.get(step)
-        if point is not None:
-            log_point(trainer, self.name, step, point)
+    def _publish(self, trainer: Trainer, measurement: Measurement) -> None:
+        """To loggers, to callbacks that monitor a metric, to the progress bar."""
+        point = scalars(measurement)
+        if point:
+            log_point(trainer, self.name, measurement.step, point)
             provide(trainer, self.name, point, prog_bar=self.prog_bar)
-            if step == self.engine.last_step:
-                say(trainer, logging.INFO, f"step {step}: {terminal_line(point)}")
 
     # --- TensorBoard -----------------------------------------------------------------------------------------------
 
@@ -388,17 +393,17 @@ class SingularLimitMonitor(Callback):
         """The card of what was found; by the last monitor to start, the layout of the charts of all."""
         monitors = _monitors(trainer)
         running = {each.name: each.engine for each in monitors if each.engine is not None}
-        if has_board(trainer):
-            found = settings(engine, self._snapshot(trainer), window=self.window)
+        if has_board(trainer) and self._subject is not None:
+            found = settings(engine, self._subject.snapshot(trainer), window=self.window)
             first, complete = monitors[0] is self, len(running) == len(monitors)
             open_board(trainer, self.name, running, found, first=first, complete=complete)
 
     def _draw(self, trainer: Trainer, engine: Engine) -> None:
         """Figures, if there is time for them; every process takes part in what they are drawn of."""
-        if has_board(trainer) and engine.affords("figures"):
+        if has_board(trainer) and self._subject is not None and engine.affords("figures"):
             self._figures_at = trainer.global_step
             with engine.budget.timed("figures"):
-                draw(trainer, self.name, engine, self._snapshot(trainer).sgd)
+                draw(trainer, self.name, engine, self._subject.snapshot(trainer).sgd)
 
     def _conclude(self, trainer: Trainer, engine: Engine) -> None:
         self.verdict = engine.verdict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,32 @@ from torch_singlim.callbacks.optimizer import StepRecorder, read_groups, read_op
 from torch_singlim.measure import Code, Snapshot
 from torch_singlim.network import WeightSpace
 
-__all__ = ["snapshot_of_checkpoint", "snapshot_of_trainer"]
+__all__ = ["Subject", "snapshot_of_checkpoint", "snapshot_of_trainer"]
 
 
 def _velocity(space: WeightSpace, buffers: Sequence[Tensor | None]) -> Tensor | None:
     """Momentum buffers as one vector ``[P]``, where there is one for every parameter."""
     found = [each for each in buffers if each is not None]
     return space.flatten(found, gradients=True) if found and len(found) == len(buffers) else None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What of a Trainer's training is measured.
+
+    Args:
+        module: that is trained.
+        space: the weights that are measured.
+        recorder: of the optimizer's steps.
+    """
+
+    module: LightningModule
+    space: WeightSpace
+    recorder: StepRecorder
+
+    def snapshot(self, trainer: Trainer) -> Snapshot:
+        """The present moment of the training."""
+        return snapshot_of_trainer(trainer, self.module, self.space, self.recorder)
 
 
 def snapshot_of_trainer(

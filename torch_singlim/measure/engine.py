@@ -158,8 +158,10 @@ class Engine:
 
     def affords(self, kind: str) -> bool:
         """Whether there is time for it; the first process decides for all."""
-        assert self.problem is not None
-        return bool(self.problem.process_group.broadcast(self.budget.affords(kind), self.problem.device))
+        afforded = self.budget.affords(kind)
+        if self.problem is None:
+            return afforded
+        return bool(self.problem.process_group.broadcast(afforded, self.problem.device))
 
     def _orders_known(self) -> bool:
         return not any(isinstance(p, CustomNoise) and p.claimed_order == "measured" for p in parts(self.noise))

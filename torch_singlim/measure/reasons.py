@@ -38,6 +38,7 @@ class Code(Enum):
 
     # the training cannot be written as a zero-loss problem
     NO_PROBLEM = _UNSUPPORTED, Scope.GEOMETRY, "{why}"
+    NO_WEIGHTS = _UNSUPPORTED, Scope.EVERYTHING, "the module has no trainable parameters"
     SHARDED = (
         _UNSUPPORTED,
         Scope.EVERYTHING,

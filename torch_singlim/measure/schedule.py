@@ -65,10 +65,18 @@ class Schedule:
     losses: frozenset[int] = field(default=frozenset(), repr=False)
 
     @classmethod
-    def of_run(cls, *, window: int, every_n_steps: int | None, total: int | None) -> Schedule:
-        """That of a run, see `window_starts`, with the excess loss ten times per decade of steps."""
+    def of_run(cls, *, window: int, every_n_steps: int | None, total: float | None) -> Schedule:
+        """That of a run, see `window_starts`, with the excess loss ten times per decade of steps.
+
+        Args:
+            window: steps of each window.
+            every_n_steps: steps from one window to the next; None: at powers of two.
+            total: steps of the run; infinite or None: not known.
+        """
+        total = None if total is None or math.isinf(total) else int(total)
         losses = frozenset(round(10 ** (k / _PER_DECADE)) for k in range(_DECADES * _PER_DECADE))
-        return cls({start: start + window for start in window_starts(window, every_n_steps, total)}, losses=losses)
+        starts = window_starts(window, every_n_steps, total)
+        return cls({start: start + window for start in starts}, losses=losses)
 
     @classmethod
     def between(cls, steps: Sequence[int]) -> Schedule:

@@ -1,8 +1,8 @@
 """What the pieces cost, in units of one gradient, beside other ways to the same products.
 
-Prints one table a problem and writes JSON. The unit is the gradient of the loss over the whole probe set by plain
-autograd, in the same run on the same machine; times are medians. curvlinops is compared where it is installed
-(the extra "bench"). Peak memory is what the driver, or Linux, counts.
+Prints one table for each problem and writes JSON. The unit is the gradient of the loss over all samples by plain
+autograd, in the same run on the same machine; times are medians. curvlinops is compared where it is installed (the
+extra "bench"). Peak memory is what the driver, or Linux, counts.
 """
 
 from __future__ import annotations
@@ -24,48 +24,47 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from common import Classifier, command, first_images, open_images, set_dropout
-from mnist import cnn, mlp
+from data import first_images, open_images
+from networks import Classifier, cnn, mlp, resnet18, set_dropout
+from shell import command
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchvision.datasets import MNIST
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from torch_singlim import (
     Dropout,
     SGDSettings,
     SingularLimitMonitor,
+    Snapshot,
     ZeroLossProblem,
     effective_flow,
     finite_window,
+    linearize,
+    measure_distance,
     nearest_point,
     tangent_space,
 )
-from torch_singlim.geometry.gram import MAX_DENSE
-from torch_singlim.measure.distance import observe
 
 # name, call, whether it takes so long that once is enough
 Row = tuple[str, Callable[[], object], bool]
-_CLEAN_STEPS = 2_000  # of training before the projections: their difficulty depends on the spectrum
-_WARM_UP = 35
-_REPEATS = 15
-_CLEAR = Path("/proc/self/clear_refs")
-_PATIENCE = 20.0  # a rival's solve is given up after so many times ours
-
-
-def resnet18(shape: tuple[int, ...]) -> nn.Module:
-    """torchvision's ResNet-18 with GroupNorm."""
-    return ResNet(BasicBlock, [2, 2, 2, 2], num_classes=10, norm_layer=lambda width: nn.GroupNorm(8, width))
-
-
 # network, shape of a sample, samples
 PROBLEMS: dict[str, tuple[Callable[[tuple[int, ...]], nn.Module], tuple[int, ...], int]] = {
     "mlp": (mlp, (1, 28, 28), 1_000),
     "cnn": (cnn, (1, 28, 28), 1_000),
     "resnet18": (resnet18, (3, 32, 32), 64),
 }
+SGD = SGDSettings(lr=0.2, batch_size=100)
+DROPOUT = 0.1
+_CLEAN_STEPS = 2_000  # of training before the projections: their difficulty depends on the spectrum
+_WARM_UP = 35
+_REPEATS = 15
+_CLEAR = Path("/proc/self/clear_refs")
+_PATIENCE = 20.0  # another library's solve is given up after so many times ours
+
+
+# --- how time and memory are measured ---------------------------------------------------------------------------------
 
 
 def seconds(call: Callable[[], object], *, once: bool, device: torch.device) -> float:
@@ -100,7 +99,7 @@ def memory(call: Callable[[], object], device: torch.device) -> float:
         call()
         return math.nan
     gc.collect()
-    with suppress(OSError, AttributeError):  # what the C library keeps for itself would count for the next call
+    with suppress(OSError, AttributeError):  # memory that the C library keeps would count for the next call
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     _CLEAR.write_text("5")  # the high-water mark begins anew
     before = _status("VmRSS")
@@ -112,6 +111,29 @@ def _status(key: str) -> float:
     """A figure of the process from Linux, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def images(shape: tuple[int, ...], count: int, data_dir: Path | None) -> tuple[Tensor, Tensor]:
+    """Images ``[n, *shape]`` and one-hot targets: MNIST from a folder, or random ones."""
+    x, labels = torch.randn(count, *shape), torch.randint(10, (count,))
+    if data_dir is not None and shape[0] == 1:
+        x, labels = first_images(open_images(MNIST, data_dir, download=True), count, where=data_dir)
+        x = (x - x.mean()) / x.std()
+    return x, F.one_hot(labels, 10).float()
+
+
+def train(net: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Bring the weights near the zero-loss set, where measurements are made."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=SGD.lr)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_CLEAN_STEPS):
+        index = torch.randint(len(x), (100,), generator=generator).to(x.device)
+        optimizer.zero_grad()
+        F.mse_loss(net(x[index]), y[index]).backward()
+        optimizer.step()
 
 
 def naive_product(net: nn.Module, x: Tensor, y: Tensor, v: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,10 +152,10 @@ def products(net: nn.Module, problem: ZeroLossProblem, x: Tensor, y: Tensor) -> 
     """Products with the Gauss-Newton matrix and the Hessian."""
     w = problem.weights()
     v = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w)
-    operator = problem.linearize(w).operator
+    operator = linearize(problem, w).operator
     named = problem.function.unflatten(v)
-    yield "Gauss-Newton product, kept", lambda: operator.normal_product(v), False
-    yield "Gauss-Newton product, anew", lambda: problem.linearize(w).operator.normal_product(v), False
+    yield "Gauss-Newton product, cached linearisation", lambda: operator.normal_product(v), False
+    yield "Gauss-Newton product, new linearisation", lambda: linearize(problem, w).operator.normal_product(v), False
     yield "Gauss-Newton product, jvp + vjp", lambda: naive_product(net, x, y, named), False
     yield "Hessian product", lambda: problem.hessian_product(w, v), False
     if find_spec("curvlinops") is None:
@@ -143,11 +165,21 @@ def products(net: nn.Module, problem: ZeroLossProblem, x: Tensor, y: Tensor) -> 
         ("Gauss-Newton", curvlinops.GGNLinearOperator),
         ("Hessian", curvlinops.HessianLinearOperator),
     ):
-        rival = kind(net, nn.MSELoss(), parameters, [(x, y)], check_deterministic=False)
-        yield f"{name} product, curvlinops", lambda rival=rival: rival @ v, False
+        other = kind(net, nn.MSELoss(), parameters, [(x, y)], check_deterministic=False)
+        yield f"{name} product, curvlinops", lambda other=other: other @ v, False
 
 
-def rival_projection(net: nn.Module, x: Tensor, y: Tensor, v: Tensor, exact: Tensor, limit: float) -> dict[str, Any]:
+def geometry(problem: ZeroLossProblem) -> Iterator[Row]:
+    """The parts of a measurement, and all of it."""
+    w = problem.weights()
+    snapshot, generator = Snapshot(1_000, w, sgd=SGD), torch.Generator().manual_seed(0)
+    yield "tangent projection", lambda: tangent_space(problem, w).project(torch.ones_like(w)), True
+    yield "distance", lambda: nearest_point(problem, w, rtol=2e-2, max_steps=12), True
+    yield "finite_window, 1,000 steps", lambda: finite_window(problem, w, Dropout(), SGD, steps=1_000), True
+    yield "measurement", lambda: measure_distance(problem, snapshot, noise=Dropout(), generator=generator), True
+
+
+def other_projection(net: nn.Module, x: Tensor, y: Tensor, v: Tensor, exact: Tensor, limit: float) -> dict[str, Any]:
     """P_T v = v - z by conjugate gradients on H z = H v with curvlinops' H, stopped by the true error."""
     operator = import_module("curvlinops").GGNLinearOperator
     H = operator(net, nn.MSELoss(), list(net.parameters()), [(x, y)], check_deterministic=False)
@@ -167,55 +199,82 @@ def rival_projection(net: nn.Module, x: Tensor, y: Tensor, v: Tensor, exact: Ten
     return {"seconds": time.perf_counter() - start, "error": error(), "products": steps}
 
 
-def geometry(problem: ZeroLossProblem, num_draws: int) -> Iterator[Row]:
-    """What a probe consists of."""
-    w, sgd = problem.weights(), SGDSettings(lr=0.2, batch_size=100)
-    generator = torch.Generator().manual_seed(0)
-    yield "tangent projection", lambda: tangent_space(problem, w).project(torch.ones_like(w)), True
-    yield "distance", lambda: nearest_point(problem, w, rtol=2e-2, max_steps=12), True
-    yield "finite_window, 1,000 steps", lambda: finite_window(problem, w, Dropout(), sgd, steps=1_000), True
-    yield (
-        "probe",
-        lambda: observe(problem, w, step=1_000, noise=Dropout(), sgd=sgd, num_draws=num_draws, generator=generator),
-        True,
-    )
+# --- the experiments --------------------------------------------------------------------------------------------------
 
 
-def trained(net: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Near the zero-loss set, where probes are made."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(_CLEAN_STEPS):
-        index = torch.randint(len(x), (100,), generator=generator).to(x.device)
-        optimizer.zero_grad()
-        F.mse_loss(net(x[index]), y[index]).backward()
-        optimizer.step()
+def pieces(
+    name: str, dtype: torch.dtype, device: torch.device, samples: int | None, data_dir: Path | None, *, deep: bool
+) -> dict[str, Any]:
+    """Seconds and memory of the products of one problem; deep: on trained weights, and of the geometry, too."""
+    build, shape, default = PROBLEMS[name]
+    torch.manual_seed(0)
+    count = samples or default
+    x, y = (each.to(device, dtype) for each in images(shape, count, data_dir))
+    net = build(shape).to(device, dtype)
+    set_dropout(net, DROPOUT)
+    net.eval()
+    if deep:
+        train(net, x, y)
+    problem = ZeroLossProblem(net, "mse", x, y, dtype=dtype)
+    parameters = list(net.parameters())
+
+    def gradient() -> object:
+        return torch.autograd.grad(F.mse_loss(net(x), y), parameters)
+
+    unit = seconds(gradient, once=False, device=device)
+    rows: list[dict[str, Any]] = [{"name": "gradient", "seconds": unit, "MiB": memory(gradient, device)}]
+    for row, call, once in (*products(net, problem, x, y), *(geometry(problem) if deep else [])):
+        try:
+            peak, duration = memory(call, device), seconds(call, once=once, device=device)
+        except NotImplementedError as error:
+            print(f"{name}: {row}: not possible, {error}", flush=True)
+            continue
+        rows.append({"name": row, "seconds": duration, "MiB": peak})
+        print(f"{name}: {row}: {duration:.3g} s", flush=True)
+    found: dict[str, Any] = {"N": count, "P": problem.num_weights, "rows": rows}
+    if deep and dtype == torch.float64 and find_spec("curvlinops") is not None:
+        w = problem.weights()
+        v = torch.ones_like(w)
+        ours = next(row["seconds"] for row in rows if row["name"] == "tangent projection")
+        exact = tangent_space(problem, w).project(v)
+        other = other_projection(net, x, y, v, exact, _PATIENCE * ours)
+        found["projection"] = {"ours": ours, "curvlinops": other}
+        print(f"projection: ours {ours:.3g} s, curvlinops and conjugate gradients {other}")
+    print(f"\n{name}: N = {count}, P = {problem.num_weights}, {dtype}\n\n{table(rows, unit)}\n")
+    return found
 
 
-def sweep(data_dir: Path | None) -> dict[str, Any]:
-    """Seconds of a probe against samples and against weights, in float64, and the exponents fitted to them."""
+def table(rows: list[dict[str, Any]], unit: float) -> str:
+    """A markdown table."""
+    lines = ["| | seconds | gradients | MiB |", "|---|---:|---:|---:|"]
+    for row in rows:
+        peak = "-" if math.isnan(row["MiB"]) else f"{row['MiB']:.0f}"
+        lines.append(f"| {row['name']} | {row['seconds']:.3g} | {row['seconds'] / unit:.3g} | {peak} |")
+    return "\n".join(lines)
+
+
+def growth(data_dir: Path | None) -> dict[str, Any]:
+    """Seconds of a measurement against samples and against weights, in float64, and the exponents fitted to them."""
 
     def measured(samples: int, hidden: int) -> dict[str, float]:
         x, y = images((1, 28, 28), samples, data_dir)
         torch.manual_seed(0)
-        layers = [nn.Linear(784, hidden), nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, hidden), nn.GELU()]
-        net = nn.Sequential(nn.Flatten(), *layers, nn.Dropout(0.1), nn.Linear(hidden, 10))
-        trained(net, x, y)
+        layers = [nn.Linear(784, hidden), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(hidden, hidden), nn.GELU()]
+        net = nn.Sequential(nn.Flatten(), *layers, nn.Dropout(DROPOUT), nn.Linear(hidden, 10))
+        train(net, x, y)
         net.eval()
-        problem, sgd = ZeroLossProblem(net, "mse", x, y), SGDSettings(lr=0.2, batch_size=100)
-        w, cpu = problem.weights(), torch.device("cpu")
+        problem = ZeroLossProblem(net, "mse", x, y)
+        snapshot = Snapshot(1_000, problem.weights(), sgd=SGD)
 
-        def probe(max_dense: int) -> None:
+        def timed(call: Callable[..., object]) -> float:
             generator = torch.Generator().manual_seed(0)
-            observe(problem, w, step=1_000, noise=Dropout(), sgd=sgd, max_dense=max_dense, generator=generator)
+            return seconds(partial(call, generator=generator), once=True, device=torch.device("cpu"))
 
-        found = {"samples": float(samples), "weights": float(problem.num_weights)}
-        found["probe"] = seconds(lambda: probe(MAX_DENSE), once=True, device=cpu)
+        measurement = partial(measure_distance, problem, snapshot, noise=Dropout())
+        found = {"samples": float(samples), "weights": float(problem.num_weights), "measurement": timed(measurement)}
         problem.memory = 0  # no room for B B^T: products alone
-        found["probe, by products"] = seconds(lambda: probe(0), once=True, device=cpu)
-        generator = torch.Generator().manual_seed(0)
-        flow = partial(effective_flow, problem, w, Dropout(), sgd, steps=50, generator=generator)
-        found["drift, 50 steps"] = seconds(flow, once=True, device=cpu)
+        found["measurement, by products"] = timed(partial(measurement, max_dense=0))
+        found["drift, 50 steps"] = timed(partial(effective_flow, problem, snapshot.weights, Dropout(), SGD, steps=50))
         print({name: round(value, 3) for name, value in found.items()}, flush=True)
         return found
 
@@ -226,7 +285,7 @@ def sweep(data_dir: Path | None) -> dict[str, Any]:
     }
     exponents = {}
     for size, found in rows.items():
-        for row in ("probe", "probe, by products", "drift, 50 steps"):
+        for row in ("measurement", "measurement, by products", "drift, 50 steps"):
             t = torch.tensor([[each[size], each[row]] for each in found]).log()
             exponents[f"{row}, in {size}"] = (torch.cov(t.T)[0, 1] / t[:, 0].var()).item()
             print(f"{row}: seconds ~ {size}^{exponents[f'{row}, in {size}']:.2f}")
@@ -235,54 +294,35 @@ def sweep(data_dir: Path | None) -> dict[str, Any]:
 
 def training(target: float, data_dir: Path | None) -> dict[str, float]:
     """Seconds of the same training, about `target` long, without and with a monitor of default settings."""
-    x, y = images((1, 28, 28), 1_000, data_dir)
+    data = TensorDataset(*images((1, 28, 28), 1_000, data_dir))
 
-    def fit(steps: int, callbacks: list[L.Callback]) -> float:
+    def fit(steps: int, *callbacks: L.Callback) -> float:
         L.seed_everything(0, verbose=False)
         net = mlp((1, 28, 28))
-        set_dropout(net, 0.1)
+        set_dropout(net, DROPOUT)
         trainer = L.Trainer(
             max_steps=steps,
             accelerator="cpu",
             logger=False,
-            callbacks=callbacks,
+            callbacks=list(callbacks),
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
         )
-        data = TensorDataset(x, y)
         loader = DataLoader(data, batch_size=100, sampler=RandomSampler(data, num_samples=steps * 100))
         start = time.perf_counter()
-        trainer.fit(Classifier(net, 0.2), loader)
+        trainer.fit(Classifier(net, SGD.lr), loader)
         return time.perf_counter() - start
 
-    steps = round(target * 1_000 / fit(1_000, []))
-    found = {"steps": float(steps), "without": fit(steps, [])}
+    steps = round(target * 1_000 / fit(1_000))
+    found = {"steps": float(steps), "without": fit(steps)}
     monitor = SingularLimitMonitor()
-    found["with"] = fit(steps, [monitor])
+    found["with"] = fit(steps, monitor)
     found["ratio"] = found["with"] / found["without"]
     print(f"{steps} steps: {found['without']:.1f} s without the monitor, {found['with']:.1f} s with it")
     print(f"a step: {found['without'] / steps:.3g} s, {found['with'] / steps:.3g} s; ratio {found['ratio']:.3f}\n")
     print(monitor.verdict)
     return found
-
-
-def images(shape: tuple[int, ...], count: int, data_dir: Path | None) -> tuple[Tensor, Tensor]:
-    """Images ``[n, *shape]`` and one-hot targets: MNIST from a folder, or random ones."""
-    x, labels = torch.randn(count, *shape), torch.randint(10, (count,))
-    if data_dir is not None and shape[0] == 1:
-        x, labels = first_images(open_images(MNIST, data_dir, download=True), count, where=data_dir)
-        x = (x - x.mean()) / x.std()
-    return x, F.one_hot(labels, 10).float()
-
-
-def table(rows: list[dict[str, Any]], unit: float) -> str:
-    """A markdown table."""
-    lines = ["| | seconds | gradients | MiB |", "|---|---:|---:|---:|"]
-    for row in rows:
-        peak = "-" if math.isnan(row["MiB"]) else f"{row['MiB']:.0f}"
-        lines.append(f"| {row['name']} | {row['seconds']:.3g} | {row['seconds'] / unit:.3g} | {peak} |")
-    return "\n".join(lines)
 
 
 def main(
@@ -297,7 +337,7 @@ def main(
     threads: int | None = None,
     out: Path = Path("runs/benchmark.json"),
 ) -> None:
-    """Measure what products, projections and probes cost.
+    """Measure what products, projections and measurements cost.
 
     Args:
         problems: which, separated by commas: mlp, cnn, resnet18; empty: none.
@@ -305,59 +345,24 @@ def main(
         data_dir: folder with MNIST, for the MLP and the convolutional network; default: random images, which leave
             the products' times as they are and make the projections easier.
         samples: default: 1,000; ResNet-18: 64.
-        deep: also projection, distance, a window and a whole probe of the MLP, on trained weights.
-        scaling: also whole probes for growing samples and weights, and the exponents.
+        deep: also projection, distance, a window and a whole measurement of the MLP, on trained weights.
+        scaling: also whole measurements for growing samples and weights, and the exponents.
         overhead: also a training of so many seconds without and with the monitor.
         device: cpu, cuda, ...
         threads: of torch.
         out: JSON file.
     """
-    warnings.filterwarnings("ignore")  # rivals warn about torch itself
+    warnings.filterwarnings("ignore")  # other libraries warn about torch itself
     if threads is not None:
         torch.set_num_threads(threads)
     where, kind = torch.device(device), getattr(torch, dtype)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, {dtype}\n")
     results: dict[str, Any] = {"device": name, "torch": torch.__version__, "dtype": dtype}
-    for problem_name in filter(None, problems.split(",")):
-        build, shape, default = PROBLEMS[problem_name]
-        torch.manual_seed(0)
-        count = samples or default
-        x, y = (each.to(where, kind) for each in images(shape, count, data_dir))
-        net = build(shape).to(where, kind)
-        set_dropout(net, 0.1)
-        net.eval()
-        deeper = deep and problem_name == "mlp"
-        if deeper:
-            trained(net, x, y)
-        problem = ZeroLossProblem(net, "mse", x, y, dtype=kind)
-        parameters = list(net.parameters())
-
-        def gradient(net=net, x=x, y=y, parameters=parameters) -> object:
-            return torch.autograd.grad(F.mse_loss(net(x), y), parameters)
-
-        unit = seconds(gradient, once=False, device=where)
-        rows: list[dict[str, Any]] = [{"name": "gradient", "seconds": unit, "MiB": memory(gradient, where)}]
-        calls = [*products(net, problem, x, y), *(geometry(problem, num_draws=32) if deeper else [])]
-        for row, call, once in calls:
-            try:
-                peak, duration = memory(call, where), seconds(call, once=once, device=where)
-            except NotImplementedError as error:
-                print(f"{problem_name}: {row}: not possible, {error}", flush=True)
-                continue
-            rows.append({"name": row, "seconds": duration, "MiB": peak})
-            print(f"{problem_name}: {row}: {rows[-1]['seconds']:.3g} s", flush=True)
-        if deeper and kind == torch.float64 and find_spec("curvlinops") is not None:
-            w = problem.weights()
-            v = torch.ones_like(w)
-            ours = next(row["seconds"] for row in rows if row["name"] == "tangent projection")
-            exact = tangent_space(problem, w).project(v)
-            rival = rival_projection(net, x, y, v, exact, _PATIENCE * ours)
-            results["projection"] = {"ours": ours, "curvlinops": rival}
-            print(f"projection: ours {ours:.3g} s, curvlinops and conjugate gradients {rival}")
-        results[problem_name] = {"N": count, "P": problem.num_weights, "rows": rows}
-        print(f"\n{problem_name}: N = {count}, P = {problem.num_weights}, {dtype}, {name}\n\n{table(rows, unit)}\n")
+    for problem in filter(None, problems.split(",")):
+        results[problem] = pieces(problem, kind, where, samples, data_dir, deep=deep and problem == "mlp")
     if scaling:
-        results["scaling"] = sweep(data_dir)
+        results["scaling"] = growth(data_dir)
     if overhead is not None:
         results["overhead"] = training(overhead, data_dir)
     out.parent.mkdir(parents=True, exist_ok=True)

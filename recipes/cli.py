@@ -8,9 +8,9 @@ from __future__ import annotations
 import warnings
 
 import lightning as L
-from common import Classifier
-from digits import digits, network
+from data import digits
 from lightning.pytorch.cli import LightningCLI
+from networks import Classifier, digits_mlp
 from torch.utils.data import DataLoader
 
 
@@ -24,7 +24,7 @@ class DigitsClassifier(Classifier):
     """
 
     def __init__(self, hidden: int = 256, dropout: float = 0.1, lr: float = 0.5) -> None:
-        super().__init__(network(hidden, dropout), lr)
+        super().__init__(digits_mlp(hidden, dropout), lr)
 
 
 class Digits(L.LightningDataModule):
@@ -45,5 +45,5 @@ class Digits(L.LightningDataModule):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data lies in memory
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data are in memory
     LightningCLI(DigitsClassifier, Digits, seed_everything_default=0)

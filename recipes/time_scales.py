@@ -1,21 +1,21 @@
 """On which clock each noise moves the weights: exponents (a, b) of alpha^a sigma^b, measured on a small network.
 
-Ensembles of noisy training run along the zero-loss set at several step sizes and noise levels; the drift of their foot
-points (for Langevin noise their spread) is fitted by a power law and held against the theorems of arXiv 2404.12293:
-(1, 2) for non-degenerate noise, (2, 2) for degenerate noise, no motion for minibatches alone.
+Ensembles of noisy training run along the zero-loss set at several step sizes and noise levels. The drift of their
+nearest points (for Langevin noise their spread) is fitted by a power law and held against the theorems of arXiv
+2404.12293: (1, 2) for non-degenerate noise, (2, 2) for degenerate noise, no motion for minibatches alone.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from common import command
+from shell import command, require
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -28,21 +28,32 @@ from torch_singlim import (
     LabelNoise,
     Langevin,
     Minibatch,
+    NoiseSystem,
+    Rate,
+    Scaling,
     SGDSettings,
     ZeroLossProblem,
+    fit_exponents,
     nearest_point,
+    scaling_figure,
+    scaling_table,
     simulate,
     singular_limit,
 )
-from torch_singlim.report import scaling_figure
-from torch_singlim.measure.scaling import Rate, Scaling, fit_exponents, scaling_table
-from torch_singlim.theory import NoiseSystem
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One system: its noise at level sigma, the levels, slow time of a run, the exponents of theory, drift or spread
-    that is measured, and how many times the usual number of runs that takes.
+    """One noise system, over step sizes and noise levels.
+
+    Args:
+        name: in tables and figures.
+        noise: the system at a noise level.
+        sigmas: the levels.
+        slow_time: of each run.
+        expected: the exponents of step size and noise that the theorem states.
+        spreads: the spread of the ensemble is measured, not its drift.
+        runs: how many times the usual number of replicas that takes.
     """
 
     name: str
@@ -51,7 +62,7 @@ class Sweep:
     slow_time: float
     expected: tuple[int, int]
     spreads: bool = False
-    crowd: int = 1
+    runs: int = 1
 
 
 # the normal modes have eigenvalues 1 to 4 (rate 1/(alpha lambda)): every run below is many times longer than that
@@ -60,9 +71,9 @@ SWEEPS = (
     Sweep("DropConnect", DropConnect, (0.04, 0.07, 0.12), 0.1, (1, 2)),
     Sweep("anti-correlated", AntiCorrelated, (0.04, 0.07, 0.12), 0.05, (1, 2)),
     Sweep("label noise", LabelNoise, (0.2, 0.3, 0.5), 0.2, (2, 2)),
-    Sweep("Langevin (spread)", Langevin, (0.15, 0.25, 0.45), 0.02, (2, 2), spreads=True, crowd=4),
+    Sweep("Langevin (spread)", Langevin, (0.15, 0.25, 0.45), 0.02, (2, 2), spreads=True, runs=4),
 )
-SLOWEST = 1.0
+SMALLEST = 1.0  # eigenvalue of a normal mode
 
 
 def tanh_problem(rate: float, seed: int) -> tuple[ZeroLossProblem, Tensor]:
@@ -75,24 +86,19 @@ def tanh_problem(rate: float, seed: int) -> tuple[ZeroLossProblem, Tensor]:
     return problem, nearest_point(problem, problem.weights(), rtol=1e-8, max_steps=100).point
 
 
-def foot_of(problem: ZeroLossProblem, w: Tensor) -> Tensor:
-    """The foot point of w on the zero-loss set."""
-    return nearest_point(problem, w, rtol=1e-4).point
-
-
 def measure(sweep: Sweep, alpha: float, sigma: float, *, replicas: int, seed: int) -> Rate:
-    """One ensemble: let it settle across the zero-loss set, then measure how it moves along it."""
+    """One ensemble: its normal modes relax first, then its motion along the zero-loss set is measured."""
     problem, point = tanh_problem(sigma**2 / (1 + sigma**2), seed)
     noise, sgd = sweep.noise(sigma), SGDSettings(lr=alpha)
     limit = singular_limit(problem, point, noise, sgd, num_draws=problem.num_weights)
     generator = torch.Generator().manual_seed(seed)
-    run = functools.partial(
-        simulate, problem, noise=noise, sgd=sgd, replicas=sweep.crowd * replicas, generator=generator
-    )
-    settled = run(point, steps=round(4 / (alpha * SLOWEST)))
+    run = partial(simulate, problem, noise=noise, sgd=sgd, replicas=sweep.runs * replicas, generator=generator)
+    relaxed = run(point, steps=round(4 / (alpha * SMALLEST)))
     steps = round(sweep.slow_time * limit.time_scale)
-    # without what the weights carry for a step alone, which every run puts on top
-    ensemble = run(point + settled.displacements, steps=steps, foot=functools.partial(foot_of, problem))
+    # displacements leave out the transient perturbation of the last step, which the next run adds anew
+    ensemble = run(
+        point + relaxed.displacements, steps=steps, retract=lambda w: nearest_point(problem, w, rtol=1e-4).point
+    )
     if sweep.spreads:
         return Rate(alpha, sigma, ensemble.spread.scaled(1 / steps), limit.diffusion * limit.dimension)
     mean = ensemble.mean.mean
@@ -106,7 +112,7 @@ def rest(alpha: float, seed: int) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(seed)
     start = point + 0.1 * torch.randn(len(point), generator=generator, dtype=point.dtype) / math.sqrt(len(point))
     sgd = SGDSettings(lr=alpha, batch_size=1)
-    run = functools.partial(simulate, problem, noise=Minibatch(), sgd=sgd, steps=600, replicas=1, generator=generator)
+    run = partial(simulate, problem, noise=Minibatch(), sgd=sgd, steps=600, replicas=1, generator=generator)
     middle = run(start).weights[0]
     a, b = (nearest_point(problem, w, rtol=1e-8, max_steps=50) for w in (middle, run(middle).weights[0]))
     return b.distance, torch.linalg.vector_norm(b.point - a.point).item()
@@ -131,6 +137,8 @@ def main(
         check: fail unless every exponent is within 0.1 of theory, its interval covers it, and minibatches rest.
     """
     began = time.perf_counter()
+
+    # one ensemble for each system, step size and noise level
     grid = [(sweep, alpha, sigma) for sweep in SWEEPS for alpha in alphas for sigma in sweep.sigmas]
     rates: dict[str, list[Rate]] = {sweep.name: [] for sweep in SWEEPS}
     with tqdm(grid, unit="ensemble") as bar:
@@ -143,9 +151,11 @@ def main(
     ]
     distance, moved = rest(min(alphas), seed)
 
+    # result
     table = scaling_table(scalings, level=level)
     resting = (
-        f"minibatches alone: distance {distance:.1e} after 1200 steps, foot point moved {moved:.1e} over the last 600"
+        f"minibatches alone: distance {distance:.1e} after 1200 steps, nearest point moved {moved:.1e} over the last "
+        "600"
     )
     print(f"\nexponents of step size^a noise^b, intervals jointly at {level:.0%}\n\n{table}\n\n{resting}")
     figure = scaling_figure(
@@ -162,14 +172,14 @@ def main(
                 writer.add_scalar(f"time_scales/{name}", rate.measured.mean / rate.predicted, i)
     minutes = (time.perf_counter() - began) / 60
     print(f"figure: {out / 'time_scales.png'}\nlook:   tensorboard --logdir {out}\n{minutes:.1f} minutes")
-
     if check:
-        comparisons = 2 * len(scalings)
-        missed = [s.name for s in scalings if not s.holds(tolerance=0.1, level=level, comparisons=comparisons)]
-        missed += ["minibatches"] if distance > 1e-6 or moved > 1e-6 else []
-        if missed:
-            raise SystemExit(f"not as the theorems say: {', '.join(missed)}")
-        print("agreement: every exponent within 0.1 of theory, every interval covers it, minibatches come to rest")
+        promised = {
+            f"{each.name}: exponents within 0.1 of theory, which their intervals cover": each.holds(
+                tolerance=0.1, level=level, comparisons=2 * len(scalings)
+            )
+            for each in scalings
+        }
+        require(promised | {"minibatches alone come to rest": distance <= 1e-6 and moved <= 1e-6})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from recipes import benchmark
 
 
-@pytest.mark.filterwarnings("ignore")  # rivals warn about torch
+@pytest.mark.filterwarnings("ignore")  # other libraries warn about torch
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18"])
 def test_every_product_is_the_same_vector(name):
     build, shape, _ = benchmark.PROBLEMS[name]
@@ -22,7 +22,7 @@ def test_every_product_is_the_same_vector(name):
             found[row] = call()
     naive = found["Gauss-Newton product, jvp + vjp"]
     found["Gauss-Newton product, jvp + vjp"] = problem.function.flatten(list(naive.values()))
-    reference = found["Gauss-Newton product, kept"]
+    reference = found["Gauss-Newton product, cached linearisation"]
     for row, product in found.items():
         if row.startswith("Gauss-Newton"):
             torch.testing.assert_close(product, reference, rtol=1e-9, atol=1e-12)

@@ -9,7 +9,7 @@ import lightning as L
 
 from torch_singlim import SingularLimitMonitor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def cli(*arguments, cwd):
@@ -30,7 +30,7 @@ def test_the_example_runs_and_its_configuration_round_trips(tmp_path):
     (tmp_path / "short.yaml").write_text(short)
     run = cli("--config", "short.yaml", cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "torch_singlim verdict" in run.stderr + run.stdout
+    assert "torch_singlim: verdict" in run.stderr + run.stdout
     assert next(tmp_path.rglob("nearest*.ckpt"))
     assert next(tmp_path.rglob("events.out.tfevents*"))
 

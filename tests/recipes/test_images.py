@@ -1,44 +1,20 @@
-"""The image recipes at a small size, on a folder of images made here; what they say of folders that do not do."""
-
-import dataclasses
+"""The image recipe at a small size, on a folder of images made here; its messages for unusable folders and options."""
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from recipes import cifar10, mnist
+from recipes import images, networks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Ten classes, three images of 12 x 12 pixels each."""
-    generator = torch.Generator().manual_seed(0)
-    for label in range(10):
-        where = tmp_path / "images" / f"{label}"
-        where.mkdir(parents=True)
-        for i in range(3):
-            pixels = torch.randint(256, (12, 12, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(where / f"{i}.png")
-    return tmp_path / "images"
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    for recipe in (mnist, cifar10):
-        plans = {
-            name: (12, dataclasses.replace(plan, clean=20, steps=16, window=8, batch_size=4, num_draws=4))
-            for name, (_, plan) in recipe.QUICK.items()
-        }
-        monkeypatch.setattr(recipe, "QUICK", plans)
-
-
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
-@pytest.mark.parametrize(("recipe", "network"), [(mnist, "mlp"), (mnist, "cnn"), (cifar10, "cnn")])
-def test_images(recipe, network, loss, folder, tmp_path, capsys):
-    recipe.main(data_dir=folder, network=network, loss=loss, quick=True, accelerator="cpu", out=tmp_path, check=False)
+@pytest.mark.parametrize(("dataset", "network"), [("mnist", "mlp"), ("mnist", "cnn"), ("cifar10", "cnn")])
+def test_images(dataset, network, loss, folder, tmp_path, capsys):
+    options = {"dataset": dataset, "network": network, "loss": loss, "data_dir": folder, "out": tmp_path}
+    images.main(**options, quick=True, accelerator="cpu", check=False)
     printed = capsys.readouterr().out
     assert f"tensorboard --logdir {tmp_path}" in printed
     assert "dropout 0.1" in printed
@@ -47,14 +23,21 @@ def test_images(recipe, network, loss, folder, tmp_path, capsys):
 
 def test_another_noise(folder, tmp_path, capsys):
     options = {"data_dir": folder, "quick": True, "accelerator": "cpu", "out": tmp_path, "epochs": 4, "check": False}
-    mnist.main(noise="label_flips", loss="cross_entropy", **options)
+    images.main(noise="label_flips", loss="cross_entropy", **options)
     assert "LabelFlips" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="pass --loss cross_entropy"):
-        mnist.main(noise="label_flips", **options)
+        images.main(noise="label_flips", **options)
+
+
+def test_each_data_set_has_its_networks():
+    with pytest.raises(SystemExit, match="the networks for cifar10 are cnn and resnet, got --network mlp"):
+        images.main(dataset="cifar10", network="mlp")
+    pairs = {(dataset, network) for dataset, known in images.NETWORKS.items() for network in known}
+    assert pairs == images.FULL.keys() == images.QUICK.keys()
 
 
 def test_the_resnet_has_group_normalisation_and_dropout():
-    net = cifar10.resnet((3, 32, 32))
+    net = networks.resnet((3, 32, 32))
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     kinds = {type(module) for module in net.modules()}
     assert nn.GroupNorm in kinds
@@ -62,10 +45,11 @@ def test_the_resnet_has_group_normalisation_and_dropout():
     assert nn.BatchNorm2d not in kinds
 
 
-@pytest.mark.parametrize("recipe", [mnist, cifar10])
-def test_folders_that_do_not_do(recipe, folder, tmp_path):
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
+def test_unusable_folders(dataset, folder, tmp_path):
     def run(where, **options):
-        recipe.main(data_dir=where, download=False, quick=True, accelerator="cpu", out=tmp_path / "out", **options)
+        options |= {"dataset": dataset, "data_dir": where, "download": False, "out": tmp_path / "out"}
+        images.main(**options, quick=True, accelerator="cpu")
 
     with pytest.raises(SystemExit, match="pass --download true"):
         run(tmp_path / "nowhere")

@@ -8,7 +8,7 @@ from torch_singlim.geometry.relaxed import num_modes, relaxation_level, relaxed_
 from torch_singlim.geometry.tangent_space import TangentSpace, tangent_space
 
 __all__ = [
-    # products with the Jacobian, the residual's linearisation, H = B^T B
+    # products with the Jacobian, the linearisation of the residual, H = B^T B
     "JacobianProducts",
     "Linearization",
     "linearize",

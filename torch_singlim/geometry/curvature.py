@@ -1,4 +1,4 @@
-"""The residual's linearisation b + B v at one weight vector, and the Gauss-Newton matrix H = B^T B."""
+"""The linearisation b + B v of the residual at one weight vector, and the Gauss-Newton matrix H = B^T B."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Linearization:
 
     Args:
         operator: B, with the products v -> B v and u -> B^T u; shape [M, P].
-        residual: b ``[M]``, samples first.
+        residual: b ``[M]``, the rows of the first sample first.
         gram: forms K = B B^T ``[M, M]``.
-        cheap_gram: whether that and a factorisation take seconds.
+        cheap_gram: whether forming and factoring K takes seconds only.
     """
 
     operator: LinearOperator
@@ -51,8 +51,8 @@ def _at_chunk(problem: ZeroLossProblem, w: Tensor, part: slice, *, tangent: bool
 def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
     """b(w) and B = N^{-1/2} [R_i J_i] at w.
 
-    With one chunk of samples the pass through the network is made once and cached; each product then costs about half a
-    gradient. With several chunks it is repeated chunk by chunk, which bounds memory.
+    If all samples fit into one chunk, the pass through the network is made once and cached; a product then costs about
+    half a gradient. With several chunks the pass is repeated chunk by chunk, which bounds the memory.
 
     Args:
         problem: loss and samples.
@@ -69,7 +69,7 @@ def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
     N, group = problem.num_samples, problem.process_group
     own = group.shard(N)
     whole = problem.batch_size >= own.stop - own.start
-    # the transpose pays where it is cached
+    # the transpose is worth its cost only if it is cached
     cached = _at_chunk(problem, w, own, tangent=not problem.linear_layers) if whole else None
     f = problem.outputs(w) if cached is None else group.all_gather(cached.outputs, N)
     if not torch.isfinite(f).all():
@@ -83,7 +83,7 @@ def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
         Jv = torch.cat([jacobian(part).jvp(v) for part in problem.chunks()])
         return problem.whiten(f, group.all_gather(Jv, N))
 
-    def batched(v: Tensor) -> Tensor:  # processes cannot communicate inside vmap: over all samples here
+    def batched(v: Tensor) -> Tensor:  # processes cannot communicate inside vmap: each evaluates all samples
         if group.size == 1:
             return problem.whiten(f, torch.cat([jacobian(part).unrecorded_jvp(v) for part in problem.chunks()]))
         parts = problem.alone().chunks()
@@ -108,16 +108,16 @@ def gauss_newton(
     rtol: float = 1e-6,
     max_steps: int = 300,
 ) -> FactoredOperator:
-    """H = B^T B at w, ready for projections and matrix functions.
+    """H = B^T B at w, for projections and matrix functions.
 
     Args:
         problem: loss and samples.
         w: weights ``[P]``.
         at: ``linearize(problem, w)``, if it is there already.
-        max_dense: up to this many residuals K is formed and decomposed (exact); above, Lanczos, and where K is
-            cheap to form its Cholesky factor for the projections.
-        rtol: relative accuracy of each Lanczos product.
-        max_steps: most products with K in each.
+        max_dense: up to this many residuals K is formed and decomposed (exact). Above, Lanczos is used, and the
+            projections use the Cholesky factor of K if K is cheap to form.
+        rtol: relative accuracy of each matrix function by Lanczos.
+        max_steps: maximum number of products with K for each of these.
 
     >>> from torch import nn
     >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))

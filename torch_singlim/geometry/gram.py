@@ -1,4 +1,4 @@
-"""K = B B^T, the Gram matrix of the residuals' gradients, by the cheapest of three ways.
+"""K = B B^T, the Gram matrix of the residuals' gradients, by the cheapest of three methods.
 
 layers     K = (1/N) sum_l (r A_l A_l^T + s) o (G_l G_l^T)   linear layers, from their inputs A and gradients G;
                                                              r, s the relative step sizes of weight and bias
@@ -21,25 +21,25 @@ from torch_singlim.network.process_group import ProcessGroup
 
 __all__ = ["MAX_DENSE", "gram_flops", "gram_matrix", "samples_at_once", "worth_factoring"]
 
-# residuals up to which K is decomposed, its eigenvectors being a matter of seconds
+# number of residuals up to which K is decomposed: computing its eigenvectors takes seconds
 MAX_DENSE = 4096
-# Jacobian rows held at once
+# memory for Jacobian rows, in bytes
 _ROW_BYTES = 2**30
-# directions whose products are evaluated side by side
+# number of directions whose products are evaluated at once
 _DIRECTIONS = 10
-# residuals up to which K and a factor are kept, about a gigabyte each; and how many such matrices there are at a time
+# number of residuals up to which K and a factor are stored, about a gigabyte each; number of such matrices at a time
 _MOST_FACTORED, _SQUARES = 12_000, 3
-# rows of K that are formed at once
+# number of rows of K that are formed at once
 _BLOCK = 1024
 
 
 def samples_at_once(problem: ZeroLossProblem, rows: int) -> int:
-    """Samples whose Jacobian rows, so many each, are held at once: in a quarter of the free memory, at most 1 GiB."""
+    """Number of samples, with `rows` Jacobian rows each, that fit into a quarter of the free memory, at most 1 GiB."""
     return max(1, min(_ROW_BYTES, problem.memory // 2) // (rows * problem.num_weights * problem.dtype.itemsize))
 
 
 def _flops(problem: ZeroLossProblem) -> dict[str, float]:
-    """Operations of each way that is open, counted as in flops of a forward pass (two for a multiplication)."""
+    """Floating point operations of each method that is applicable; a multiply-add counts as two."""
     N, M = problem.num_samples, problem.num_residuals
     ways = {"columns": 2 * problem.flops * N * M, "rows": float(M) ** 2 * problem.num_weights}
     if problem.linear_layers:
@@ -48,12 +48,12 @@ def _flops(problem: ZeroLossProblem) -> dict[str, float]:
 
 
 def gram_flops(problem: ZeroLossProblem) -> float:
-    """Operations that `gram_matrix` takes, about."""
+    """Approximate number of floating point operations of `gram_matrix`."""
     return min(_flops(problem).values())
 
 
 def worth_factoring(problem: ZeroLossProblem) -> bool:
-    """Whether forming K takes no longer than its Cholesky factorisation, a few seconds, and both fit into memory."""
+    """Whether forming K takes no longer than its Cholesky factorisation (a few seconds), and both fit into memory."""
     M = problem.num_residuals
     fits = _SQUARES * M**2 * problem.dtype.itemsize <= problem.memory
     return fits and M <= _MOST_FACTORED and gram_flops(problem) <= float(M) ** 3
@@ -63,12 +63,12 @@ def gram_matrix(problem: ZeroLossProblem, w: Tensor, outputs: Tensor, matvec: Ca
     """K = B B^T  ``[M, M]`` at weights w ``[P]``.
 
     Args:
-        problem: of N samples with `rows` residuals each, M = N rows.
+        problem: N samples with `rows` residuals each, M = N rows.
         w: weights.
         outputs: f(w) ``[N, C]``.
-        matvec: the product v -> B v, one that vmap can batch.
+        matvec: the product v -> B v in a form that vmap can batch.
 
-    Processes that share the samples form the rows of theirs, and exchange them.
+    Each of the processes that share the samples forms the rows of its own samples; the rows are then exchanged.
     """
     ways = _flops(problem)
     cheapest = min(ways, key=lambda way: ways[way])
@@ -78,9 +78,9 @@ def gram_matrix(problem: ZeroLossProblem, w: Tensor, outputs: Tensor, matvec: Ca
 
 
 def _from_layers(problem: ZeroLossProblem, w: Tensor, f: Tensor) -> Tensor:
-    """The gradient of residual i in a linear layer's weights is g_i a_i^T, and that in its bias g_i: no row is formed.
+    """K without rows of B: the gradient of residual i is g_i a_i^T in a linear layer's weight and g_i in its bias.
 
-    A ``[N, fan_in]`` are the layer's inputs, G ``[M, fan_out]`` the residuals' derivatives in its outputs.
+    A ``[N, fan_in]`` are the layer's inputs, G ``[M, fan_out]`` the residuals' derivatives with respect to its outputs.
     """
     rows = problem.num_residuals // problem.num_samples
     inputs: list[list[Tensor]] = []
@@ -112,7 +112,7 @@ def _from_layers(problem: ZeroLossProblem, w: Tensor, f: Tensor) -> Tensor:
 
 
 def _rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, part: slice) -> Tensor:
-    """Rows of B that belong to some samples ``[n rows, P]``: one vector-Jacobian product per residual."""
+    """The rows of B for a slice of the samples ``[n rows, P]``: one vector-Jacobian product per residual."""
 
     def sample_rows(x_i: Tensor, R_i: Tensor) -> Tensor:
         transposed = vjp(lambda v: problem.function(v, x_i[None])[0], w)[1]
@@ -123,12 +123,13 @@ def _rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, part: slice) -> Tensor
 
 
 def _from_rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, matvec: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """A bounded number of rows at a time: B times each of them, or their products with one another.
+    """K from a bounded number of rows of B at a time: by products of B with each row, or by inner products of rows.
 
-    The first is for weights that are used once, the second for those that are used at every pixel.
+    The first method (`matvec` given) is cheaper if each weight is used once per sample, the second if weights are used
+    at every pixel.
     """
     rows = problem.num_residuals // problem.num_samples
-    # a product holds the tangent of every sample's activations beside its own P numbers
+    # a product needs memory for the tangents of every sample's activations besides its own P numbers
     size = max(1, samples_at_once(problem, rows) // (4 if matvec else 1))
     group = problem.process_group
     shards = [ProcessGroup(rank, group.size).shard(problem.num_samples) for rank in range(group.size)]

@@ -11,16 +11,16 @@ from torch import Tensor, func
 
 __all__ = ["JacobianProducts"]
 
-# products J v after which recording the tangent pass, ten to twenty gradients, pays
+# number of products J v from which on recording the tangent pass, at the cost of ten to twenty gradients, pays off
 _FEW = 30
 
 
 class JacobianProducts:
-    """J v and J^T u of a function at w, J its derivative ``[..., P]``.
+    """The products J v and J^T u with the derivative J ``[..., P]`` of a function at w.
 
-    J^T u (vjp) is the cached backward pass. J v (jvp) is the transpose of that linear map where all layers are linear
-    layers. Convolutions are slow to transpose: there J v is a tangent forward pass, repeated each time at first, and
-    recorded after many products, with everything that depends on w alone evaluated once.
+    J^T u (vjp) is the cached backward pass. J v (jvp) is the transpose of that linear map for networks of linear
+    layers. Convolutions are slow to transpose: for these J v is a tangent forward pass. The first products repeat the
+    pass; after many products it is recorded, and everything that depends on w alone is evaluated only once.
 
     Args:
         function: w ``[P]`` -> outputs.
@@ -43,7 +43,7 @@ class JacobianProducts:
 
     @property
     def outputs(self) -> Tensor:
-        """The function at w."""
+        """The function's value at w."""
         return self._backward[0].detach()
 
     def vjp(self, u: Tensor) -> Tensor:
@@ -51,19 +51,19 @@ class JacobianProducts:
         return self._backward[1](u)[0]
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v in the outputs' shape."""
+        """J v, in the shape of the outputs."""
         self._products += 1
         if self._transpose is not None or self._products <= _FEW:
             return self.unrecorded_jvp(v)
         if self._recorded is None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # some versions of torch warn there about torch itself
+                warnings.simplefilter("ignore")  # some versions of torch emit a warning about torch itself here
                 self._recorded = func.linearize(self._function, self._w)[1]
         with torch.no_grad():
             return self._recorded(v)
 
     def unrecorded_jvp(self, v: Tensor) -> Tensor:
-        """J v, recording nothing: vmap may batch it."""
+        """J v without recording, so that vmap may batch it."""
         if self._transpose is not None:
             return self._transpose(v)[0]
         return func.jvp(self._function, (self._w,), (v,))[1]  # type: ignore[return-value]  # any number of outputs

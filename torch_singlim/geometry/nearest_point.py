@@ -1,4 +1,4 @@
-"""The nearest point of the zero-loss set, and the displacement from it by one linearisation."""
+"""The nearest point of the zero-loss set, and the displacement from that set by one linearisation."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from torch_singlim.network.problem import ZeroLossProblem
 
 __all__ = ["NearestPoint", "linearised_displacement", "nearest_point"]
 
-# operations of two triangular solves, which wait for memory, in units of M^2
+# cost of two triangular solves, which are limited by memory bandwidth, in units of M^2 operations
 _TRIANGULAR = 100.0
-# near Gamma a step along it may raise |b| by its square: residuals this small, relative to the first, count as feasible
+# a step of length s along Gamma may increase |b| by O(s^2): residuals this small, relative to the first one, count as
+# feasible
 _FEASIBLE = 1e-3
-# a step is not made shorter than this share of the full one
+# the line search does not go below this share of the full step
 _SHORTEST = 1e-3
 
 
 @dataclass(frozen=True)
 class NearestPoint:
-    """Where the nearest point of Gamma is, and how well it was found.
+    """The nearest point of Gamma, and how accurately it was found.
 
     Args:
         point: ``[P]``.
-        distance: |w - point|, in units of the weights' norm. An upper bound of the distance unless `converged`.
-        linearised: B^+ b, the displacement from Gamma by the linearisation at w alone ``[P]``: right to first order.
-        status: how the search ended; successful: the point is on Gamma and stationary to the tolerance asked for.
-        residual: |b(point)|, the root of about twice the excess loss that is left.
-        steps: linearisations used.
+        distance: |w - point|, in units of the weights' norm; an upper bound of the distance unless `converged`.
+        linearised: B^+ b, the displacement from Gamma by the linearisation at w alone ``[P]``; correct to first order.
+        status: how the search ended; successful: the point is on Gamma and stationary to the given tolerance.
+        residual: |b(point)|, about the square root of twice the remaining excess loss.
+        steps: number of linearisations.
     """
 
     point: Tensor = field(repr=False)
@@ -45,7 +46,7 @@ class NearestPoint:
 
     @property
     def converged(self) -> bool:
-        """Whether the point is on Gamma and stationary to the tolerance asked for."""
+        """Whether the point is on Gamma and stationary to the given tolerance."""
         return self.status is Result.SUCCESSFUL
 
     @property
@@ -55,15 +56,15 @@ class NearestPoint:
 
 
 class _MinimumNorm:
-    """x = B^+ r at one linearisation after another, the factor of an earlier K kept as a preconditioner.
+    """x = B^+ r for a sequence of linearisations; the factor of an earlier K serves as a preconditioner.
 
     Args:
         problem: the loss and its samples.
-        hessian: H at the first of these points, if it is there already.
+        hessian: H at the first of these points, if it was computed already.
         rtol: relative residual of the preconditioned solves.
-        direct_rtol: of the others.
-        max_dense: up to this many residuals, and where that is cheap, K is formed and factored.
-        krylov_steps: most products of the others.
+        direct_rtol: relative residual of the other solves.
+        max_dense: K is formed and factored up to this many residuals, and above if that is cheap.
+        krylov_steps: maximum number of products in the solves without preconditioner.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class _MinimumNorm:
         krylov_steps: int,
     ) -> None:
         M = float(problem.num_residuals)
-        # preconditioned steps that cost less than forming and factoring K anew: a product is about two gradients
+        # number of preconditioned steps that cost as much as forming and factoring K; a product is about two gradients
         step_flops = 6 * problem.flops * problem.num_samples + _TRIANGULAR * M**2
         self.patience = min(100, max(4, round((gram_flops(problem) + M**3 / 3) / step_flops)))
         self.inverse: Callable[[Tensor], Tensor] | None = None if hessian is None else hessian.inverse
@@ -94,7 +95,7 @@ class _MinimumNorm:
         gram = at.gram() if self.decomposed or at.cheap_gram else None
         factor = None if gram is None else cholesky(gram)
         if factor is None and not self.decomposed:
-            gram = None  # its eigenvectors would take too long
+            gram = None  # computing its eigenvectors would take too long
         self.inverse = None if factor is None else lambda r: torch.cholesky_solve(r[:, None], factor)[:, 0]
         return minimum_norm(B, gram, rhs, rtol=self.direct_rtol, max_steps=self.krylov_steps)
 
@@ -102,7 +103,7 @@ class _MinimumNorm:
 def _line_search(
     problem: ZeroLossProblem, v: Tensor, target: Tensor, residual: float, feasible: float
 ) -> tuple[Tensor, float, float] | None:
-    """v + s (target - v), |b| there and s, for the first s of 1, 1/2, 1/4, ... that reduces |b|; None: none does."""
+    """v + s (target - v), |b| there and s, for the first s of 1, 1/2, 1/4, ... that reduces |b|; None if none does."""
     share = 1.0
     while share > _SHORTEST:
         trial = v + share * (target - v)
@@ -124,23 +125,24 @@ def nearest_point(
     at: Linearization | None = None,
     hessian: FactoredOperator | None = None,
 ) -> NearestPoint:
-    """The nearest point of Gamma to w, by Gauss-Newton steps on the constraint b(v) = 0 with v - w kept shortest.
+    """The nearest point of Gamma to w: minimise |v - w| subject to b(v) = 0, by Gauss-Newton steps.
 
         v <- w + B(v)^+ (B(v) (v - w) - b(v))
 
-    A fixed point has b(v) = 0 and v - w in the range of B(v)^T, the normal space: stationarity of |v - w| on Gamma.
-    A step is halved while it would increase |b|, which far from Gamma the full step can.
+    At a fixed point, b(v) = 0 and v - w is in the range of B(v)^T, the normal space: |v - w| is stationary on Gamma.
+    A step is halved as long as it would increase |b|, which the full step can do far from Gamma.
 
     Args:
         problem: the loss and its samples.
         w: weights ``[P]``.
-        rtol: successful when the last step is at most rtol times the distance (or rounding, next to Gamma).
-        max_steps: most linearisations.
-        max_dense: up to this many residuals, and where that is cheap, B B^T is formed and factored, once as a rule: its
-            factor preconditions the later solves; else Lanczos with `krylov_steps` products.
-        krylov_steps: most products per linearisation on that path.
-        at: ``linearize(problem, w)``, if it is there already.
-        hessian: ``gauss_newton(problem, w)``, if it is there already: K need then not be formed at all.
+        rtol: the search is successful when the last step is at most rtol times the distance, or, next to Gamma, at the
+            level of rounding errors.
+        max_steps: maximum number of linearisations.
+        max_dense: B B^T is formed and factored up to this many residuals, and above if that is cheap. As a rule this
+            is done once, since the factor preconditions the later solves. Else Lanczos is used.
+        krylov_steps: maximum number of products for each linearisation if Lanczos is used.
+        at: ``linearize(problem, w)``, if it was computed already.
+        hessian: ``gauss_newton(problem, w)``, if it was computed already; K then need not be formed at all.
 
     Raises:
         ValueError: weights or outputs that are not finite.
@@ -162,7 +164,7 @@ def nearest_point(
     solve = _MinimumNorm(
         problem,
         hessian,
-        rtol=max(0.1 * rtol, 1e4 * eps),  # less than 1e4 eps conjugate gradients may not reach on a wide spectrum
+        rtol=max(0.1 * rtol, 1e4 * eps),  # on a wide spectrum, conjugate gradients may not get below 1e4 eps
         direct_rtol=0.1 * rtol,
         max_dense=max_dense,
         krylov_steps=krylov_steps,
@@ -194,14 +196,14 @@ def linearised_displacement(
 ) -> Solution:
     """B^+ b, the displacement of w from Gamma by the linearisation at w, from products alone.
 
-    What the products leave, |B x - b|/|b|, is its `residual`. The small eigenvalues of H, which the products resolve
-    last, dominate the displacement: it says little where that residual is not small.
+    The `residual` of the solution is |B x - b|/|b|. The displacement is dominated by the smallest eigenvalues of H,
+    which the products resolve last. Unless the residual is small, the norm of x is too small by an unknown amount.
 
     Args:
         problem: the loss and its samples.
         w: weights ``[P]``.
-        rtol: of that residual.
-        max_steps: most products.
+        rtol: tolerance of that residual.
+        max_steps: maximum number of products.
 
     Raises:
         ValueError: outputs that are not finite.

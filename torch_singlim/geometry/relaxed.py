@@ -1,4 +1,4 @@
-"""Relaxed modes: the normal modes that have had the time to decay, alpha lambda k >= c."""
+"""Relaxed modes: the normal modes whose initial deviation has decayed after k steps, alpha lambda k >= c."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["num_modes", "relaxation_level", "relaxed_filter", "relaxed_part"]
 def relaxation_level(lr: float, steps: float, threshold: float) -> float:
     """Smallest eigenvalue of a relaxed mode: threshold / (lr steps); infinite before the first step.
 
-    After that many steps of size `lr` the initial deviation along such a mode has decayed to exp(-threshold) or less.
+    After so many steps of size `lr` the initial deviation along such a mode has decayed to exp(-threshold) or less.
 
     >>> relaxation_level(0.5, 60, 3.0)
     0.1
@@ -21,10 +21,11 @@ def relaxation_level(lr: float, steps: float, threshold: float) -> float:
 
 
 def relaxed_filter(eigenvalues: Tensor, level: float) -> Tensor:
-    """How far modes count as relaxed: 1 / (1 + (level / lambda)^4), from 0 over 1/2 at the level to 1.
+    """The degree to which modes count as relaxed: 1 / (1 + (level / lambda)^4), which is 1/2 at the level.
 
-    Rational, because Lanczos does not approximate a step function accurately: with 100 products on 10,000 residuals the
-    directions through a step were 5 % to 10 % off, through this filter 0.1 %, and the distances above the level agree.
+    The filter is a smooth rational function because Lanczos does not approximate a step function accurately: with 100
+    products on 10,000 residuals, the filtered vectors had errors of 5 % to 10 % with a step, and of 0.1 % with this
+    filter. Both give the same distances above the level.
 
     >>> import torch
     >>> relaxed_filter(torch.tensor([0.1, 1.0, 10.0]), 1.0)
@@ -34,10 +35,10 @@ def relaxed_filter(eigenvalues: Tensor, level: float) -> Tensor:
 
 
 def relaxed_part(hessian: FactoredOperator, v: Tensor, level: float) -> Tensor:
-    """f(H) v, the part of v along the relaxed modes of H  ``[P]``, f the `relaxed_filter`."""
+    """f(H) v  ``[P]``, the part of v along the relaxed modes of H, where f is the `relaxed_filter`."""
     return hessian.normal_function(lambda values: relaxed_filter(values, level), v)
 
 
 def num_modes(hessian: FactoredOperator) -> int:
-    """Number of normal modes: the rank; where H was not decomposed, the number of residuals, which bounds it."""
+    """Number of normal modes: the rank of H, or, if H was not decomposed, the number of residuals, an upper bound."""
     return hessian.rank if hessian.decomposed else hessian.operator.shape[0]

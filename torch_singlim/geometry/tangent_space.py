@@ -16,11 +16,11 @@ __all__ = ["TangentSpace", "tangent_space"]
 
 @dataclass(frozen=True)
 class TangentSpace:
-    """T = ker H at a point of Gamma, H = B^T B the Gauss-Newton matrix there, which is the Hessian of L.
+    """T = ker H at a point of Gamma, where H = B^T B is the Gauss-Newton matrix, on Gamma the Hessian of L.
 
-    `hessian` holds H. Where `exact` is False it was too large to decompose: `rank` is a lower bound, `spectrum` the
-    part that Lanczos resolved, `unresolved` the share of it that is not, and `project` as accurate as the steps allow.
-    What `project` leaves of normal directions then has little curvature, see `curvature`.
+    `hessian` is H. If `exact` is False, H was too large to decompose: `rank` is then a lower bound, `spectrum` has the
+    eigenvalues that Lanczos resolved, `unresolved` is not 0, and the accuracy of `project` is limited by the number of
+    steps. The normal directions that `project` does not remove have small curvature, see `curvature`.
     """
 
     hessian: FactoredOperator
@@ -36,16 +36,16 @@ class TangentSpace:
 
     @property
     def exact(self) -> bool:
-        """Whether the whole spectrum was resolved."""
+        """Whether the spectrum is complete."""
         return self.hessian.exact
 
     @property
     def unresolved(self) -> float:
-        """Share of the normal modes whose eigenvalue is not known to a tenth; 0: all are."""
+        """Share of the normal modes whose eigenvalue is not resolved to a relative accuracy of 1/10; 0: none."""
         return self.hessian.unresolved
 
     def curvature(self, v: Tensor) -> float:
-        """v^T H v / v^T v: 0 for a tangent vector; 1 / (lr curvature) steps show that v is not quite one."""
+        """v^T H v / v^T v: 0 for a tangent vector; otherwise v decays within about 1 / (lr curvature) steps."""
         return (self.hessian.operator.matvec(v).square().sum() / v.square().sum()).item()
 
     def spectrum(self) -> Tensor:
@@ -56,14 +56,14 @@ class TangentSpace:
 def tangent_space(
     problem: ZeroLossProblem, w: Tensor, *, max_dense: int = MAX_DENSE, rtol: float = 1e-6, max_steps: int = 300
 ) -> TangentSpace:
-    """The tangent space of Gamma at w, which is taken to lie on Gamma: the kernel of the Gauss-Newton matrix there.
+    """The tangent space of Gamma at w, the kernel of the Gauss-Newton matrix; w is assumed to be on Gamma.
 
     Args:
         problem: the loss and its samples.
         w: weights on Gamma ``[P]``, see `nearest_point`.
         max_dense: up to this many residuals everything is exact (one eigendecomposition of an M x M matrix).
-        rtol: above that, relative accuracy of each projection.
-        max_steps: above that, most products per projection.
+        rtol: relative accuracy of each projection above that number.
+        max_steps: maximum number of products per projection above that number.
 
     >>> import torch
     >>> from torch import nn

@@ -78,7 +78,7 @@ class VectorEstimate:
         return VectorEstimate(self.groups + other.groups)
 
     def halves(self) -> VectorEstimate:
-        """The same mean as an estimate with two groups, the means of the two halves, for linear maps that are expensive.
+        """The same mean from two groups, the means of the two halves, for linear maps that are expensive.
 
         With four groups, the standard error then rests on one difference of vectors instead of three. One difference is
         enough where the error has many components.

@@ -57,7 +57,7 @@ class FactoredOperator(ABC):
     @property
     @abstractmethod
     def decomposed(self) -> bool:
-        """Whether all eigenvectors were computed. A matrix function is then a dense product, else many products with B."""
+        """Whether all eigenvectors were computed: a matrix function is then a dense product, else many with B."""
 
     @abstractmethod
     def gram_function(self, psi: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:

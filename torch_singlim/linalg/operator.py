@@ -50,6 +50,6 @@ class LinearOperator:
         return self.rmatvec(self.matvec(v))  # v -> B v -> B^T B v
 
     def rows(self, like: Tensor) -> Tensor:
-        """The dense matrix B ``[m, n]``, one product for each row; for small problems.  `like` sets dtype and device."""
+        """The dense matrix B ``[m, n]`` by one product per row, for small problems.  `like` sets dtype and device."""
         identity = torch.eye(self.shape[0], dtype=like.dtype, device=like.device)
         return torch.stack([self.rmatvec(e) for e in identity])

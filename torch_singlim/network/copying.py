@@ -1,4 +1,4 @@
-"""Copies of a module that share its parameters, or have them in another precision."""
+"""Copies of a module that share its parameters, or have parameters of another precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["in_precision", "structural_copy"]
 
 
 def structural_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module that shares its parameters (never write them) and has modes and buffers of its own.
+    """A copy of a module that shares its parameters (never write to them) but has its own modes and buffers.
 
     >>> net = nn.Linear(2, 1)
     >>> twin = structural_copy(net)
@@ -20,7 +20,7 @@ def structural_copy(module: nn.Module) -> nn.Module:
     """
     shared: dict[int, object] = {id(p): p for p in module.parameters()}
     for part in module.modules():
-        # results kept as attributes may hang on a graph, which deepcopy refuses
+        # tensors kept as attributes may be part of a graph, and deepcopy cannot copy those
         shared |= {id(v): v for v in vars(part).values() if isinstance(v, Tensor) and v.grad_fn is not None}
     twin = copy.deepcopy(module, shared)  # a LightningModule drops its trainer
     for part in twin.modules():
@@ -29,16 +29,16 @@ def structural_copy(module: nn.Module) -> nn.Module:
 
 
 def _uncompile(part: nn.Module) -> None:
-    """Undo torch.compile: derivatives of every order are taken of the module itself, hooks and all."""
-    if hasattr(part, "_orig_mod"):  # what torch.compile makes of a module
+    """Undo torch.compile: derivatives of every order are those of the original module, including its hooks."""
+    if hasattr(part, "_orig_mod"):  # torch.compile wraps a module like this
         part.forward = part._orig_mod.__call__  # type: ignore[union-attr]  # a module
-    elif getattr(part, "_compiler_ctx", None) is not None:  # what Lightning makes of a compiled LightningModule
+    elif getattr(part, "_compiler_ctx", None) is not None:  # Lightning marks a compiled LightningModule like this
         for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             vars(part).pop(name, None)
 
 
 def in_precision(twin: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A structural copy, changed in place to parameters and buffers of its own in another floating point type.
+    """Give a structural copy its own parameters and buffers in another floating point type, in place.
 
     >>> net = nn.Linear(2, 1)
     >>> in_precision(structural_copy(net), torch.float64).weight.dtype, net.weight.dtype

@@ -1,4 +1,4 @@
-"""A module as a pure function of its flat weight vector, its inputs and noise on its activations."""
+"""A module as a pure function of its flat weight vector, its inputs and the noise on its activations."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _NOT_MULTIPLICATIVE = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 @dataclass(frozen=True)
 class LinearCall:
-    """A linear layer in one pass: the gradient of anything in its weight is the sum of outer products g_n a_n^T.
+    """A call of a linear layer; gradients with respect to the layer's weight are sums of outer products g_n a_n^T.
 
     Args:
         input: a ``[n, fan_in]``.
-        shift: a zero that was added to its output ``[n, fan_out]``: g is the gradient in it.
-        weight: name of its weight, None if that is not among the weights.
-        bias: of its bias, None if there is none, or it is not among the weights.
-        weight_rate: relative step size r of the weight: the gradient in its coordinate is sqrt(r) g a^T; 0: no weight.
-        bias_rate: of the bias.
+        shift: a zero that was added to the layer's output ``[n, fan_out]``; g is the gradient with respect to it.
+        weight: name of the layer's weight; None if it is not among the weights of the problem.
+        bias: name of the layer's bias; None if there is none, or if it is not among the weights of the problem.
+        weight_rate: relative step size r of the weight; the gradient in its coordinate is sqrt(r) g a^T. 0: no weight.
+        bias_rate: relative step size of the bias.
     """
 
     input: Tensor
@@ -43,7 +43,7 @@ class LinearCall:
 
 @contextmanager
 def _no_global_randomness() -> Iterator[None]:
-    """A forward pass that draws random numbers leaves the global generators as they were."""
+    """Restore the global random state afterwards, should a forward pass draw random numbers."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield
 
@@ -51,9 +51,9 @@ def _no_global_randomness() -> Iterator[None]:
 class FunctionalModule(WeightSpace):
     """f(w; x, eta) for a module: evaluation mode, weights from a flat vector, activations times 1 + eta.
 
-    Works on a copy of the module's structure that shares its parameters (they are never written) and snapshots its
-    buffers in `dtype`. Every ``nn.Dropout`` of the copy is a noise site; in the order of calls, sites split the columns
-    of eta ``[n, D]``. The arguments are those of `WeightSpace`.
+    It works on a copy of the module's structure, which shares the parameters (they are never written to) and has a copy
+    of the buffers in `dtype`. Every call of an ``nn.Dropout`` layer is a noise site; the columns of eta ``[n, D]`` are
+    split among the sites in the order of the calls. The arguments are those of `WeightSpace`.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 1))
     >>> f = FunctionalModule(net, dtype=torch.float64)
@@ -77,14 +77,14 @@ class FunctionalModule(WeightSpace):
         self.refresh_constants()
 
     def _evaluation_copy(self) -> nn.Module:
-        # a parent, should the module be a dropout layer itself
+        # a parent, in case the module itself is a dropout layer
         holder = nn.ModuleDict({"root": structural_copy(self.module)})
         for parent_name, parent in list(holder.named_modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, _NOT_MULTIPLICATIVE):
                     raise ValueError(
-                        f"{type(child).__name__} is not multiplicative mean-one noise, the theory does not cover it: "
-                        "use nn.Dropout"
+                        f"{type(child).__name__} is not multiplicative mean-one noise, which the theory does not "
+                        "cover: use nn.Dropout"
                     )
                 if isinstance(child, nn.modules.dropout._DropoutNd) and type(child) in DROPOUT_KINDS:
                     site = f"{parent_name}.{name}".removeprefix("root.")
@@ -94,7 +94,7 @@ class FunctionalModule(WeightSpace):
         return holder["root"].eval()
 
     def refresh_constants(self) -> None:
-        """Take the module's present buffers and other parameters (running statistics move while it trains)."""
+        """Read the module's present buffers and frozen parameters (running statistics change during training)."""
         constants = [(n, p) for n, p in self.module.named_parameters() if n not in self.step_ratios]
         constants += list(self.module.named_buffers())
         self.constants = {name: self._cast(tensor) for name, tensor in constants}
@@ -117,7 +117,7 @@ class FunctionalModule(WeightSpace):
         return out.reshape(x.shape[0], -1)
 
     def sites(self, x: Tensor) -> list[ActivationSite]:
-        """The dropout calls of one forward pass on x, in order; remembered for the noise that is passed later."""
+        """The dropout calls of one forward pass on x, in order. They are stored, to split the noise of later calls."""
         self._tape.sites = []
         try:
             with torch.no_grad(), _no_global_randomness():
@@ -128,16 +128,16 @@ class FunctionalModule(WeightSpace):
         return self._noise_sites
 
     def is_random(self, x: Tensor, *, training: bool = False) -> bool:
-        """Whether two forward passes on x differ, dropout layers switched off; `training`: in training mode.
+        """Whether two forward passes on x differ, with the dropout layers switched off; `training`: in training mode.
 
-        In training mode this finds randomness that does not come from a dropout layer.
+        In training mode, such a difference is due to randomness outside the dropout layers.
         """
         w = self.weights()
         self._copy.train(training)
         try:
             with torch.no_grad(), _no_global_randomness():
                 first = self(w, x)
-                self.refresh_constants()  # training mode writes buffers: both passes start from the same ones
+                self.refresh_constants()  # training mode changes buffers: both passes start from the same ones
                 second = self(w, x)
         finally:
             self._copy.eval()
@@ -170,7 +170,7 @@ class FunctionalModule(WeightSpace):
                 hook.remove()
         copies = [(copy.deepcopy(layer).to(self.dtype), value) for layer, value in called]
         for layer, _ in copies:
-            if hasattr(layer, "inplace"):  # their input is not theirs here
+            if hasattr(layer, "inplace"):  # the recorded inputs must not be overwritten
                 layer.inplace = False  # type: ignore[assignment]  # a flag
         return copies
 
@@ -199,9 +199,10 @@ class FunctionalModule(WeightSpace):
                 hook.remove()
 
     def linear_layers(self, x: Tensor) -> list[tuple[int, int]]:
-        """(fan_in, fan_out) of the linear layers, if every weight belongs to one that is called once on a matrix.
+        """(fan_in, fan_out) of the linear layers, if every weight belongs to a layer that is called once on a matrix.
 
-        Else empty. That no weight is used in another way besides, as a tied one is, is seen from the gradient on x.
+        Otherwise the list is empty. The gradient on x is compared with that from the layers, to detect weights that are
+        also used elsewhere, such as tied ones.
         """
         w = self.weights().requires_grad_()
         out, calls = self.linear_calls(w, x)

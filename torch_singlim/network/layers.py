@@ -1,4 +1,4 @@
-"""Layers that stand in for others in a copy: activation noise for dropout, elementary operations for LayerNorm."""
+"""Layers that replace others in a copy: activation noise for dropout, elementary operations for LayerNorm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 __all__ = ["DROPOUT_KINDS", "ActivationNoise", "ActivationSite", "DecomposedLayerNorm", "Tape"]
 
-# dimensions after the channel that one mask value covers
+# number of dimensions after the channel that share one mask value
 DROPOUT_KINDS: dict[type[nn.Module], int] = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
 
 
@@ -28,12 +28,12 @@ class ActivationSite:
 
     @property
     def variance(self) -> float:
-        """sigma^2 = p / (1 - p): the variance of eta where the activation is multiplied by 1 + eta."""
+        """sigma^2 = p / (1 - p), the variance of eta; dropout multiplies the activation by 1 + eta."""
         return self.rate / (1 - self.rate)
 
 
 class Tape:
-    """What the noise layers of one copy share: the noise to apply, in call order, and the sites they saw."""
+    """State that the noise layers of one copy share: the noise to apply, in call order, and the recorded sites."""
 
     def __init__(self) -> None:
         self.noise: list[Tensor] | None = None
@@ -49,7 +49,7 @@ class Tape:
 
 
 class ActivationNoise(nn.Module):
-    """Stands where a dropout layer stood: multiplies the activation by 1 + eta with the eta that it is handed."""
+    """Replaces a dropout layer: multiplies the activation by 1 + eta, with eta from the tape."""
 
     def __init__(self, name: str, dropout: nn.modules.dropout._DropoutNd, tape: Tape) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class ActivationNoise(nn.Module):
 class DecomposedLayerNorm(nn.Module):
     """Layer normalisation in elementary operations: torch's fused one has wrong derivatives of second and third order.
 
-    Shares the layer's parameters, under the same names.
+    It shares the layer's parameters, under the same names.
     """
 
     def __init__(self, layer: nn.LayerNorm) -> None:

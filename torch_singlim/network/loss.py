@@ -1,7 +1,7 @@
 """Per-sample losses l(f, y), convex in f, with their infimum subtracted: value, curvature factor, weighted residual.
 
-For each sample, A = d^2 l / df^2 is written A = R^T R. The rows of R are the whitened outputs in which the
-Gauss-Newton matrix is a plain sum of squares: H = (1/N) sum_i J_i^T A_i J_i = B^T B with B = N^{-1/2} [R_i J_i]_i.
+For each sample, A = d^2 l / df^2 is factored as A = R^T R. The Gauss-Newton matrix is then a sum of squares,
+H = (1/N) sum_i J_i^T A_i J_i = B^T B with B = N^{-1/2} [R_i J_i]_i.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["CustomLoss", "MeanSquaredError", "SampleLoss", "SoftCrossEntropy", "
 
 
 class SampleLoss(Protocol):
-    """What a problem needs to know of its loss. Outputs f ``[n, C]``, targets as returned by `prepare`."""
+    """What a problem needs from its loss. Outputs are f ``[n, C]``, targets y are those returned by `prepare`."""
 
     def prepare(self, targets: Tensor, outputs: Tensor) -> Tensor:
-        """Targets in the form the other methods take, checked against example outputs ``[n, C]``."""
+        """The targets in the form that the other methods take; they are checked against example outputs ``[n, C]``."""
         ...
 
     def num_rows(self, num_outputs: int) -> int:
@@ -33,15 +33,15 @@ class SampleLoss(Protocol):
         ...
 
     def shifted(self, f: Tensor, y: Tensor, shift: Tensor) -> Tensor:
-        """l(f, y + shift) up to what does not depend on f ``[n]``, shift ``[n, C]`` of any sign."""
+        """l(f, y + shift) up to a term that does not depend on f ``[n]``; shift ``[n, C]`` may have any sign."""
         ...
 
     def infimum(self, y: Tensor) -> Tensor:
-        """What was subtracted ``[n]``."""
+        """The infimum that was subtracted ``[n]``."""
         ...
 
     def optimum(self, y: Tensor) -> Tensor:
-        """f*, where l(., y) is smallest ``[n, C]``."""
+        """f*, the minimiser of l(., y)  ``[n, C]``."""
         ...
 
     def curvature(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class SampleLoss(Protocol):
         ...
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
-        """R (f - f*) with f* the minimiser of l in f ``[n, rows]``: zero exactly where l is."""
+        """R (f - f*) with the minimiser f* of l ``[n, rows]``: zero exactly where l is zero."""
         ...
 
 
@@ -106,9 +106,9 @@ class MeanSquaredError:
 
 
 def _reflect(s: Tensor, x: Tensor) -> Tensor:
-    """Householder reflection along s + sign(s_C) e_C: sends the unit vector s to a multiple of e_C  ``[n, C]``."""
+    """Householder reflection along s + sign(s_C) e_C: maps the unit vector s to a multiple of e_C  ``[n, C]``."""
     h = s.clone()
-    h[:, -1] += torch.where(s[:, -1] < 0, -1.0, 1.0)  # the sign that does not cancel (Golub & Van Loan, 5.1.3)
+    h[:, -1] += torch.where(s[:, -1] < 0, -1.0, 1.0)  # the sign that avoids cancellation (Golub & Van Loan, 5.1.3)
     return x - h * (2 * (h * x).sum(1, keepdim=True) / h.square().sum(1, keepdim=True))
 
 
@@ -117,7 +117,7 @@ class SoftCrossEntropy:
     """l = KL(q || softmax f) for soft targets q > 0;  A = diag(p) - p p^T, p = softmax f, of rank C - 1.
 
     With s = sqrt(p): A = diag(s) (I - s s^T) diag(s), so R = G diag(s), where the rows of G are an orthonormal basis
-    of the complement of s. R has C - 1 rows; the constant, which softmax does not see, is gone.
+    of the orthogonal complement of s. R has C - 1 rows and maps constants, which do not change the softmax, to zero.
     """
 
     label_smoothing: float = 0.0
@@ -186,7 +186,7 @@ class SoftCrossEntropy:
 
 @dataclass(frozen=True)
 class CustomLoss:
-    """A user's l(f_i, y_i): one sample's outputs ``[C]`` and target -> scalar, convex and smooth in f, infimum 0.
+    """A user's l(f_i, y_i): maps one sample's outputs ``[C]`` and target to a scalar; convex and smooth, infimum 0.
 
     R = A^{1/2} from the eigendecomposition of A = d^2 l / df^2, and the residual is the Newton step R A^+ dl/df.
     """
@@ -197,12 +197,12 @@ class CustomLoss:
         y = targets.to(outputs) if targets.is_floating_point() else targets.to(outputs.device)
         try:
             values = self.value(outputs, y[: len(outputs)])
-            self.residual(outputs, y[: len(outputs)])  # its first and second derivative
+            self.residual(outputs, y[: len(outputs)])  # takes the first and the second derivative
         except RuntimeError as error:
             raise ValueError(
-                "the loss function must take one sample's outputs [C] and target, and it and its derivatives must run "
-                "under torch.func.vmap: no .item(), no indexing by the target (compare with torch.arange, or pass "
-                "one-hot targets)"
+                "the loss function must take one sample's outputs [C] and target, and the function and its derivatives "
+                "must run under torch.func.vmap: no .item(), no indexing by the target (compare with torch.arange, or "
+                "pass one-hot targets)"
             ) from error
         if values.shape != outputs.shape[:1] or bool((values < 0).any()):
             raise ValueError(
@@ -225,8 +225,8 @@ class CustomLoss:
 
     def optimum(self, y: Tensor) -> Tensor:
         raise ValueError(
-            "a loss that is given as a function does not tell where it is smallest, which the potential of label noise "
-            "needs: use mse with LabelNoise, or cross-entropy with LabelFlips"
+            "the potential of label noise needs the minimiser of the loss, which is unknown for a loss that is given "
+            "as a function: use mse with LabelNoise, or cross-entropy with LabelFlips"
         )
 
     def curvature(self, f: Tensor, y: Tensor, v: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ class CustomLoss:
 
 
 def resolve_loss(loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor], Tensor]) -> SampleLoss:
-    """The loss that a name, a torch.nn loss or a per-sample function stands for.
+    """The loss that a name, a torch.nn loss or a per-sample function denotes.
 
     >>> resolve_loss("mse")
     MeanSquaredError()

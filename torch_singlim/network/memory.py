@@ -1,4 +1,4 @@
-"""How much memory there is, and how much a pass through a network takes."""
+"""How much memory is free, and how much a pass through a network takes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a process can still allocate on a device: what the driver, or Linux and its control group, say.
+    """Bytes that a process can still allocate on a device, according to the driver, or to Linux and its control group.
 
-    Elsewhere a quarter of the machine's memory.
+    On other systems: a quarter of the machine's memory.
 
     >>> free_memory(torch.device("cpu")) > 2**20
     True
@@ -33,12 +33,12 @@ def free_memory(device: torch.device) -> int:
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         return free if limit == "max" else min(free, int(limit) - int(used))
-    except OSError:  # no control group, or none of the second version
+    except OSError:  # no control group, or not version 2
         return free
 
 
 def saved_bytes(function: Callable[[Tensor], Tensor], w: Tensor, data: Tensor) -> int:
-    """Bytes of the activations that a backward pass through a function of w needs, beside w and the data themselves.
+    """Bytes of the activations that a backward pass through a function of w needs, without w and the data themselves.
 
     >>> w, x = torch.ones(3), torch.ones(3)
     >>> saved_bytes(lambda w: (w * x).sin(), w, x)  # w x, whose cosine is the derivative
@@ -55,7 +55,7 @@ def saved_bytes(function: Callable[[Tensor], Tensor], w: Tensor, data: Tensor) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = function(w)  # kept until they are counted, so that no address is used twice
+        outputs = function(w)  # alive until the bytes are counted, so that no address is reused
         total = sum(sizes.values())
     del outputs
     return total

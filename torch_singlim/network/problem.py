@@ -21,18 +21,18 @@ from torch_singlim.network.process_group import ProcessGroup
 
 __all__ = ["ZeroLossProblem", "check_samples"]
 
-# memory of the deepest derivative that is taken, the gradient of a curvature, in units of the activations that one
+# memory of the highest derivative that is taken, the gradient of a curvature, in units of the activations that one
 # backward pass keeps: 8 to 11 were measured
 _PASSES = 12
 
 with warnings.catch_warnings():
-    # torch loads its forward-mode rules on first use, and some versions warn there about torch itself
+    # torch loads its forward-mode rules on first use, and some versions emit a warning about torch itself
     warnings.simplefilter("ignore")
     jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
 def check_samples(inputs: Tensor, targets: Tensor) -> None:
-    """Raise ValueError unless these are as many finite inputs as targets, and at least one."""
+    """Raise ValueError unless there are as many inputs as targets, at least one, and all of them are finite."""
     if inputs.shape[0] == 0:
         raise ValueError("there are no samples: pass at least one sample")
     if targets.ndim == 0 or targets.shape[0] != inputs.shape[0]:
@@ -46,12 +46,12 @@ def check_samples(inputs: Tensor, targets: Tensor) -> None:
 
 
 class ZeroLossProblem:
-    """The excess loss L(w) >= 0 of a module on N samples; its zero set Gamma = {w : L(w) = 0} is what is studied.
+    """The excess loss L(w) >= 0 of a module on N samples, and its zero-loss set Gamma = {w : L(w) = 0}.
 
         L(w) = (1/N) sum_i l(f(w; x_i), y_i)        l convex in f, its infimum subtracted
 
-    The module is evaluated in evaluation mode on a copy that shares its parameters: its mode, buffers and gradients are
-    left alone, and no global random state is consumed.
+    The module is evaluated in evaluation mode, on a copy that shares its parameters: the module's mode, buffers and
+    gradients do not change, and no global random state is consumed.
 
     Args:
         module: maps a batch of inputs to outputs ``[n, ...]``; evaluation mode must be deterministic.
@@ -62,19 +62,20 @@ class ZeroLossProblem:
         targets: ``[N, ...]`` in the outputs' shape for mse; class labels ``[N]`` or probabilities ``[N, C]`` for
             cross-entropy.
         dtype: of every computation here; small eigenvalues need float64.
-        device: default: where the module's weights are.
-        batch_size: samples evaluated at once; default: as many as fit into half of the memory that is free now. Where
-            these are all, the pass that products with the Jacobian share is made once and kept.
-        step_ratios: parameter name -> its step size, relative to the descent's lr; those not named are held where they
-            are. Default: all trainable ones, 1. Weights w ``[P]`` are then those of the metric, divided by the root.
-        process_group: processes that share the samples: each evaluates its own, sums and outputs are exchanged.
+        device: of every computation here; default: that of the module's weights.
+        batch_size: samples evaluated at once; default: as many as fit into half of the memory that is free now. If all
+            samples are evaluated at once, the pass that products with the Jacobian share is made once and cached.
+        step_ratios: parameter name -> its step size, relative to the optimizer's lr; the other parameters are held
+            fixed. Default: 1 for all trainable ones. The weights w ``[P]`` are the parameters divided by the square
+            root of their ratio, see `WeightSpace`.
+        process_group: the processes that share the samples: each evaluates a part; sums and outputs are exchanged.
 
     Raises:
         ValueError: no samples, fewer samples than processes, targets that do not fit, hard labels with
             cross-entropy (Gamma is empty), non-finite data, a module that is random in evaluation mode.
 
     Warns:
-        UserWarning: fewer weights P than residuals M: Gamma may be empty or a point.
+        UserWarning: fewer weights P than residuals M: Gamma may be empty or a single point.
 
     Source: arXiv 2404.12293, section 2.
 
@@ -131,8 +132,8 @@ class ZeroLossProblem:
         if self.num_weights < self.num_residuals:
             warnings.warn(
                 f"{self.num_weights} weights for {self.num_residuals} residuals ({self.num_samples} samples): the "
-                "network is not over-parameterised on these samples, its zero-loss set may be empty or a point; "
-                "use fewer samples or a larger network",
+                "network is not over-parameterised on these samples, and its zero-loss set may be empty or a single "
+                "point; use fewer samples or a larger network",
                 UserWarning,
                 stacklevel=2,
             )
@@ -144,13 +145,13 @@ class ZeroLossProblem:
         )
 
     def alone(self) -> ZeroLossProblem:
-        """The same problem, all of it evaluated by this process, for what cannot communicate in between."""
+        """The same problem with all samples evaluated by this process, for functions that cannot communicate."""
         whole = copy.copy(self)
         whole.process_group = ProcessGroup()
         return whole
 
     def subset(self, count: int, *, dtype: torch.dtype = torch.float64) -> ZeroLossProblem:
-        """The same problem on its first samples, all of them evaluated by this process."""
+        """The same problem on its first `count` samples, all of them evaluated by this process."""
         part = self.alone()
         part.function = self.function.at_precision(dtype)
         part.dtype = dtype
@@ -165,7 +166,7 @@ class ZeroLossProblem:
 
     @cached_property
     def flops(self) -> float:
-        """Operations of a forward pass of one sample, two for a multiplication."""
+        """Floating point operations of a forward pass of one sample; a multiply-add counts as two."""
         example = self.inputs[:2]
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.function(self.weights(), example)
@@ -173,7 +174,7 @@ class ZeroLossProblem:
 
     @cached_property
     def linear_layers(self) -> list[tuple[int, int]]:
-        """(fan_in, fan_out) of the linear layers, where the network has no other weights; see `FunctionalModule`."""
+        """(fan_in, fan_out) of the linear layers, if the network has no other weights; see `FunctionalModule`."""
         return self.function.linear_layers(self.inputs[:2])
 
     @property
@@ -188,18 +189,18 @@ class ZeroLossProblem:
         return self.function.weights()
 
     def chunks(self) -> Iterator[slice]:
-        """Slices of this process's samples, `batch_size` each, the last one what is left."""
+        """Slices of this process's samples, of `batch_size` samples each; the last one may be shorter."""
         own = self.process_group.shard(self.num_samples)
         for start in range(own.start, own.stop, self.batch_size):
             yield slice(start, min(start + self.batch_size, own.stop))
 
     def mean(self, function: Callable[[slice], Tensor]) -> Tensor:
-        """Mean over samples from means over chunks, a ragged last chunk weighted by its size."""
+        """Mean over samples from the means over chunks, weighted by the sizes of the chunks."""
         total: Tensor | None = None
         for part in self.chunks():
             term, share = function(part), (part.stop - part.start) / self.num_samples
             total = (term if share == 1 else share * term) if total is None else total + share * term
-        assert total is not None  # no process is without samples
+        assert total is not None  # every process has samples
         return self.process_group.all_reduce(total)
 
     def batch_loss(
@@ -207,7 +208,7 @@ class ZeroLossProblem:
     ) -> Tensor:
         """Mean of l over a batch at weights w ``[P]``, a scalar; differentiable in each argument.
 
-        With noise on its activations ``[n, D]``, and targets shifted by ``[n, C]``.
+        `activations` is the noise on the activations ``[n, D]``; `shift` is added to the targets ``[n, C]``.
         """
         f = self.function(w, x, activations)
         if shift is None:
@@ -228,7 +229,7 @@ class ZeroLossProblem:
             return self.mean(lambda part: self.batch_loss(w, self.inputs[part], self.targets[part]))
 
     def infimum(self) -> float:
-        """What `loss` has subtracted: training loss = excess loss + infimum (the entropy of soft targets)."""
+        """The infimum that `loss` subtracts: training loss = excess loss + infimum (the entropy of soft targets)."""
         return self.sample_loss.infimum(self.targets).mean().item()
 
     def gradient(self, w: Tensor) -> Tensor:
@@ -249,7 +250,7 @@ class ZeroLossProblem:
     # --- residual and Gauss-Newton factor --------------------------------------------------------------------------
 
     def residual(self, w: Tensor) -> Tensor:
-        """b(w) = N^{-1/2} [R_i (f_i - f_i*)]  ``[M]``; |b|^2 = 2 L to second order, and equal for mse."""
+        """b(w) = N^{-1/2} [R_i (f_i - f_i*)]  ``[M]``; |b|^2 = 2 L to second order, exactly so for mse."""
         f = self.outputs(w)
         return self.sample_loss.residual(f, self.targets).reshape(-1) / math.sqrt(self.num_samples)
 
@@ -258,7 +259,7 @@ class ZeroLossProblem:
         return self.sample_loss.whiten(f, self.targets, v).reshape(-1) / math.sqrt(self.num_samples)
 
     def output_factor(self, f: Tensor, part: slice) -> Tensor:
-        """R_i with A_i = R_i^T R_i, for some of the samples, at outputs f ``[N, C]`` of all  ``[n, rows, C]``."""
+        """R_i with A_i = R_i^T R_i, for a slice of the samples  ``[n, rows, C]``; f ``[N, C]``: the outputs of all."""
         f, y = f[part], self.targets[part]
         basis = torch.eye(self.num_residuals // self.num_samples, dtype=f.dtype, device=f.device)
         return torch.stack([self.sample_loss.unwhiten(f, y, e.expand(len(f), -1)) for e in basis], 1)

@@ -1,4 +1,4 @@
-"""Processes that share the samples of a measurement between them."""
+"""Processes that share the samples of a measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["ProcessGroup"]
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """One of several processes that hold the same weights and samples, and evaluate a part of the samples each.
+    """One of several processes that all hold the same weights and samples; each evaluates a part of the samples.
 
     Every process makes the same calls in the same order, and gets the same results.
 
@@ -28,7 +28,7 @@ class ProcessGroup:
     size: int = 1
 
     def shard(self, count: int) -> slice:
-        """This process's part of so many samples."""
+        """This process's part of `count` samples."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -56,6 +56,6 @@ class ProcessGroup:
         return smallest.item()
 
     def broadcast(self, number: float, device: torch.device) -> float:
-        """The number of the first process: decisions that depend on a clock are made by one process for all."""
+        """The first process's number: decisions that depend on a clock are made by that process for all."""
         own = number if self.rank == 0 else 0.0
         return self.all_reduce(torch.tensor(own, dtype=torch.float64, device=device)).item()

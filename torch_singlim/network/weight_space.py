@@ -13,19 +13,18 @@ __all__ = ["WeightSpace"]
 class WeightSpace:
     """The parameters of a module that require a gradient, in the order of ``module.parameters()``, as a vector ``[P]``.
 
-    With `step_ratios` r (parameter name -> its step size relative to alpha) the coordinates are those in which steps of
-    different sizes are one descent: w = sqrt(r) u, where
+    With `step_ratios` r (parameter name -> its step size relative to alpha), the coordinates u are those in which steps
+    of different sizes become plain gradient descent: w = sqrt(r) u, where
 
         w <- w - alpha r grad_w L      is      u <- u - alpha grad_u L(sqrt(r) u)
 
-    and |u| is the norm of the metric 1/r. Parameters that `step_ratios` does not name are held where the module has
-    them.
+    and |u| is the norm of w in the metric 1/r. Parameters that `step_ratios` does not name keep their present values.
 
     Args:
-        module: whose weights they are; they are read, never written.
+        module: the module; its parameters are read, never written to.
         dtype: of the vectors.
         device: of the vectors; default: that of the weights.
-        step_ratios: default: all trainable parameters, 1.
+        step_ratios: default: 1 for all trainable parameters.
 
     Raises:
         ValueError: no trainable parameters, unknown names, a ratio that is not positive.
@@ -53,7 +52,7 @@ class WeightSpace:
                 )
             named = [(name, p) for name, p in named if name in step_ratios]
         if not named:
-            raise ValueError("the module has no trainable parameters: there is no weight space to measure in")
+            raise ValueError("the module has no trainable parameters: there are no weights to measure")
         self.module = module
         self.step_ratios = {name: 1.0 if step_ratios is None else float(step_ratios[name]) for name, _ in named}
         self.dtype = dtype
@@ -79,7 +78,7 @@ class WeightSpace:
         return self.flatten(self.parameters())
 
     def flatten(self, tensors: list[Tensor] | list[nn.Parameter], *, gradients: bool = False) -> Tensor:
-        """Weights, or gradients, of the parameters' shapes, in their order, as one vector ``[P]``."""
+        """Tensors of the parameters' shapes, in their order, as one vector ``[P]``; `gradients`: they are gradients."""
         flat = torch.cat([self._cast(t).reshape(-1) for t in tensors])
         if self._scale is None:
             return flat

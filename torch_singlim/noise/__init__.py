@@ -1,7 +1,7 @@
-"""The noises: one object for each drives the training and the theory.
+"""The noise systems: the same object is used for training and for theory.
 
-Each is a frozen object whose `noisy_loss` is the one line that defines it. Its `order` is a claim, which `degeneracy`
-checks, and measures for a `CustomNoise`.
+Each system is a frozen object that is defined by the one line of its `noisy_loss`. Its `order` follows from theory;
+`degeneracy` checks it numerically, and measures it for a `CustomNoise`.
 """
 
 from torch_singlim.noise.activations import Dropout, InputNoise

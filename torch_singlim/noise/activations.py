@@ -1,4 +1,4 @@
-"""Noise that acts through the outputs of each sample: dropout, noise on the inputs."""
+"""Noise that acts through the outputs of each sample: dropout and noise on the inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Dropout(GaussianNoise):
 
         1 + eta = Bernoulli(1 - p) / (1 - p),      sigma_j^2 = p_j / (1 - p_j)
 
-    Order 1. Every call of a dropout layer has its own noise, per sample and unit (per channel for ``Dropout2d``).
+    Order 1. Every call of a dropout layer has independent noise for each sample and unit (``Dropout2d``: each channel).
 
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.2), nn.Linear(3, 1))
@@ -42,7 +42,7 @@ class Dropout(GaussianNoise):
         if not problem.sites:
             raise ValueError(
                 "Dropout() needs nn.Dropout layers with a positive rate that the forward pass calls, found none: add "
-                "them to the module (functional dropout cannot be seen), or use another noise"
+                "them to the module (functional dropout cannot be detected), or use another noise"
             )
 
     def variance(self, space: NoiseSpace) -> float:

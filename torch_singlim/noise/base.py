@@ -1,11 +1,11 @@
-"""What a noise is: a noisy loss Lhat(w, eta), from which everything else follows.
+"""A noise is defined by its noisy loss Lhat(w, eta), from which everything else follows.
 
-A system says how its noise eta enters the loss of a batch, one line in the letters of arXiv 2404.12293:
+A system states how its noise eta enters the loss of a batch, in one line, in the notation of arXiv 2404.12293:
 
     DropConnect:  loss(w * (1 + eta), x, y)         input noise:  loss(w, x + eta, y)       Langevin:  L + eta . w
 
 The components of eta are uncorrelated, with mean zero. eta has either one row for each sample of the batch ``[n, D]``
-(`per_sample`), or is one vector ``[D]`` for the whole step. The eta of a sum is a tuple, one eta for each part.
+(`per_sample`), or it is one vector ``[D]`` for the whole step. The eta of a sum is a tuple with one eta for each part.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "parts",
 ]
 
-# eta: a tensor, of a sum a tuple of them
+# eta: a tensor, or a tuple of tensors for a sum
 Eta = TypeVar("Eta")
 
 
@@ -42,12 +42,12 @@ class BatchLoss(Protocol):
     def __call__(
         self, w: Tensor, x: Tensor, y: Tensor, *, activations: Tensor | None = None, shift: Tensor | None = None
     ) -> Tensor:
-        """`activations`: noise on the dropout sites ``[n, D]``; `shift`: what is added to the targets ``[n, C]``."""
+        """`activations`: noise on the dropout sites ``[n, D]``; `shift` is added to the targets ``[n, C]``."""
         ...
 
 
 class NoiseSpace(Protocol):
-    """What there is to perturb: all that a system needs to know to draw its noise. A `ZeroLossProblem` is one."""
+    """What a system needs to draw its noise: the quantities that can be perturbed. A `ZeroLossProblem` is one."""
 
     num_weights: int
     num_outputs: int
@@ -63,7 +63,7 @@ class NoiseSpace(Protocol):
 
 @dataclass(frozen=True)
 class Covariance:
-    """Sigma = hessian * H + identity * I: covariance on Gamma of one step's gradient noise, where it has this form."""
+    """Sigma = hessian * H + identity * I, the covariance on Gamma of one step's gradient noise, if it has this form."""
 
     hessian: float = 0.0
     identity: float = 0.0
@@ -73,18 +73,19 @@ class Covariance:
 
 
 class NoiseSystem(ABC, Generic[Eta]):
-    """A noise (or a penalty): how its eta enters the loss. Subclasses are frozen; ``a + b`` is their sum.
+    """A noise, or a penalty: how its eta enters the loss. Subclasses are frozen; ``a + b`` is their sum.
 
     Attributes:
-        per_sample: eta is ``[n, D]``, a row for each sample; otherwise ``[D]``, one for the whole step.
-        additive: adds a term of the weights themselves to the loss; in a sum it sees them unperturbed.
-        moves_outputs: acts through the outputs f of each sample (and on nothing else).
-        scale_free: the same in coordinates in which each weight has another unit, as steps of different sizes need.
-        transient: eta is added to the weights after a step and taken back a step later; the recursion's weights are
-            those of the training without it.
+        per_sample: eta is ``[n, D]``, a row for each sample; otherwise ``[D]``, one vector for the whole step.
+        additive: adds a term in the weights to the loss; in a sum, the other parts do not perturb the weights in it.
+        moves_outputs: acts through the outputs f of each sample, and on nothing else.
+        scale_free: does not change when each weight is expressed in a unit of its own, as parameter groups with
+            different learning rates require.
+        transient: eta is added to the weights after a step and subtracted a step later; the recursion is written in the
+            weights without eta.
         relabels: acts on class labels, see `redraw`, rather than through the arguments of the loss.
-        done_by: who does it in a training already, so that it cannot be injected; None: it can.
-        checked_on_samples: whether it fits is decided on samples of the training, see `check_targets`.
+        done_by: what applies this noise in a training already, so that it cannot be injected; None: it can be injected.
+        checked_on_samples: samples of the training are needed to decide whether the noise fits, see `check_targets`.
     """
 
     per_sample: ClassVar[bool] = True
@@ -99,11 +100,11 @@ class NoiseSystem(ABC, Generic[Eta]):
     @property
     @abstractmethod
     def order(self) -> int | None:
-        """Power of the step size in the drift along Gamma: 1, 2, or None where nothing moves on either clock."""
+        """Power of the step size in the drift along Gamma: 1, 2, or None if there is no drift on either clock."""
 
     @abstractmethod
     def variance(self, space: NoiseSpace) -> float:
-        """sigma^2 of the slow clock; with several layers or systems the largest, which sets the pace."""
+        """sigma^2 of the slow clock; the largest one of several layers or systems."""
 
     @abstractmethod
     def scale(self, space: NoiseSpace) -> Eta:
@@ -113,7 +114,8 @@ class NoiseSystem(ABC, Generic[Eta]):
     def draw(self, space: NoiseSpace, count: int, *, generator: torch.Generator | None) -> Eta:
         """Independent draws of eta ``[count, D]``.
 
-        Drawn on the generator's device (default: the CPU) and moved, so that a seed means the same everywhere.
+        They are drawn on the generator's device (default: the CPU) and moved afterwards, so that a seed gives the same
+        noise on every device.
         """
 
     @abstractmethod
@@ -125,27 +127,27 @@ class NoiseSystem(ABC, Generic[Eta]):
         """Lhat(w, eta) of a batch, a scalar, in terms of the loss without this noise; differentiable in w and eta."""
 
     def check(self, problem: ZeroLossProblem) -> None:  # most systems fit every problem
-        """Raise ValueError, with what to do, if the system does not fit the problem."""
+        """Raise ValueError, with advice on what to do, if the system does not fit the problem."""
 
-    def check_targets(self, loss: SampleLoss | None, targets: Tensor) -> None:  # likewise
-        """Raise ValueError unless loss (None: not known) and targets are those that the noise is made for."""
+    def check_targets(self, loss: SampleLoss | None, targets: Tensor) -> None:  # most systems fit all targets
+        """Raise ValueError if the noise does not fit this loss (None: unknown) or these targets."""
 
     def redraw(self, labels: Tensor, eta: Eta) -> Tensor:
-        """The class labels ``[n]`` that training sees under eta."""
+        """The class labels ``[n]`` under the noise eta."""
         return labels
 
     def covariance(self, problem: ZeroLossProblem, batch_size: int) -> Covariance | None:
-        """Sigma on Gamma in closed form; None where it has none."""
+        """Sigma on Gamma in closed form; None if there is no closed form."""
         return None
 
     def __add__(self, other: NoiseSystem) -> NoiseSystem:
-        """Both, independently: their potentials add."""
+        """Both noises, independently of each other: their potentials add up."""
         return Sum((*parts(self), *parts(other)))
 
 
 @dataclass(frozen=True)
 class Sum(NoiseSystem[tuple[Tensor, ...]]):
-    """Several independent systems at once; written ``a + b``. Its eta is a tuple, one for each part.
+    """Several independent systems at once, written ``a + b``. Its eta is a tuple, with one eta for each part.
 
     Raises:
         ValueError: two systems of one kind.
@@ -162,7 +164,7 @@ class Sum(NoiseSystem[tuple[Tensor, ...]]):
         return " + ".join(map(repr, self.systems))
 
     @property
-    def per_sample(self) -> bool:  # type: ignore[override]  # of a sum these depend on its parts
+    def per_sample(self) -> bool:  # type: ignore[override]  # for a sum these depend on its parts
         """Whether every part is."""
         return all(system.per_sample for system in self.systems)
 
@@ -193,7 +195,7 @@ class Sum(NoiseSystem[tuple[Tensor, ...]]):
 
     @property
     def done_by(self) -> str | None:  # type: ignore[override]
-        """Of the first part that is done in a training already."""
+        """That of the first part which is applied in a training already."""
         return next((system.done_by for system in self.systems if system.done_by), None)
 
     @property
@@ -234,7 +236,7 @@ class Sum(NoiseSystem[tuple[Tensor, ...]]):
         return labels
 
     def covariance(self, problem: ZeroLossProblem, batch_size: int) -> Covariance | None:
-        """The sum of the parts' that have noise; None where one of them has no closed form."""
+        """The sum over the parts that have noise; None if one of them has no closed form."""
         noisy = [system for system in self.systems if system.scale(problem).numel()]
         known = [system.covariance(problem, batch_size) for system in noisy]
         closed = [each for each in known if each is not None]
@@ -242,14 +244,14 @@ class Sum(NoiseSystem[tuple[Tensor, ...]]):
 
 
 def parts(system: NoiseSystem) -> tuple[NoiseSystem[Tensor], ...]:
-    """The systems that a sum consists of; a single one is its own only part."""
+    """The systems that a sum consists of; a single system is its only part."""
     return system.systems if isinstance(system, Sum) else (system,)
 
 
 def noisy_loss(system: NoiseSystem, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, etas: Sequence[Tensor]) -> Tensor:
-    """Lhat(w, eta): mean loss of a batch under all parts of a system, one eta for each; a scalar.
+    """Lhat(w, eta), a scalar: the mean loss of a batch under all parts of a system, with one eta for each part.
 
-    Parts that add a term of the weights come outermost, so that none of the others perturbs it.
+    Parts that add a term in the weights are applied outermost, so that the other parts do not perturb it.
     """
 
     def wrapped(inner: BatchLoss, part: NoiseSystem[Tensor], eta: Tensor) -> BatchLoss:
@@ -272,7 +274,7 @@ def draw_noise(
     generator: torch.Generator | None,
     replicas: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Fresh noise for a batch of `count` samples: per part ``[count, D]`` or ``[D]``; with a leading [replicas]."""
+    """New noise for a batch of `count` samples: for each part ``[count, D]`` or ``[D]``, with [replicas] in front."""
     lead = () if replicas is None else (replicas,)
     copies = replicas or 1
     etas = []

@@ -1,4 +1,4 @@
-"""Minibatches alone, and a user's own noise."""
+"""Minibatches alone, and noise that is defined by the user."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ __all__ = ["CustomNoise", "Minibatch"]
 
 @dataclass(frozen=True)
 class Minibatch(GaussianNoise):
-    """Minibatch sampling and nothing else: the loss of the batch as it is.
+    """Minibatch sampling and nothing else: the loss of the batch without further noise.
 
-    Trivial: on Gamma every sample's gradient is zero, so the noise dies as the weights arrive. No order, no drift.
+    On Gamma the gradient of every sample is zero, so this noise vanishes as the weights approach Gamma. It has no order
+    and causes no drift along Gamma.
 
     >>> Minibatch().order is None
     True
@@ -38,15 +39,16 @@ class Minibatch(GaussianNoise):
 
 @dataclass(frozen=True)
 class CustomNoise(GaussianNoise):
-    """A user's own noise: Lhat(w, eta) as a function, and what shape its eta has. Everything else follows.
+    """A noise that the user defines by a function Lhat(w, eta) and the shape of eta. Everything else follows.
 
     Args:
-        function: (loss, w, x, y, eta) -> scalar, with ``loss(w, x, y)`` the mean loss of a batch without this noise;
-            at eta = 0 it must be that loss. It runs under `torch.func`: no ``.item()``, no in-place changes.
-        std: standard deviation of the components of eta, Gaussian and independent.
-        like: what eta has the shape of: "weights" ``[P]`` (one for the step), or, with a row for each sample,
-            "inputs" ``[n, ...]`` flattened, or "outputs" ``[n, C]``.
-        order: 1, 2, or None where nothing moves; left alone it is "measured", at the point where it is asked for.
+        function: (loss, w, x, y, eta) -> scalar, where ``loss(w, x, y)`` is the mean loss of a batch without this
+            noise; at eta = 0 the result must equal that loss. It runs under `torch.func`: no ``.item()``, no in-place
+            changes.
+        std: standard deviation of the components of eta, which are Gaussian and independent.
+        like: the shape of eta: "weights" ``[P]`` (one vector for the step), or, with a row for each sample, "inputs"
+            ``[n, ...]`` flattened, or "outputs" ``[n, C]``.
+        claimed_order: 1, 2, or None if the noise causes no drift; default: "measured" at the point where it is needed.
 
     Raises:
         ValueError: a std that is not positive; a function with Lhat(w, 0) != L(w), or that does not return a scalar.
@@ -78,7 +80,7 @@ class CustomNoise(GaussianNoise):
     @property
     def order(self) -> int | None:
         if self.claimed_order == "measured":
-            raise ValueError("the order of this noise has not been measured yet: with_measured_order(...) does")
+            raise ValueError("the order of this noise has not been measured yet: call with_measured_order(...)")
         return self.claimed_order
 
     def check(self, problem: ZeroLossProblem) -> None:
@@ -92,7 +94,7 @@ class CustomNoise(GaussianNoise):
         if not torch.allclose(noisy, quiet, rtol=1e-6, atol=1e-12):
             raise ValueError(
                 f"without noise the noisy loss must be the loss, got Lhat(w, 0) = {noisy.item():.6g} and L(w) = "
-                f"{quiet.item():.6g}: let eta enter so that zero changes nothing"
+                f"{quiet.item():.6g}: eta must enter in such a way that eta = 0 changes nothing"
             )
 
     def variance(self, space: NoiseSpace) -> float:

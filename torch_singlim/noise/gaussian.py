@@ -1,4 +1,4 @@
-"""Independent components of eta with given standard deviations, and what the systems share."""
+"""Noise with independent components of given standard deviations, and helpers that several systems share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["GaussianNoise", "WithStd", "bernoulli", "require_positive", "uniform
 def require_positive(name: str, value: float) -> None:
     """Raise ValueError unless the value is positive and finite."""
     if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite, got {value}; for no noise leave the system out")
+        raise ValueError(f"{name} must be positive and finite, got {value}; for no noise do not use the system")
 
 
 def bernoulli(keep: Tensor | float, u: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class GaussianNoise(NoiseSystem[Tensor]):
 
 @dataclass(frozen=True)
 class WithStd(GaussianNoise):
-    """A system whose eta has one standard deviation, which also sets the pace."""
+    """A system whose components of eta all have the same standard deviation, which is also that of the slow clock."""
 
     std: float
 

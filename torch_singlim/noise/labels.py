@@ -1,4 +1,4 @@
-"""Noise on the labels: Gaussian on the targets of mse, flips of class labels."""
+"""Noise on the labels: Gaussian noise on the targets of mse, random flips of class labels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["LabelFlips", "LabelNoise"]
 
 @dataclass(frozen=True)
 class LabelNoise(WithStd):
-    """Gaussian noise on the targets of a mean squared error: y + eta, per sample and output.
+    """Gaussian noise on the targets of a mean squared error: y + eta, independent for each sample and output.
 
         Sigma = 2 std^2/(C B) H on Gamma,     V = std^2/(2 C B) tr H
 
-    Order 2: E Lhat differs from L by a constant, and the noise is normal to Gamma.
+    Order 2: E Lhat differs from L by a constant, and the gradient noise is normal to Gamma.
 
     Raises:
         ValueError: a std that is not positive; a loss other than mse.
@@ -54,7 +54,7 @@ class LabelNoise(WithStd):
             self._check_loss(loss)
         if not targets.is_floating_point():
             raise ValueError(
-                f"LabelNoise needs floating point targets in the batches, got {targets.dtype}: let the dataset give "
+                f"LabelNoise needs floating point targets in the batches, got {targets.dtype}: let the dataset return "
                 "F.one_hot(labels, num_classes).float()"
             )
 
@@ -72,11 +72,11 @@ class LabelNoise(WithStd):
 class LabelFlips(GaussianNoise):
     """Each class label is redrawn uniformly over the C classes with probability `rate` at every step.
 
-        targets average to q = (1 - rate) onehot + rate/C:  the zero-loss problem of label_smoothing = rate
+        mean target q = (1 - rate) onehot + rate/C:  the zero-loss problem of label_smoothing = rate
         Sigma = H/B on Gamma,     V = tr H/(4 B)
 
-    Order 2, for cross-entropy. The clock's sigma^2 is 1: the rate is in H. With delta = e_c where the label was
-    redrawn as c, and 0 elsewhere, eta = W^{-1} (delta - rate/C), where W^2 = Cov delta, has unit variance, and
+    Order 2, for cross-entropy. The clock's sigma^2 is 1, since H depends on the rate. Let delta = e_c if the label was
+    redrawn as c, and 0 else. Then eta = W^{-1} (delta - rate/C), where W^2 = Cov delta, has unit variance, and
 
         y - q = W eta - (1 . W eta) onehot
 
@@ -93,7 +93,7 @@ class LabelFlips(GaussianNoise):
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
-            raise ValueError(f"the rate must be in (0, 1), got {self.rate}; for no noise leave the system out")
+            raise ValueError(f"the rate must be in (0, 1), got {self.rate}; for no noise do not use the system")
 
     @property
     def order(self) -> int:
@@ -103,7 +103,7 @@ class LabelFlips(GaussianNoise):
         if not isinstance(loss, SoftCrossEntropy):
             raise ValueError(
                 f"LabelFlips is for cross-entropy on class labels, got {type(loss).__name__}: flipped "
-                "one-hot targets are not mean-preserving for it; use LabelNoise(std=...) with mse"
+                "one-hot targets do not preserve the mean for it; use LabelNoise(std=...) with mse"
             )
 
     def check(self, problem: ZeroLossProblem) -> None:
@@ -111,9 +111,9 @@ class LabelFlips(GaussianNoise):
         onehot = self._onehot(problem.targets)
         if not torch.allclose(onehot, onehot.round(), atol=1e-6):
             raise ValueError(
-                f"LabelFlips(rate={self.rate}) averages the targets to label smoothing {self.rate}, the problem has "
-                f"others: use class labels with nn.CrossEntropyLoss(label_smoothing={self.rate}) for the problem (and "
-                "no smoothing in the training, where the flips do it)"
+                f"LabelFlips(rate={self.rate}) averages the targets to label smoothing {self.rate}, but the problem "
+                f"has other targets: use class labels with nn.CrossEntropyLoss(label_smoothing={self.rate}) for the "
+                "problem (and no smoothing in the training, where the flips have this effect)"
             )
 
     def check_targets(self, loss: SampleLoss | None, targets: Tensor) -> None:
@@ -122,12 +122,12 @@ class LabelFlips(GaussianNoise):
         if targets.is_floating_point() or targets.ndim != 1:
             raise ValueError(
                 f"LabelFlips needs class labels [n] in the batches, got {targets.dtype} targets of shape "
-                f"{tuple(targets.shape)}: let the dataset give the labels themselves"
+                f"{tuple(targets.shape)}: let the dataset return the labels themselves"
             )
         if isinstance(loss, SoftCrossEntropy) and loss.label_smoothing:
             raise ValueError(
-                f"LabelFlips smooths the labels itself, training_step has label_smoothing={loss.label_smoothing:g} "
-                "already: use hard labels, or drop the flips"
+                f"LabelFlips smooths the labels itself, and training_step already has "
+                f"label_smoothing={loss.label_smoothing:g}: use hard labels, or remove the flips"
             )
 
     def variance(self, space: NoiseSpace) -> float:

@@ -13,7 +13,7 @@ __all__ = ["stratified_noise"]
 
 
 def _prime(least: int) -> int:
-    """The smallest prime that is at least this."""
+    """The smallest prime that is not less than `least`."""
     n = max(least, 2)
     while any(n % d == 0 for d in range(2, int(n**0.5) + 1)):
         n += 1
@@ -23,19 +23,20 @@ def _prime(least: int) -> int:
 def stratified_noise(
     system: NoiseSystem, space: NoiseSpace, count: int, *, strata: int, generator: torch.Generator | None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """A block of draws like those of `draw_noise`, spread evenly over each component's distribution (Latin hypercube).
+    """A block of draws like those of `draw_noise`, evenly spread over each component's distribution (Latin hypercube).
 
         u_j(i) = ((a_j i + s_j) mod n + U_ij) / n,      eta_j(i) = F_j^{-1}(u_j(i)),      i = 0..n-1
 
-    Every draw by itself is exactly distributed and has independent components; over the block each component visits
-    each of its n strata once, so that what is linear in eta averages to almost nothing. a_j is uniform on 1..n-1,
-    s_j on 0..n-1, n the next prime: any two draws are then as those of a random permutation (Owen 1992, Tang 1993).
+    Each draw on its own has the exact distribution, with independent components. Over the block, each component takes
+    one value in each of its n strata, so that terms linear in eta nearly average out. n is the next prime, a_j is
+    uniform on 1..n-1 and s_j on 0..n-1: any two draws are then distributed as under a random permutation (Owen 1992,
+    Tang 1993).
 
     Args:
-        system: the noise; its components must be independent (a `quantile` of their own).
-        space: what there is to perturb.
+        system: the noise; its components must be independent, each with its own `quantile`.
+        space: what can be perturbed.
         count: samples of a batch.
-        strata: draws in the block, rounded up to a prime.
+        strata: number of draws in the block, rounded up to a prime.
         generator: of the draws.
     """
     n = _prime(strata)

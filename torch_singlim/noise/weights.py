@@ -1,4 +1,4 @@
-"""Noise and penalties on the weights: DropConnect, anti-correlated perturbations, weight decay, Langevin."""
+"""Noise and penalties on the weights: DropConnect, anti-correlated perturbations, weight decay, Langevin noise."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ class DropConnect(WithStd):
 
 @dataclass(frozen=True)
 class AntiCorrelated(WithStd):
-    """Anti-correlated perturbed gradient descent: each perturbation of the weights is taken back a step later.
+    """Anti-correlated perturbed gradient descent: each perturbation of the weights is subtracted a step later.
 
         w+ = w - alpha grad L(w) + (xi_{k+1} - xi_k)
         z+ = z - alpha grad L(z + xi_k),  z = w - xi:    Lhat = L(w + eta)
 
-    Order 1 with V = (std^2/2) tr H. The recursion here runs in z; xi is a transient perturbation.
+    Order 1 with V = (std^2/2) tr H. Here the recursion is written in z; xi is a transient perturbation.
 
     Raises:
         ValueError: a std that is not positive.
@@ -102,7 +102,7 @@ class AntiCorrelated(WithStd):
 
 @dataclass(frozen=True)
 class WeightDecay(GaussianNoise):
-    """L + (lambda/2) |w|^2, the optimizer's weight decay: no noise, but the clock of order 1 with lambda for sigma^2.
+    """L + (lambda/2) |w|^2, the optimizer's weight decay: no noise, but a drift of order 1, with sigma^2 = lambda.
 
     Raises:
         ValueError: a coefficient that is not positive.
@@ -132,7 +132,7 @@ class WeightDecay(GaussianNoise):
 
 @dataclass(frozen=True)
 class Langevin(WithStd):
-    """Stochastic gradient Langevin: w+ = w - alpha grad L - alpha std xi, that is Lhat = L + eta . w.
+    """Stochastic gradient Langevin noise: w+ = w - alpha grad L - alpha std xi, that is Lhat = L + eta . w.
 
         Sigma = std^2 I,     V = (std^2/4) log pdet H (its tangential gradient),     diffusion alpha^2 std^2 along Gamma
 

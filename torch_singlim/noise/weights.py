@@ -107,6 +107,7 @@ class WeightDecay(GaussianNoise):
     Raises:
         ValueError: a coefficient that is not positive.
 
+    >>> from torch_singlim.noise import Dropout
     >>> (Dropout() + WeightDecay(5e-4)).order
     1
     """

@@ -15,11 +15,11 @@ from torch_singlim.theory.sgd import SGDSettings, stationary_variance, time_scal
 from torch_singlim.theory.singular_limit import LimitPrediction, singular_limit
 
 __all__ = [
-    # how the weights descend, and the slow clock
+    # the settings of SGD, and the slow clock
     "SGDSettings",
     "time_scale",
     "stationary_variance",
-    # whether torch differentiates the network rightly
+    # whether torch's derivatives of the network are right
     "check_derivatives",
     # order 1: the effective potential
     "potential",
@@ -30,7 +30,7 @@ __all__ = [
     "GradientNoise",
     "covariance_potential",
     "ito_drift",
-    # which order a noise has
+    # the order of a noise
     "degeneracy",
     "Degeneracy",
     "with_measured_order",

@@ -1,6 +1,7 @@
-"""Whether the derivatives that the theory takes of a network are right: each against a finite difference, once.
+"""Check the derivatives of a network that the theory needs: each is compared once with a finite difference.
 
-Some fused layers have forward-mode rules that are silently wrong at second and third order (torch's LayerNorm is).
+The forward-mode rules of some fused layers give wrong derivatives of second and third order without an error message;
+torch's LayerNorm is one of them.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from torch_singlim.theory.second_order import row_gradient
 __all__ = ["check_derivatives"]
 
 _SAMPLES = 2
-_WRONG = 0.02  # relative; right ones agree to 1e-4 and better, the wrong ones known are off by 30 % and more
-# a kink between the points of one difference (ReLU, max pooling) spoils that step length, and a deep network has kinks
-# everywhere: the best one counts
+_WRONG = 0.02  # relative error; correct derivatives agree to 1e-4 or better, known wrong ones are off by 30 % or more
+# a kink (ReLU, max pooling) between the points of a difference makes it useless at that step length, and a deep network
+# has many kinks: the step length with the best agreement counts
 _STEPS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
 
 def _mismatch(value: Tensor, difference: Callable[[float], Tensor], floor: float) -> float:
-    """Relative distance of a derivative from its finite difference, at the best step length.
+    """Relative difference between a derivative and its finite difference, at the best step length.
 
-    `floor`: below this size the difference is rounding, both count as zero.
+    `floor`: derivatives smaller than this count as zero, since the finite difference is then dominated by rounding.
     """
     size = max(torch.linalg.vector_norm(value).item(), floor)
     return min(torch.linalg.vector_norm(value - difference(h)).item() / size for h in _STEPS)
@@ -45,7 +46,7 @@ def _second(function: Callable[[float], Tensor]) -> Callable[[float], Tensor]:
 
 
 def _is_wrong(layer: nn.Module, x: Tensor, generator: torch.Generator) -> bool:
-    """Whether a layer's own third derivative is wrong at its input x, after a nonlinearity, in a random direction."""
+    """Whether the third derivative of a layer, followed by a nonlinearity, is wrong at x, in a random direction."""
     with torch.no_grad():
         c = torch.randn(layer(x).shape, generator=generator, dtype=x.dtype).to(x)
     v = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x)
@@ -62,17 +63,17 @@ def _is_wrong(layer: nn.Module, x: Tensor, generator: torch.Generator) -> bool:
 
 
 def check_derivatives(problem: ZeroLossProblem, noise: NoiseSystem) -> None:
-    """Raise ValueError if a derivative that the theory would take of this network and noise is wrong in torch.
+    """Raise ValueError if torch computes a derivative wrongly that the theory needs for this network and noise.
 
-    On two samples, in float64, in a random direction, against central differences: the gradient, the products with
-    the Jacobian, and the third derivatives that give grad V; the global random state is left alone.
+    The gradient, a product with the Jacobian and the third derivatives in grad V are compared with central differences,
+    on two samples, in float64, in a random direction. The global random state does not change.
 
     Args:
         problem: loss and samples; its module is copied.
         noise: the system.
 
     Raises:
-        ValueError: which derivative is off by how much, the type of the layer responsible, and what to write instead.
+        ValueError: a derivative is wrong; the message names it, its error, the layer responsible and a replacement.
 
     >>> from torch_singlim.noise import Dropout
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Tanh(), nn.Dropout(0.1), nn.Linear(3, 1))
@@ -117,11 +118,11 @@ def check_derivatives(problem: ZeroLossProblem, noise: NoiseSystem) -> None:
     called = few.function.layers(few.inputs)
     layers = sorted({type(f).__name__ for f, x in called if x.is_floating_point() and _is_wrong(f, x, generator)})
     culprit = (
-        f"the layer responsible is {' or '.join(layers)}: replace it by one with right derivatives (nn.GroupNorm, "
-        "nn.RMSNorm and nn.LayerNorm are)"
+        f"the layer responsible is {' or '.join(layers)}: replace it by one whose derivatives are right (nn.GroupNorm, "
+        "nn.RMSNorm, nn.LayerNorm)"
         if layers
-        else "no layer by itself is: a fused function that forward calls is (F.layer_norm, for one): use the module "
-        "(nn.LayerNorm, which is taken apart here), or elementary operations"
+        else "no layer by itself is responsible: forward probably calls a fused function, such as F.layer_norm; use "
+        "the module instead (nn.LayerNorm, which is evaluated by elementary operations here), or elementary operations"
     )
     raise ValueError(
         f"torch differentiates this network wrongly: {name} is off by {size:.0%} from a finite difference on "

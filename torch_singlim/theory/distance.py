@@ -1,4 +1,4 @@
-"""How far from Gamma the iterates are on average: the mean offset and the variance of the normal modes."""
+"""The expected distance of the iterates from Gamma: the mean offset and the variance of the normal modes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ExpectedDistance", "expected_distance"]
 class ExpectedDistance:
     """Root mean square distance to Gamma, sqrt(|offset|^2 + variance), in units of the weights' norm.
 
-    `offset` is the mean of w minus its nearest point ``[P]``, `variance` the trace of its covariance (infinite where
+    `offset` is the mean of w minus its nearest point ``[P]``, `variance` is the trace of the covariance (infinite if
     a mode is unstable, alpha lambda >= 2).
     """
 
@@ -43,7 +43,7 @@ def expected_distance(
     num_draws: int = 16,
     generator: torch.Generator | None = None,
 ) -> ExpectedDistance:
-    """Where the iterates are around Gamma, over the modes that are relaxed at a level.
+    """Mean and variance of the iterates around Gamma, over the modes that are relaxed at a level.
 
         offset    = -f(H) H^+ g,      g = alpha^(order-1) grad V,      f: `relaxed_filter`
         variance  = sum_i f(l_i)^2 alpha Sigma_ii / (2 l_i - alpha l_i^2)     (with momentum: `stationary_variance`)
@@ -53,9 +53,10 @@ def expected_distance(
         gradient: g there ``[P]``.
         noise: Sigma there.
         sgd: step size and momentum.
-        level: modes below do not count; below 1 / (alpha steps) they have not had the time to relax. 0: all modes.
-        num_draws: random vectors for the variance where H is not decomposed.
-        generator: of those.
+        level: modes with smaller eigenvalues do not count; those below 1 / (alpha steps) have not relaxed yet.
+            0: all modes.
+        num_draws: number of random vectors for the variance if H is not decomposed.
+        generator: of these vectors.
 
     Source: stationary state of the linearised recursion; arXiv 2404.12293.
     """
@@ -63,7 +64,7 @@ def expected_distance(
     def inverse(values: Tensor) -> Tensor:
         return relaxed_filter(values, level) / values
 
-    # where H is not decomposed a matrix function takes many products
+    # if H is not decomposed, a matrix function takes many products
     sampled = gradient if hessian.decomposed else gradient.halves()
     offset = sampled.map(lambda g: -hessian.normal_function(inverse, g))
     variance = noise.normal_variance(hessian, sgd, level=level, num_draws=num_draws, generator=generator)

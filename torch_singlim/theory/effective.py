@@ -1,4 +1,4 @@
-"""The effective loss, whose descent is what training does on average, and its gradients draw by draw."""
+"""The effective loss, which training descends on average, and its gradients for single draws of the noise."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class WindowPrediction:
 
     Args:
         path: w(k) - w(0) at the steps that were asked for, the last of them K  ``[marks, P]``.
-        stderr: norm of its sampling error; 0 for a deterministic flow, nan from a single noisy path.
-        error: estimated norm of the integration error; 0 by unit-step integration, nan where it is not known.
-        gradients: gradients of all samples that it took; a product with H counts as one.
-        status: how the integration ended; unless it was successful, the displacement is that of the part done.
+        stderr: norm of the sampling error; 0 for a deterministic flow, nan for a single noisy path.
+        error: estimated norm of the integration error; 0 by unit-step integration, nan if unknown.
+        gradients: number of gradients over all samples that were computed; a product with H counts as one.
+        status: how the integration ended; unless it was successful, the displacement is that up to where it ended.
     """
 
     path: Tensor = field(repr=False)
@@ -46,7 +46,7 @@ class WindowPrediction:
 
 
 def check_marks(marks: Sequence[int], steps: int) -> tuple[int, ...]:
-    """Steps at which a path is kept, ascending within 1..K, the last of them K; default: K alone."""
+    """Check the steps at which a path is recorded: ascending within 1..K, the last of them K; default: K alone."""
     marks = tuple(marks) or (steps,)
     if steps < 1 or marks[0] < 1 or marks[-1] != steps or any(a >= b for a, b in itertools.pairwise(marks)):
         raise ValueError(f"marks must ascend from at least 1 to steps={steps}, got {marks}")
@@ -54,7 +54,7 @@ def check_marks(marks: Sequence[int], steps: int) -> tuple[int, ...]:
 
 
 def has_effective_flow(noise: NoiseSystem, problem: ZeroLossProblem) -> bool:
-    """Whether grad L_eff is known: every part is of order 1, or has Sigma = c_H H."""
+    """Whether grad L_eff is known: every part with a drift is of order 1, or has Sigma = c_H H."""
 
     def followed(part: NoiseSystem) -> bool:
         if part.order != 2:
@@ -66,10 +66,10 @@ def has_effective_flow(noise: NoiseSystem, problem: ZeroLossProblem) -> bool:
 
 
 class EffectiveLoss:
-    """L_eff = E_eta Lhat(w, eta) + alpha (c_H/4) tr H(w), by gradients of single draws.
+    """L_eff = E_eta Lhat(w, eta) + alpha (c_H/4) tr H(w), and gradients of it for single draws of eta.
 
-    The parts of order 1 enter at their finite size, each draw of eta giving one gradient; those of order 2, whose
-    Sigma = c_H H, by their potential.
+    The parts of order 1 enter with their finite size: each draw of eta gives one gradient. The parts of order 2, with
+    Sigma = c_H H, enter by their potential.
 
     Args:
         problem: loss and samples.
@@ -92,7 +92,7 @@ class EffectiveLoss:
         noise.check(problem)
         if not has_effective_flow(noise, problem):
             raise ValueError(
-                f"{noise} has no effective loss whose gradient is known (its drift needs H decomposed): "
+                f"{noise} has no effective loss with a known gradient (the drift requires the decomposed H): "
                 "use singular_limit or limit_flow, or simulate"
             )
         self.problem, self.generator = problem, generator
@@ -103,18 +103,18 @@ class EffectiveLoss:
 
     @property
     def is_random(self) -> bool:
-        """Whether its gradient is known by random draws alone."""
+        """Whether the gradient is estimated from random draws."""
         return self.is_noisy or self.second > 0
 
     def draw(self) -> Gradient:
-        """w -> grad Lhat(w, eta) for one fresh eta (order 1)."""
+        """w -> grad Lhat(w, eta) for one new eta, that of the parts of order 1."""
         etas = draw_noise(self.first, self.problem, self.problem.num_samples, generator=self.generator)
         return lambda w: noisy_gradient(self.first, self.problem, w, etas)
 
     def block(self, strata: int) -> Iterator[Gradient]:
-        """The same for a block of draws, at least `strata`, spread evenly over eta's distribution.
+        """The same for a block of at least `strata` draws, spread evenly over the distribution of eta.
 
-        The one exact gradient where eta is nothing.
+        If there is no noise of order 1, the block consists of the one exact gradient.
         """
         if not self.is_noisy:
             yield self.draw()
@@ -124,7 +124,7 @@ class EffectiveLoss:
             yield lambda w, etas=etas: noisy_gradient(first, problem, w, etas)
 
     def order_two_gradient(self, w: Tensor) -> Tensor:
-        """alpha (c_H/4) grad tr H at w ``[P]`` from one random direction of every sample; two gradients."""
+        """alpha (c_H/4) grad tr H at w ``[P]`` from one random direction for each sample; costs two gradients."""
         problem = self.problem
         shape = (problem.num_samples, problem.num_residuals // problem.num_samples)
         return self.second * row_gradient(problem, w, rademacher(shape, generator=self.generator, like=w))[0]

@@ -20,22 +20,23 @@ __all__ = ["effective_flow"]
 
 Expansion = Literal["averaged", "second_order"]
 
-# grad tr H changes as slowly as the weights drift: it is held fixed between so many evaluations in a window
+# number of evaluations of grad tr H in a window; in between it is held fixed, since it changes as slowly as the weights
+# drift
 _REFRESHES = 200
-# weights this many times their starting norm away from the start have run away
+# a displacement of so many times the initial norm of the weights counts as divergence
 _RUNAWAY = 100.0
 
 
 def _descend(
     w: Tensor, velocity: Tensor | None, sgd: SGDSettings, gradients: Iterator[Gradient], marks: tuple[int, ...]
 ) -> tuple[Tensor, int, bool]:
-    """Displacement at some of the steps, one for each gradient function, steps taken, whether it stayed bounded."""
+    """One step for each gradient function: displacements at the marks, number of steps, whether they stayed bounded."""
     at, start, steps = w, torch.linalg.vector_norm(w).item(), 0
     path = w.new_empty(len(marks), w.numel())
     for gradient in gradients:
         at, velocity = sgd.step(at, velocity, gradient(at))
         steps += 1
-        # nan compares false, so this catches it too
+        # comparisons with nan are false, so that this detects nan, too
         if not torch.linalg.vector_norm(at - w).item() <= _RUNAWAY * max(start, 1.0):
             path[sum(mark < steps for mark in marks) :] = at - w
             return path, steps, False
@@ -59,33 +60,33 @@ def effective_flow(
     velocity: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> WindowPrediction:
-    """K steps of full-batch gradient descent on the effective loss: the reference for what training does on average.
+    """K steps of full-batch gradient descent on the effective loss: the reference for the average motion in training.
 
-        averaged:      w <- w - alpha grad E_eta Lhat(w, eta)           finite sigma; one fresh draw of eta per step
-        second_order:  w <- w - alpha (grad L + grad V)                 the paper's Laplacian; one fresh direction
-        in both, for noises of order 2:   - alpha^2 (c_H/4) grad tr H   Sigma = c_H H; a fresh direction 200 times
+        averaged:      w <- w - alpha grad E_eta Lhat(w, eta)           finite sigma; a new draw of eta at each step
+        second_order:  w <- w - alpha (grad L + grad V)                 the paper's Laplacian; a new random direction
+        in both, for noises of order 2:   - alpha^2 (c_H/4) grad tr H   Sigma = c_H H; 200 random directions in all
 
-    The draws of successive steps average along the path, as they do in training, but over all N samples at once;
-    independent paths give the sampling error that is left. With `Minibatch()` this is plain gradient descent on L: the
-    baseline.
+    The draws of successive steps average out along the path, as they do in training, but each of them is taken over all
+    N samples. The remaining sampling error is estimated from independent paths. With `Minibatch()` this is plain
+    gradient descent on L: the baseline.
 
     Args:
-        problem: loss and samples, all the samples that training uses.
+        problem: loss and samples: all samples that training uses.
         w: weights at the start of the window ``[P]``.
         noise: the system.
-        sgd: step size and momentum; the batch size enters for noises of order 2 alone, which it averages.
+        sgd: step size and momentum; the batch size matters for noises of order 2 only.
         steps: K.
-        expansion: how the noise average is taken.
-        replicas: independent paths, averaged (one where nothing is random).
-        rtol: more of them are taken while the sampling error exceeds rtol times the displacement,
-        max_replicas: up to so many.
-        marks: steps at which the path is kept, the last of them K; default: K alone.
-        velocity: the optimizer's momentum at the start ``[P]``, where it has some.
+        expansion: how the average over the noise is taken.
+        replicas: number of independent paths, which are averaged (one if nothing is random).
+        rtol: further paths are taken while the sampling error exceeds rtol times the displacement.
+        max_replicas: maximum number of paths.
+        marks: steps at which the path is recorded, the last of them K; default: K alone.
+        velocity: the optimizer's momentum at the start ``[P]``, if it has any.
         generator: of the draws.
 
     Raises:
-        ValueError: the noise does not fit the problem, or is of order 2 without a gradient that
-            is known (see `has_effective_flow`); an unknown expansion; fewer than one step or path.
+        ValueError: the noise does not fit the problem, or is of order 2 without a known gradient (see
+            `has_effective_flow`); an unknown expansion; fewer than one step or path.
 
     >>> from torch import nn
     >>> from torch_singlim.noise import Minibatch

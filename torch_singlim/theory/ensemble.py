@@ -1,4 +1,4 @@
-"""Independent runs of the noisy training itself, side by side."""
+"""Independent runs of the noisy training itself, evaluated in parallel."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Ensemble:
     """Independent noisy runs over the same window.
 
     Args:
-        displacements: of the nearest points on Gamma where a map to them was given, of the weights otherwise
-            ``[replicas, P]``; without transient perturbations (the xi of `AntiCorrelated`).
+        displacements: of the points on Gamma if a map to Gamma was given, else of the weights ``[replicas, P]``;
+            without transient perturbations (the xi of `AntiCorrelated`).
         weights: the training's weights at the end ``[replicas, P]``.
     """
 
@@ -37,8 +37,8 @@ class Ensemble:
         return VectorEstimate(self.displacements)
 
     def covariance(self, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Covariance of the displacements and the standard error of each entry ``[k, k]``, in the rows of a basis
-        ``[k, P]`` (default: every weight).
+        """Covariance of the displacements, and the standard error of each entry ``[k, k]``, in the basis whose vectors
+        are the rows of `basis` ``[k, P]`` (default: the weights themselves).
         """
         centred = self.displacements - self.displacements.mean(0)
         if basis is not None:
@@ -58,7 +58,7 @@ class Ensemble:
 def _bytes_per_replica(
     problem: ZeroLossProblem, w: Tensor, noise: NoiseSystem, batch: int, generator: torch.Generator | None
 ) -> int:
-    """Memory of one run: what a gradient saves of a batch, the noise, and weights, velocity, gradient, temporaries."""
+    """Memory of one run in bytes: the activations that a gradient needs, the noise, vectors of the weights' size."""
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def _bytes_per_replica(
         noisy_loss(
             noise, problem.batch_loss, w.clone().requires_grad_(), problem.inputs[:batch], problem.targets[:batch], etas
         )
-    # a backward pass holds about as much again as the forward pass saved
+    # a backward pass needs about as much memory again as the forward pass saved
     return 2 * sum(saved.values()) + sum(eta.nbytes for eta in etas) + 8 * w.nbytes
 
 
@@ -88,25 +88,25 @@ def simulate(
     progress: bool = False,
     generator: torch.Generator | None = None,
 ) -> Ensemble:
-    """Independent runs of the noisy training itself from the same weights: fresh noise, freshly shuffled batches.
+    """Independent runs of the noisy training itself from the same weights, each with its own noise and batches.
 
-        w <- w - alpha grad_w Lhat_batch(w, eta)        on every replica, with torch.optim.SGD's momentum
+        w <- w - alpha grad_w Lhat_batch(w, eta)        for each replica, with torch.optim.SGD's momentum
 
-    Batches are drawn as a shuffling DataLoader draws them: every sample once per epoch, the last batch what is left.
-    Runs go side by side, as many at once as `memory` holds, and what they return is ``[replicas, P]`` twice.
+    Batches are drawn as by a shuffling DataLoader: every sample once per epoch, the last batch of an epoch may be
+    smaller. As many runs are evaluated in parallel as fit into `memory`; the result has two tensors ``[replicas, P]``.
 
     Args:
         problem: loss and the samples that training uses.
-        w: weights at the start ``[P]``, or one row for each replica ``[replicas, P]``. To go on with an ensemble, add
-            its displacements to where it started: its `weights` include the transient perturbation.
+        w: weights at the start ``[P]``, or one row for each replica ``[replicas, P]``. To continue an ensemble, add its
+            displacements to its initial weights; its `weights` include the transient perturbation.
         noise: the system.
         sgd: step size, momentum, batch size.
         steps: K.
         replicas: number of runs.
-        retract: weights -> weights on Gamma ``[P]``, ``lambda v: nearest_point(problem, v).point``; default: the
-            weights themselves are compared.
-        velocity: the optimizer's momentum at the start ``[P]``, where it has some.
-        memory: bytes that the runs in progress may take, beside the result; one run at a time at least.
+        retract: a map of weights near Gamma to weights on Gamma ``[P]``, ``lambda v: nearest_point(problem, v).point``;
+            default: none, the displacements are those of the weights.
+        velocity: the optimizer's momentum at the start ``[P]``, if it has any.
+        memory: bytes that the runs in progress may take, in addition to the result; at least one run is in progress.
         progress: show a progress bar on the terminal.
         generator: of noise and batches.
 
@@ -135,7 +135,7 @@ def simulate(
             own.copy_(_run(problem, W, noise, sgd, steps, velocity, generator, bar.update))
     weights = ends
     for part in parts(noise):
-        if part.transient:  # the last step has added it to the weights
+        if part.transient:  # the perturbation that the last step adds to the weights
             weights = weights + draw_noise(part, problem, 1, replicas=replicas, generator=generator)[0]
     if retract is None:
         return Ensemble(ends - starts, weights)
@@ -153,7 +153,7 @@ def _run(
     generator: torch.Generator | None,
     done: Callable[[int], object],
 ) -> Tensor:
-    """Runs side by side from W ``[R, P]``: where they end. Processes share the runs; all draw the noise of all."""
+    """Final weights of parallel runs from W ``[R, P]``. Processes share the runs; each draws the noise of all runs."""
     R, N, B = len(W), problem.num_samples, sgd.batch(problem.num_samples)
     own = problem.process_group.shard(R)
     W = W[own]
@@ -170,7 +170,7 @@ def _run(
             etas = draw_noise(noise, problem, N, replicas=R, generator=generator)
             gradient = whole(W, problem.inputs, problem.targets, *(eta[own] for eta in etas)) if len(W) else W
         else:
-            if not batches:  # a new epoch on every replica
+            if not batches:  # a new epoch begins, with an order for each replica
                 device = "cpu" if generator is None else generator.device
                 orders = torch.rand(R, N, generator=generator, device=device).argsort(1)
                 batches = list(orders.to(W.device).split(B, dim=1))

@@ -18,13 +18,13 @@ from torch_singlim.theory.sgd import SGDSettings
 
 __all__ = ["finite_window"]
 
-_FIRST = 5  # the first sub-step is this part of the window
+_FIRST = 5  # the first sub-step is the window divided by this number
 _KRYLOV = 0.05  # relative accuracy of a sub-step: far below the sampling error of its slope
-_GROW, _SHRINK = 2.0, 0.3  # most and least change of the sub-step's length
+_GROW, _SHRINK = 2.0, 0.3  # largest and smallest factor between the lengths of successive sub-steps
 
 
 def _block_mean(effective: EffectiveLoss, w: Tensor, strata: int) -> tuple[Tensor, int]:
-    """Mean gradient of one stratified block at w ``[P]``, and the gradients it took."""
+    """Mean gradient of one stratified block at w ``[P]``, and the number of gradients that were computed."""
     total, count = torch.zeros_like(w), 0
     for gradient in effective.block(strata):
         total += gradient(w)
@@ -35,16 +35,16 @@ def _block_mean(effective: EffectiveLoss, w: Tensor, strata: int) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class _SubStep:
-    """One exponential sub-step: the linear descent u(t) from where it begins.
+    """One exponential sub-step: the linear descent u(t) from its starting point.
 
     Args:
-        origin: where it begins  ``[P]``.
+        origin: the starting point  ``[P]``.
         descent: u.
         length: h.
         sampled: norm of the sampling error of u(h).
-        local: estimated norm of its integration error.
-        gradients: of all samples that it took.
-        finite: whether the network's outputs in its middle, and its errors, are.
+        local: estimated norm of the integration error of u(h).
+        gradients: number of gradients over all samples that were computed.
+        finite: whether the network's outputs in the middle, and the errors, are finite.
     """
 
     origin: Tensor = field(repr=False)
@@ -56,12 +56,12 @@ class _SubStep:
     finite: bool = True
 
     def middle_of_next(self, h: float) -> Tensor:
-        """The middle of the next sub-step, of length h, as this one's descent would go on  ``[P]``."""
+        """The middle of the next sub-step, of length h, as extrapolated by the descent of this one  ``[P]``."""
         return self.origin + self.descent.at(self.length + h / 2)
 
 
 def _sub_step(effective: EffectiveLoss, at: Tensor, last: _SubStep, h: float, strata: int) -> _SubStep:
-    """The sub-step of length h from w ``[P]``, linearised about its middle, with its errors."""
+    """The sub-step of length h from `at` ``[P]``, linearised about its middle, with its errors."""
     problem, middle = effective.problem, last.middle_of_next(h)
     mean, cost = _block_mean(effective, middle, strata)
     half = None
@@ -104,29 +104,31 @@ def finite_window(
         dw/dt = -g(w),   g = grad L_eff,   t = alpha k;   about the middle m of a sub-step of length h
         w + u(h),   u(h) = -h phi1(-h H(m)) (g(m) + H(m) (w - m)),      phi1(z) = (e^z - 1)/z
 
-    Normal modes relax (phi1 -> 0), tangent modes drift (phi1 = 1), slow modes do something in between. H = B^T B is the
-    Gauss-Newton matrix, used through its products alone (Lanczos). The middle is where the last sub-step's Krylov
-    space says that its linear descent goes on; linearising there makes the method of second order whatever H is. g(m)
-    is the mean of two stratified blocks of draws, which also give its sampling error. The length of a sub-step follows
-    an estimate of its error: with N(w) = g(w) - H (w - m), the part of g that it neglects, and one common draw,
+    Normal modes relax (phi1 -> 0), tangent modes drift (phi1 = 1), slow modes are in between. H = B^T B is the
+    Gauss-Newton matrix; only products with it are used (Lanczos). The middle m is extrapolated by the linear descent of
+    the previous sub-step; linearising about the middle makes the method of second order for any H. g(m) is the mean of
+    two stratified blocks of draws, whose difference gives the sampling error. The length of a sub-step is chosen by an
+    estimate of its integration error: with N(w) = g(w) - H (w - m), the part of g that is not linear, and the same draw
+    in all three terms,
 
-        |h phi1(-h H) (N(w) - 2 N(m) + N(w + u))| / 6        (Simpson's rule against the midpoint's)
+        |h phi1(-h H) (N(w) - 2 N(m) + N(w + u))| / 6        (Simpson's rule minus the midpoint rule)
 
-    Where nothing is random one exact gradient takes the blocks' place. Momentum mu moves z = w - c v,
-    c = alpha mu/(1 - mu), by plain descent with step size alpha/(1 - mu).
+    If nothing is random, one exact gradient replaces the blocks. With momentum mu, z = w - c v, c = alpha mu/(1 - mu),
+    moves by plain gradient descent with step size alpha/(1 - mu).
 
     Args:
-        problem: loss and samples, all the samples that training uses.
+        problem: loss and samples: all samples that training uses.
         w: weights at the start of the window ``[P]``.
         noise: the system.
-        sgd: step size and momentum; the batch size enters for noises of order 2 alone.
+        sgd: step size and momentum; the batch size matters for noises of order 2 only.
         steps: K.
-        rtol: a sub-step is made shorter where its integration error is above rtol times its displacement and above
-            half its sampling error. Where that takes more gradients than unit-step integration, it is given up.
-        num_draws: gradients of single draws in a sub-step (fewer where it spans fewer steps). With blocks of about
-            1/p and more, what is linear in the noise cancels: one stratified draw is then worth several.
-        marks: steps at which the path is kept, the last of them K; default: K alone.
-        velocity: the optimizer's momentum at the start ``[P]``, where it has some.
+        rtol: a sub-step is shortened if its integration error exceeds rtol times its displacement and half its sampling
+            error. The integration ends if it takes more gradients than unit-step integration.
+        num_draws: number of gradients of single draws in a sub-step (fewer if it spans fewer steps). In blocks of about
+            1/p draws or more, terms linear in the noise cancel: one stratified draw is then worth several independent
+            ones.
+        marks: steps at which the path is recorded, the last of them K; default: K alone.
+        velocity: the optimizer's momentum at the start ``[P]``, if it has any.
         generator: of the draws.
 
     Raises:
@@ -158,21 +160,21 @@ def finite_window(
     def strata() -> int:
         return math.ceil(min(num_draws, h / alpha) / 2)
 
-    # at first a descent about w itself, of no length
+    # to begin with, a sub-step of length 0, linearised about w itself
     mean, cost = _block_mean(effective, at, strata())
     descent = linear_descent(linearize(problem, at).operator, mean, time=h / 2, rtol=_KRYLOV)
     last = _SubStep(at, descent, 0.0)
     gradients += cost + descent.products
     while time < total * (1 - 1e-9):
-        h = (total - time) / math.ceil((total - time) / h * (1 - 1e-9))  # no short rest at the end
+        h = (total - time) / math.ceil((total - time) / h * (1 - 1e-9))  # avoids a short last sub-step
         step = _sub_step(effective, at, last, h, strata())
         gradients += step.gradients
         if not step.finite:
             return failed(Result.DIVERGED)
         u = step.descent.at(h)
-        # finer than the draws allow is of no use
+        # there is no use in an integration error far below the sampling error
         allowed = max(rtol * torch.linalg.vector_norm(u).item(), step.sampled / 2)
-        # nothing moves on Gamma without noise
+        # the error is zero on Gamma without noise
         change = 0.9 * math.sqrt(allowed / step.local) if step.local > 0 else math.inf
         wanted = max(alpha, h * min(_GROW, max(_SHRINK, change)))
         if step.local > allowed and h > alpha:
@@ -184,7 +186,7 @@ def finite_window(
         error = math.hypot(error, step.local)
         for i, mark in enumerate(marks):
             since = alpha * mark - time
-            if since > 0 and (since <= h or mark == steps):  # what is beyond h for K itself is overwritten later
+            if since > 0 and (since <= h or mark == steps):  # the entry for K is overwritten by later sub-steps
                 since = min(since, h)
                 path[i] = at + step.descent.at(since) - w
                 if lag:  # w = z + c v, and v = -(z_k - z_{k-1})/lr

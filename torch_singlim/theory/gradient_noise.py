@@ -1,9 +1,9 @@
-"""The gradient noise on Gamma: the covariance of one step's gradient under a noise system, and the spread it makes.
+"""The gradient noise on Gamma: the covariance of one step's gradient under a noise, and the resulting variance of w.
 
 On Gamma, to first order in eta, grad_w Lhat(w, eta) = M eta with M = d^2 Lhat/(dw d eta) at eta = 0, so that
 
     Sigma = M diag(sigma^2) M^T                          one eta for the step
-    Sigma = (1/(B N)) sum_n M_n diag(sigma^2) M_n^T      one for each of the B samples of a batch, M_n of sample n alone
+    Sigma = (1/(B N)) sum_n M_n diag(sigma^2) M_n^T      one eta for each of the B samples; M_n is that of sample n
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch_singlim.noise import Covariance, NoiseSystem, parts
 from torch_singlim.theory.potential import chunk_gradient, of_chunk, random_direction
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance
 
-_SAMPLES = 32  # of the gradient noise, where its basis is too large: the variance is then right to about a quarter
+_SAMPLES = 32  # draws of the gradient noise if its basis is too large: the variance is then accurate to about 25 %
 
 __all__ = ["GradientNoise", "gradient_noise", "noise_factor", "noise_product", "output_noise"]
 
 
 def noise_product(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas: list[Tensor]) -> Tensor:
-    """M eta = d/dt grad_w Lhat(w, t eta) at t = 0  ``[P]``: the gradient noise to first order, full batch."""
+    """M eta = d/dt grad_w Lhat(w, t eta) at t = 0  ``[P]``: the gradient noise of the full batch, to first order."""
 
     def over(chunk: slice) -> Tensor:
         own = of_chunk(system, etas, chunk)
@@ -42,7 +42,7 @@ def noise_product(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas
 
 
 def noise_factor(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor, *, batch_size: int) -> Tensor:
-    """F with Sigma = F^T F ``[k, P]``, dense: a row for every component of eta (of every sample)."""
+    """The dense F with Sigma = F^T F ``[k, P]``: one row for each component of eta (of each sample)."""
     scale = part.scale(problem)
     if not part.per_sample:
         rows = [noise_product(part, problem, w, [s]) for s in torch.diag(scale)]
@@ -59,7 +59,7 @@ def noise_factor(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor, *, batc
 def output_noise(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tensor:
     """G_n = R_n D_n diag(sigma^2) D_n^T R_n^T ``[N, rows, rows]``, D_n = df_n/d eta: for noise that moves the outputs.
 
-    On Gamma M_n = J_n^T A_n D_n (there grad l has no part from the residual), so Sigma = B^T blockdiag(G_n) B / batch.
+    On Gamma the residual is zero, so that M_n = J_n^T A_n D_n and Sigma = B^T blockdiag(G_n) B / batch.
     """
     scale, f = part.scale(problem), problem.outputs(w)
     blocks = []
@@ -85,16 +85,16 @@ def output_noise(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tens
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """Sigma at a point of Gamma, as a sum of what is known in closed form and what is sampled.
+    """Sigma at a point of Gamma, as a sum of terms in closed form and of a sampled term.
 
         Sigma = c_H H + c_I I + B^T blockdiag(G) B + mean_k g_k g_k^T
 
     Args:
         closed: c_H and c_I.
-        gram: G ``[N, rows, rows]``, the batch size divided out; None: zero.
-        draws: g ``[k, P]``; None: none.
-        exact: whether the draws are a basis and their mean is exact.
-        transient: variance per direction of the transient perturbation, which the training's weights have besides.
+        gram: G ``[N, rows, rows]``, divided by the batch size; None: zero.
+        draws: g ``[k, P]``; None: no sampled term.
+        exact: whether the draws are a basis, so that their mean is exact.
+        transient: variance per direction of the transient perturbation, which is added to that from Sigma.
     """
 
     closed: Covariance
@@ -104,7 +104,7 @@ class GradientNoise:
     transient: float = 0.0
 
     def diffusion(self, hessian: FactoredOperator, *, num_weights: int) -> float:
-        """Mean variance of the gradient noise in a tangent direction, tr(P_T Sigma)/dim T: c_I and the draws' part."""
+        """Mean variance of the gradient noise in a tangent direction, tr(P_T Sigma)/dim T: of c_I and the draws."""
         if self.draws is None:
             return self.closed.identity
         tangential = torch.stack([hessian.project_kernel(g) for g in self.draws]).square().sum(1).mean().item()
@@ -119,12 +119,12 @@ class GradientNoise:
         num_draws: int = 16,
         generator: torch.Generator | None = None,
     ) -> Estimate:
-        """Trace of the stationary covariance across Gamma, over the modes that are relaxed at a level.
+        """Trace of the stationary covariance normal to Gamma, over the modes that are relaxed at a level.
 
             H X + X H - alpha H X H = alpha Sigma   =>   tr f X f = sum_i f(l_i)^2 chi(l_i) Sigma_ii
             chi = alpha / (2 l - alpha l^2),      f: `relaxed_filter`
 
-        Under momentum chi is that of the whole recursion, see `stationary_variance`. Infinite where a mode is unstable.
+        With momentum, chi is that of the whole recursion, see `stationary_variance`. Infinite if a mode is unstable.
         """
         stiffest, noisy = (
             hessian.largest,
@@ -151,7 +151,7 @@ class GradientNoise:
         return total + (Estimate(terms.mean().item(), 0.0) if self.exact else Estimate.from_draws(terms))
 
     def _trace(self, hessian: FactoredOperator, closed, chi, *, num_draws, generator) -> Estimate:
-        """sum_i closed(l_i) + chi(l_i) l_i u_i^T blockdiag(G) u_i: exact from eigenvectors of K, else by Hutchinson."""
+        """sum_i closed(l_i) + chi(l_i) l_i u_i^T blockdiag(G) u_i: exact with eigenvectors of K, else Hutchinson's."""
         total = hessian.trace(closed)
         if self.gram is None:
             return total
@@ -178,18 +178,18 @@ def gradient_noise(
     num_draws: int = 16,
     generator: torch.Generator | None = None,
 ) -> GradientNoise:
-    """Sigma of a system at w ``[P]``, taken to lie on Gamma.
+    """Sigma of a system at w ``[P]``, which is assumed to be on Gamma.
 
-    In closed form for the systems of order 2, through the outputs for noise on activations and inputs, from draws of
-    M eta (a basis, where `num_draws` allow it) for the rest.
+    Sigma has a closed form for the systems of order 2, is computed from the outputs for noise on activations and
+    inputs, and is sampled by draws of M eta for the other systems (by a basis if `num_draws` suffices for one).
 
     Args:
         system: the noise.
         problem: loss and samples.
         w: weights ``[P]``.
         batch_size: samples per step.
-        num_draws: directions for what has no closed form: a basis up to so many, else at most 32 random ones.
-        generator: of these.
+        num_draws: number of directions for the sampled systems: a basis if that suffices, else at most 32 random ones.
+        generator: of the random directions.
     """
     closed, grams, draws, exact, transient = Covariance(), [], [], True, 0.0
     for part in parts(system):
@@ -212,7 +212,7 @@ def gradient_noise(
             signs = (random_direction(part, problem, generator=generator) for _ in range(count))
             draws.append(size * torch.stack([noise_product(part, problem, w, list(s)) for s in signs]))
             exact = False
-    # several sampled parts: their draws stand side by side, each kind with its own weight in the common mean
+    # the draws of all sampled parts are concatenated, with weights such that the common mean is the sum of their means
     count = sum(map(len, draws))
     joined = torch.cat([d * math.sqrt(count / len(d)) for d in draws]) if draws else None
     return GradientNoise(closed, sum(grams[1:], start=grams[0]) if grams else None, joined, exact, transient)

@@ -1,4 +1,4 @@
-"""The singular limit followed along Gamma over K steps."""
+"""The drift of the singular limit, integrated along Gamma over K steps."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def limit_flow(
 ) -> WindowPrediction:
     """The singular limit's drift integrated along Gamma over K optimizer steps, by the midpoint rule.
 
-        W <- Pi(W + h drift(Pi(W + (h/2) drift(W)))),      h = K / substeps,  Pi the way back to Gamma
+        W <- Pi(W + h drift(Pi(W + (h/2) drift(W)))),      h = K / substeps,  Pi: `retract`
 
-    Deterministic: where the limit diffuses too, this is its mean for short times only.
+    This flow is deterministic: if the limit also diffuses, the flow is the mean of the limit for short times only.
 
     Args:
         problem: loss and samples.
@@ -42,8 +42,8 @@ def limit_flow(
         noise: the system.
         sgd: step size, momentum, batch size.
         steps: K.
-        retract: weights near Gamma -> weights on Gamma ``[P]``, ``lambda v: nearest_point(problem, v).point``.
-        substeps: of the integration.
+        retract: a map of weights near Gamma to weights on Gamma ``[P]``, ``lambda v: nearest_point(problem, v).point``.
+        substeps: number of steps of the integration.
         num_draws: for each drift, see `singular_limit`.
         generator: of random directions.
 
@@ -66,7 +66,7 @@ def limit_flow(
     def drift(v: Tensor) -> Tensor:
         nonlocal squared, passes
         limit = singular_limit(problem, v, noise, sgd, num_draws=num_draws, generator=generator)
-        squared += (h * limit.drift_stderr) ** 2 / 2  # two drifts a substep, the second one counts
+        squared += (h * limit.drift_stderr) ** 2 / 2  # there are two drifts per substep, and the second one counts
         passes += limit.passes
         return limit.drift
 

@@ -1,4 +1,4 @@
-"""Whether a noise is degenerate, measured: does its regulariser vary along Gamma, and is it alive there at all?"""
+"""Measure the order of a noise: whether its regulariser varies along Gamma, and whether the noise vanishes there."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from torch_singlim.theory.potential import potential
 
 __all__ = ["Degeneracy", "degeneracy", "with_measured_order"]
 
-_SIGMAS = 4.0  # a tangential gradient that is this many standard errors long is not zero
-_NEGLIGIBLE = 0.05  # a tangential part that is certainly smaller than this share of |grad V| counts as none
-_MOST_DRAWS = 1000  # an order is sought with more and more draws, up to so many
-_DRAWS = 4  # of the gradient noise, to see whether there is any
+_SIGMAS = 4.0  # a tangential gradient longer than so many standard errors is not zero
+_NEGLIGIBLE = 0.05  # a tangential part that is certainly smaller than this share of |grad V| counts as zero
+_MOST_DRAWS = 1000  # the number of draws is increased until the order is decided, up to about this number
+_DRAWS = 4  # of the gradient noise, to find out whether it vanishes on Gamma
 
 
 @dataclass(frozen=True)
 class Degeneracy:
-    """What decides the order of a noise at a point of Gamma.
+    """The order of a noise at a point of Gamma, and the measurements that decide it.
 
     Args:
-        order: 1 where |P_T grad V| is more than 4 standard errors and more than rounding, else 2 where the gradient
-            noise is alive on Gamma, else None.
-        resolved: False where |P_T grad V| is neither clearly there nor, with 4 standard errors added, below 5 % of
-            |grad V|: more draws are needed, the order is a guess.
+        order: 1 if |P_T grad V| exceeds 4 standard errors and rounding errors; otherwise 2 if the gradient noise does
+            not vanish on Gamma, else None.
+        resolved: False if |P_T grad V| is neither significant nor, with 4 standard errors added, below 5 % of |grad V|:
+            the order is then uncertain, and more draws are needed.
         tangential: |P_T grad V|, in loss per weight norm, and its standard error (0: exact).
         noise: root mean square norm of the gradient noise on Gamma.
     """
@@ -56,8 +56,8 @@ def degeneracy(
         problem: loss and samples.
         point: weights on Gamma ``[P]``.
         noise: the system.
-        num_draws: directions for the trace in V.
-        hessian: ``gauss_newton(problem, point)``, if it is there already.
+        num_draws: number of directions for the trace in V.
+        hessian: ``gauss_newton(problem, point)``, if it was computed already.
         generator: of the directions.
 
     Source: arXiv 2404.12293.
@@ -74,7 +74,7 @@ def degeneracy(
     size = torch.linalg.vector_norm(point).item()
     rounding = 1e-8 if hessian.exact else 1e-2
     floor = rounding * (torch.linalg.vector_norm(V.gradient.mean).item() + abs(V.value.mean) / max(size, 1e-300))
-    # as the noise draws: random signs could cancel in every draw, where few components act together
+    # draws from the noise's own distribution: random signs could cancel in every draw if few components act together
     etas = [draw_noise(noise, problem, problem.num_samples, generator=generator) for _ in range(_DRAWS)]
     draws = torch.stack([noise_product(noise, problem, point, list(eta)) for eta in etas])
     rms = draws.square().sum(1).mean().sqrt().item()
@@ -89,7 +89,7 @@ def degeneracy(
 
 
 def _noise_size(noise: NoiseSystem, problem: ZeroLossProblem) -> float:
-    """The largest standard deviation among all components of eta; 0 without any."""
+    """The largest standard deviation among all components of eta; 0 if there are none."""
     scales = [part.scale(problem) for part in parts(noise)]
     return max((scale.max().item() for scale in scales if scale.numel()), default=0.0)
 
@@ -103,14 +103,15 @@ def with_measured_order(
     hessian: FactoredOperator | None = None,
     generator: torch.Generator | None = None,
 ) -> NoiseSystem:
-    """The same system, every `CustomNoise` whose order is left to measurement with the order that it has at `point`.
+    """The same system, with the order of each `CustomNoise` measured at `point`, unless it was claimed.
 
     Args:
         noise: the system.
         problem: loss and samples.
         point: weights on Gamma ``[P]``.
-        num_draws: directions for the trace in V; four times as many where these do not decide, up to about a thousand.
-        hessian: ``gauss_newton(problem, point)``, if it is there already.
+        num_draws: number of directions for the trace in V; if these do not decide, it is multiplied by four until they
+            do, up to about a thousand.
+        hessian: ``gauss_newton(problem, point)``, if it was computed already.
         generator: of the directions.
 
     Raises:
@@ -129,7 +130,7 @@ def with_measured_order(
         if not found.resolved:
             raise ValueError(
                 f"{draws} draws do not tell the order of {part}: |P_T grad V| = {found.tangential.mean:.3g} +- "
-                f"{found.tangential.stderr:.3g}; raise num_draws, or state it: CustomNoise(..., claimed_order=1)"
+                f"{found.tangential.stderr:.3g}; raise num_draws, or give the order: CustomNoise(..., claimed_order=1)"
             )
         return replace(part, claimed_order=found.order)
 

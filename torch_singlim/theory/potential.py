@@ -1,4 +1,4 @@
-"""The effective potential V of the noises of order 1, its gradient, and the noise's average gradient at finite size."""
+"""The effective potential V of noises of order 1, its gradient, and the average gradient of noise of finite size."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = [
 ]
 
 
-_GROUPS = 4  # independent averages from which the standard error of a sampled gradient follows
+_GROUPS = 4  # number of independent averages from which the standard error of a sampled gradient is computed
 
 
 @dataclass(frozen=True)
 class Potential:
-    """V(w) in units of the loss, grad V ``[P]``, each with its error, and the derivative passes over the data spent."""
+    """V(w) in units of the loss and grad V ``[P]``, each with its error, and the number of derivative passes taken."""
 
     value: Estimate
     gradient: VectorEstimate
@@ -45,13 +45,13 @@ class Potential:
 def traced(
     one: Callable[[int | None], tuple[Tensor, Tensor]], dimension: int, num_draws: int, *, like: Tensor
 ) -> Potential:
-    """A trace and its gradient from single directions: summed over a basis (exact), or averaged over random ones.
+    """A trace and its gradient from single directions: a sum over a basis (exact), or a mean over random directions.
 
     Args:
-        one: gradient ``[P]`` and value for the basis vector of that number, or (None) for a random direction.
-        dimension: of the trace; up to num_draws the basis is used.
-        num_draws: else so many random directions, at least 2, rounded up to a multiple of four.
-        like: a vector ``[P]`` of the gradient's dtype and device.
+        one: gradient ``[P]`` and value for the basis vector with the given index, or (None) for a random direction.
+        dimension: of the trace; a basis is used if num_draws is at least as large.
+        num_draws: otherwise, number of random directions, at least 2, rounded up to a multiple of four.
+        like: a vector ``[P]`` with the gradient's dtype and device.
 
     Raises:
         ValueError: a single random direction.
@@ -77,15 +77,15 @@ def _shape(part: NoiseSystem, problem: ZeroLossProblem) -> tuple[int, ...]:
 
 
 def of_chunk(system: NoiseSystem, etas: Sequence[Tensor], chunk: slice) -> tuple[Tensor, ...]:
-    """The noise of some of the samples."""
+    """The noise of the samples in a chunk."""
     return tuple(eta[chunk] if part.per_sample else eta for part, eta in zip(parts(system), etas, strict=True))
 
 
 def random_direction(
     system: NoiseSystem, problem: ZeroLossProblem, *, generator: torch.Generator | None
 ) -> tuple[Tensor, ...]:
-    """sigma_j times random signs, for each part ``[N, D]`` or ``[D]``: the second derivative along it has the trace
-    sum_j sigma_j^2 d^2/d eta_j^2 for its mean (Hutchinson). Samples are independent, so one direction serves them all.
+    """sigma_j times random signs, for each part ``[N, D]`` or ``[D]``. The mean of the second derivative along this
+    direction is the trace sum_j sigma_j^2 d^2/d eta_j^2 (Hutchinson), for all samples at once, as they are independent.
     """
     return tuple(
         part.scale(problem) * rademacher(_shape(part, problem), generator=generator, like=part.scale(problem))
@@ -96,13 +96,13 @@ def random_direction(
 def chunk_gradient(
     system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas: Sequence[Tensor], chunk: slice
 ) -> Tensor:
-    """grad_w Lhat(w, eta) over some of the samples  ``[P]``, eta theirs."""
+    """grad_w Lhat(w, eta) over the samples in a chunk  ``[P]``; eta is the noise of these samples."""
     x, y = problem.inputs[chunk], problem.targets[chunk]
     return grad(lambda v: noisy_loss(system, problem.batch_loss, v, x, y, etas))(w)
 
 
 def noisy_gradient(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas: Sequence[Tensor]) -> Tensor:
-    """grad_w Lhat(w, eta) over all samples  ``[P]``, one eta for each part ``[N, D]`` or ``[D]``."""
+    """grad_w Lhat(w, eta) over all samples  ``[P]``, with one eta for each part ``[N, D]`` or ``[D]``."""
 
     return problem.mean(lambda chunk: chunk_gradient(system, problem, w, of_chunk(system, etas, chunk), chunk))
 
@@ -112,8 +112,8 @@ def second_order_gradient(
 ) -> tuple[Tensor, Tensor]:
     """d^2/dt^2 of grad_w Lhat(w, t s) ``[P]`` and of Lhat(w, t s) (scalar) at t = 0, s per part ``[N, D]`` or ``[D]``.
 
-    Forward over forward over reverse: two directional derivatives of the gradient, so the cost is a few gradients
-    whatever P and D are.
+    Forward over forward over reverse mode: two directional derivatives of the gradient, so that the cost is a few
+    gradients, independent of P and D.
     """
 
     def over(chunk: slice) -> Tensor:
@@ -137,7 +137,7 @@ def second_order_gradient(
 
 
 def _penalty(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient and value of Lhat(w, 0) - L(w), which no sample enters: one sample is enough."""
+    """Gradient and value of Lhat(w, 0) - L(w), which does not depend on the samples: one sample is enough."""
     x, y = problem.inputs[:1], problem.targets[:1]
     zero = part.scale(problem).new_zeros(_shape(part, problem))[:1] if part.per_sample else 0 * part.scale(problem)
     return grad_and_value(
@@ -176,15 +176,16 @@ def potential(
 ) -> Potential:
     """V(w) = Lhat(w, 0) - L(w) + (1/2) sum_j sigma_j^2 d^2 Lhat(w, 0)/d eta_j^2, and its gradient.
 
-    sigma^2 Reg of the paper, with a penalty where the system has one. The whole Laplacian, the residual's own
-    curvature included: off Gamma that part matters. The parts of a sum add, because their noises are independent.
+    This is sigma^2 Reg of the paper, plus a penalty if the system has one. It is the full Laplacian, with the curvature
+    of the outputs times the residual, which matters off Gamma. The potentials of the parts of a sum add up, because
+    their noises are independent.
 
     Args:
         system: the noise.
-        problem: loss and samples, N samples.
+        problem: loss and N samples.
         w: weights ``[P]``.
-        num_draws: directions to spend on the trace of each part; at least D (its noise components, of one sample or
-            of the step): exact. Fewer, and at least 2, are rounded up to a multiple of four.
+        num_draws: number of directions for the trace of each part. With at least D, the number of components of eta
+            (of one sample or of the step), the trace is exact. Fewer, at least 2, are rounded up to a multiple of four.
         generator: of the random directions.
     """
     system.check(problem)
@@ -200,14 +201,14 @@ def averaged_gradient(
     num_draws: int,
     generator: torch.Generator | None = None,
 ) -> VectorEstimate:
-    """E_eta grad Lhat(w, eta) - grad L(w)  ``[P]``: the noise's average gradient at finite size; grad V expands it.
+    """E_eta grad Lhat(w, eta) - grad L(w)  ``[P]``, the average gradient of noise of finite size; grad V expands it.
 
     Args:
         system: the noise.
         problem: loss and samples.
         w: weights ``[P]``.
-        num_draws: draws of the noise, at least 2, in up to four stratified blocks (see `stratified_noise`), which are
-            rounded up to a prime number of draws each.
+        num_draws: number of draws of the noise, at least 2. They form up to four stratified blocks (see
+            `stratified_noise`); the number of draws in a block is rounded up to a prime.
         generator: of the draws.
 
     Raises:

@@ -1,6 +1,6 @@
 """The second-order theorem: the Ito term (1/2) D^2 Phi[Sigma] for any Sigma, and its potentials in closed form.
 
-Phi(w) is where the gradient flow of L from w ends. In the eigenbasis of H on Gamma, T = D^3 L,
+Phi(w) is the limit of the gradient flow of L that starts at w. In the eigenbasis of H on Gamma, with T = D^3 L,
 
     D^2 Phi[Sigma]_i = - sum_{jk: l_j + l_k > 0} T_ijk Sigma_jk / (l_j + l_k)     i tangent
                        - (1/l_i) sum_{jk tangent} T_ijk Sigma_jk                  i normal (keeps W on Gamma)
@@ -24,16 +24,16 @@ from torch_singlim.theory.potential import Potential, traced
 
 __all__ = ["covariance_potential", "ito_drift", "log_pseudo_determinant", "trace"]
 
-# third derivatives taken at once
+# number of third derivatives that are evaluated at once
 _BATCH = 16
 
 
 def ito_drift(problem: ZeroLossProblem, point: Tensor, factor: Tensor, hessian: FactoredOperator) -> Tensor:
-    """(1/2) D^2 Phi[Sigma] for Sigma = F^T F ``[P]``: the second-order theorem's drift per alpha^2 and step, dense.
+    """(1/2) D^2 Phi[Sigma] for Sigma = F^T F  ``[P]``: the second-order theorem's drift per step, divided by alpha^2.
 
-    With the Lyapunov solution X of H X + X H = Sigma (without its tangent-tangent block) the tangential part is
-    -(1/2) P_T T[X]. X has rank at most 2 r, so 2 r third derivatives along pairs of directions give it, and k more the
-    normal part, for r = rank H and k rows of F.
+    With the solution X of the Lyapunov equation H X + X H = Sigma (without the tangent-tangent block), the tangential
+    part is -(1/2) P_T T[X]. X has rank at most 2 r, r = rank H, so that it takes 2 r third derivatives along pairs of
+    directions; the normal part takes k more, for k rows of F.
 
     Args:
         problem: loss and samples.
@@ -42,19 +42,19 @@ def ito_drift(problem: ZeroLossProblem, point: Tensor, factor: Tensor, hessian: 
         hessian: H at the point, decomposed.
 
     Raises:
-        ValueError: H that was not decomposed.
+        ValueError: H is not decomposed.
     """
     if not isinstance(hessian, DenseFactored):
         raise ValueError(
             "the second-order term of a noise without closed form needs H decomposed, got a Krylov factorisation: "
-            "use fewer samples (gauss_newton decomposes up to max_dense residuals)"
+            "use fewer samples (gauss_newton decomposes H up to max_dense residuals)"
         )
     values = hessian.eigenvalues
     V = torch.stack([hessian.operator.rmatvec(u) for u in hessian.eigenvectors.T]) / values.sqrt()[:, None]  # [r, P]
     Y = V @ factor.T  # [r, k]
     tangential = factor - Y.T @ V  # [k, P]
 
-    alone = problem.alone()  # the products go through vmap
+    alone = problem.alone()  # processes cannot communicate inside vmap
 
     def third(a: Tensor, b: Tensor) -> Tensor:  # T[., a, b]
         return jvp(lambda v: alone.hessian_product(v, b), (point,), (a,))[1]  # type: ignore[return-value]
@@ -77,8 +77,8 @@ def trace(
 ) -> Potential:
     """tr H = (1/N) sum_n |J_n^T R_n^T|^2 and its gradient along Gamma, from gradients of single samples.
 
-    Exact with one pass for each row of R if num_draws allow it; else random combinations of the rows, which are
-    independent between samples.
+    Exact, with one pass for each row of R, if num_draws is large enough; else random combinations of the rows are used,
+    independent for each sample.
     """
     rows = problem.num_residuals // problem.num_samples
     eye = torch.eye(rows, dtype=problem.dtype, device=problem.device)
@@ -94,8 +94,8 @@ def trace(
 def row_gradient(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient ``[P]`` and value of (1/N) sum_n |J_n^T R_n^T z_n|^2, z ``[N, rows]``, with R_n at the loss's optimum.
 
-    On Gamma the outputs are at the optimum: value and tangential gradient are those of tr H. Off Gamma it is the noise
-    of the labels that this measures, not the curvature of the loss. With g = J^T R^T z:
+    On Gamma the outputs are at the optimum: value and tangential gradient are those of tr H. Off Gamma this is the
+    variance of the gradient under noise on the labels, not the curvature of the loss. With g = J^T R^T z:
     grad |g|^2 = 2 grad <J g, R^T z> at fixed g, one forward and one reverse derivative.
     """
 
@@ -109,7 +109,7 @@ def row_gradient(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> tuple[Tensor
 
     y = problem.targets
     u = problem.sample_loss.unwhiten(problem.sample_loss.optimum(y), y, z)  # R^T z  [N, C]
-    # one gradient [P] for each sample is held at once: bounded by the chunk that Jacobian rows have too
+    # a gradient [P] for each sample is in memory: the same bound on the chunk as for rows of the Jacobian
     size = samples_at_once(problem, 1)
     totals, square = torch.zeros_like(w), w.new_zeros(())
     own = problem.process_group.shard(problem.num_samples)
@@ -131,7 +131,7 @@ def log_pseudo_determinant(
 ) -> Potential:
     """log pdet H = sum_i log l_i and its gradient, tr(H^+ dH) = E grad <t, H(w) t> over t = B^+ z with Cov t = H^+.
 
-    Exact with z over the M unit vectors if num_draws allow it; else random signs.
+    Exact, with the M unit vectors as z, if num_draws is large enough; else z has random signs.
     """
     M = problem.num_residuals
 
@@ -174,14 +174,15 @@ def covariance_potential(
     num_draws: int,
     generator: torch.Generator | None = None,
 ) -> Potential:
-    """V = (c_H/4) tr H + (c_I/4) log pdet H for Sigma = c_H H + c_I I: there (1/2) D^2 Phi[Sigma] = -P_T grad V.
+    """V = (c_H/4) tr H + (c_I/4) log pdet H for Sigma = c_H H + c_I I, for which (1/2) D^2 Phi[Sigma] = -P_T grad V.
 
     Args:
         covariance: c_H and c_I.
         problem: loss and samples.
-        w: weights ``[P]``, on Gamma. Only the tangential part of the gradient means anything for log pdet.
+        w: weights ``[P]``, on Gamma. For log pdet H only the tangential part of the gradient is meaningful.
         hessian: H there.
-        num_draws: directions for each trace; at least the rows of R (tr H), the residuals M (log pdet H): exact.
+        num_draws: number of directions for each trace, which is exact with at least as many as R has rows (tr H), or as
+            there are residuals (log pdet H).
         generator: of random directions.
     """
     terms = []

@@ -1,4 +1,4 @@
-"""The descent settings, one step of descent on flat vectors, and the slow clock."""
+"""The settings of SGD, one step of it on flat vectors, and the slow clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["SGDSettings", "stationary_variance", "time_scale"]
 
 @dataclass(frozen=True)
 class SGDSettings:
-    """Settings of stochastic gradient descent as ``torch.optim.SGD`` has them.
+    """Settings of stochastic gradient descent, as in ``torch.optim.SGD``.
 
     Args:
         lr: step size alpha > 0, in squared weight norm per unit of loss.
@@ -46,9 +46,9 @@ class SGDSettings:
 
     @property
     def effective_lr(self) -> float:
-        """alpha (1 - d) / (1 - mu): the step size of the slow motion; alpha means this in the formulas.
+        """alpha (1 - d) / (1 - mu), the step size of the slow motion; this is the alpha of the formulas.
 
-        Without momentum torch ignores the dampening, and so does this.
+        As in torch, dampening has no effect without momentum.
         """
         return self.lr * (1 - self.dampening) / (1 - self.momentum) if self.momentum else self.lr
 
@@ -57,7 +57,7 @@ class SGDSettings:
         return num_samples if self.batch_size is None else min(self.batch_size, num_samples)
 
     def step(self, w: Tensor, velocity: Tensor | None, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One step: (w, velocity) -> (w, velocity), the recursion of torch.optim.SGD, whose first velocity is g.
+        """One step (w, velocity) -> (w, velocity) of the recursion of torch.optim.SGD, whose first velocity is g.
 
         v <- mu v + (1 - d) g;    w <- w - alpha v     (Nesterov: w - alpha (g + mu v))
         """
@@ -73,13 +73,13 @@ def stationary_variance(sgd: SGDSettings, curvature: Tensor) -> Tensor:
 
         v+ = mu v + (1 - d) (l w + xi),     w+ = w - lr v+        (Nesterov: w - lr (l w + xi + mu v+))
 
-    With s = (w, v), s+ = A s + b xi, it is P_ww for P = A P A^T + b b^T: alpha/(2 l - alpha l^2) without momentum, and
-    with it alpha/(2 l) as lr l -> 0, alpha the effective step size.
+    With s = (w, v) and s+ = A s + b xi, the variance is P_ww for P = A P A^T + b b^T. Without momentum this is
+    alpha/(2 l - alpha l^2); with momentum it tends to alpha/(2 l) as lr l -> 0, where alpha is the effective step size.
 
     >>> stationary_variance(SGDSettings(lr=0.5), torch.tensor([1.0, 4.0], dtype=torch.float64))
     tensor([0.3333,    inf], dtype=torch.float64)
     """
-    l, lr, mu = curvature, sgd.lr, sgd.momentum  # noqa: E741  # the letter of the formulas
+    l, lr, mu = curvature, sgd.lr, sgd.momentum  # noqa: E741  # the notation of the formulas
     take = 1 - sgd.dampening if mu else 1.0  # torch: no dampening without momentum
     one, zero = torch.ones_like(l), torch.zeros_like(l)
     velocity, push = torch.stack([take * l, mu * one], -1), take * one
@@ -98,7 +98,7 @@ def stationary_variance(sgd: SGDSettings, curvature: Tensor) -> Tensor:
 
 
 def time_scale(sgd: SGDSettings, order: int | None, variance: float) -> float:
-    """Optimizer steps per unit of slow time, 1 / (alpha^order sigma^2); infinite where nothing moves.
+    """Optimizer steps per unit of slow time, 1 / (alpha^order sigma^2); infinite if there is no drift.
 
     >>> time_scale(SGDSettings(lr=0.1), 1, 0.25)
     40.0

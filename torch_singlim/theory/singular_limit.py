@@ -24,22 +24,23 @@ __all__ = ["LimitPrediction", "singular_limit"]
 
 @dataclass(frozen=True)
 class LimitPrediction:
-    """What the limit says at a point of Gamma.
+    """The prediction of the singular limit at a point of Gamma.
 
     Args:
         order: 1: drift -alpha P_T grad V per step; 2: -alpha^2 P_T grad V and diffusion; None: no motion.
         time_scale: optimizer steps per unit of slow time, 1 / (alpha^order sigma^2).
         potential: V, in units of the loss; nan for a noise of order 2 without closed form.
         drift: mean displacement of the weights per optimizer step ``[P]``, tangent to Gamma.
-        drift_stderr: norm of its error (0: exact).
+        drift_stderr: norm of the drift's sampling error (0: exact).
         diffusion: variance per optimizer step and tangent direction, in squared weight norm.
-        dimension: of Gamma: the number of tangent directions.
-        normal_variance: trace of the covariance across Gamma.
-        mean_offset_norm: norm of the mean of w minus its nearest point; at order 2, where the variance leads, 0.
-        distance: expected root mean square distance to Gamma, every mode relaxed: sqrt(offset^2 + normal variance);
-            nan, like the two above, where H was too large to be decomposed.
-        passes: derivative passes over all samples that V took.
-        noise: the system, the order of each part determined.
+        dimension: of Gamma, the number of tangent directions.
+        normal_variance: trace of the covariance normal to Gamma.
+        mean_offset_norm: norm of the mean of w minus its nearest point; set to 0 at order 2, where the variance
+            dominates.
+        distance: expected root mean square distance to Gamma with all modes relaxed, sqrt(offset^2 + normal variance);
+            nan, like the two above, if H was too large to be decomposed.
+        passes: number of derivative passes over all samples for V.
+        noise: the system, with the order of each part determined.
     """
 
     order: int | None
@@ -57,11 +58,11 @@ class LimitPrediction:
 
     @property
     def degenerate(self) -> bool:
-        """Whether nothing moves on the first clock."""
+        """Whether there is no drift of order 1."""
         return self.order != 1
 
     def spread(self, steps: int) -> float:
-        """Root mean square distance along Gamma that diffusion alone takes an ensemble apart in so many steps."""
+        """Root mean square distance that the weights diffuse along Gamma in so many steps."""
         return math.sqrt(steps * self.diffusion * self.dimension)
 
 
@@ -79,7 +80,7 @@ def _order_two(
     num_draws: int,
     generator: torch.Generator | None,
 ) -> Potential:
-    """V and grad V with -P_T grad V = (1/2) D^2 Phi[Sigma]; without closed form the gradient alone, V is nan."""
+    """V and grad V with -P_T grad V = (1/2) D^2 Phi[Sigma]; V is nan if there is no closed form."""
     closed, dense = Covariance(), []
     for part in leading:
         known = part.covariance(problem, batch_size)
@@ -104,22 +105,23 @@ def singular_limit(
     hessian: FactoredOperator | None = None,
     generator: torch.Generator | None = None,
 ) -> LimitPrediction:
-    """The drift, diffusion, clock and distance that the singular limit predicts at a point taken to lie on Gamma.
+    """The drift, diffusion, clock and distance that the singular limit predicts at a point, assumed to be on Gamma.
 
         order 1:  dW/dt = -P_T grad Reg,                                  t = alpha sigma^2 k
         order 2:  dW = P_T Sigma^{1/2} dB + (1/2) D^2 Phi[Sigma] dt,      t = alpha^2 sigma^2 k
         per step: drift = -alpha^order P_T grad V,  diffusion alpha^2 Sigma_T
 
-    In a sum the parts of the lowest order lead, the others do not move the weights on that clock.
+    The drift of a sum is that of the parts of the lowest order; the other parts do not move the weights on that clock.
 
     Args:
         problem: loss and samples.
         point: weights ``[P]``, on Gamma (see `nearest_point`).
         noise: the system.
         sgd: step size, momentum, batch size.
-        num_draws: directions for the trace in V; at least its dimension (noise components of one sample or of the
-            step; outputs for tr H; residuals for log pdet H): exact, below: random draws with a standard error.
-        hessian: ``gauss_newton(problem, point)``, if it is there already.
+        num_draws: number of directions for the trace in V. With at least as many as its dimension (components of eta of
+            one sample or of the step; outputs for tr H; residuals for log pdet H) it is exact; with fewer, they are
+            random and the result has a standard error.
+        hessian: ``gauss_newton(problem, point)``, if it was computed already.
         generator: of the draws.
 
     Raises:
@@ -147,17 +149,17 @@ def singular_limit(
         V = potential(leading, problem, point, num_draws=num_draws, generator=generator)
     elif order == 2:
         V = _order_two(problem, point, _leading(noise, 2), batch_size, hessian, num_draws, generator)
-    sampled = V.gradient if hessian.decomposed else V.gradient.halves()  # projections then take many products
+    sampled = V.gradient if hessian.decomposed else V.gradient.halves()  # projections are expensive in the second case
     projected = sampled.map(lambda g: -(alpha ** (order or 0)) * hessian.project_kernel(g))
     drift, drift_stderr = projected.mean, projected.stderr
-    del projected  # as large as four weight vectors
+    del projected  # it takes as much memory as four weight vectors
     Sigma = gradient_noise(noise, problem, point, batch_size=batch_size, num_draws=num_draws, generator=generator)
     # noise of order 1 is normal to Gamma, up to rounding and sampling
     along = Sigma.diffusion(hessian, num_weights=problem.num_weights) if order == 2 else Sigma.closed.identity
-    # over all modes, which are known only where H was decomposed
+    # over all modes, which are known only if H was decomposed
     offset, variance = math.nan, Estimate(math.nan, 0.0)
     if hessian.exact:
-        # at order 2 the variance leads, the offset is of higher order
+        # at order 2 the variance dominates, and the offset is of higher order
         gradient = V.gradient if order == 1 else VectorEstimate(torch.zeros_like(point)[None])
         expected = expected_distance(hessian, gradient, Sigma, sgd=sgd, generator=generator)
         offset, variance = expected.offset.norm, expected.variance

@@ -1,0 +1,109 @@
+"""Statistics of coupled paths: on displacements made to order, whose truth is known."""
+
+import math
+
+import pytest
+import torch
+
+from torch_singlim.measure.coupling import CoupledWindow, noise_ceiling_of, pooled
+
+P = 400
+
+
+def draw(generator, *, speed, ratio, wobble, error, replicas):
+    """A window whose mean run is the baseline and `ratio` times the induced drift of the averaged path.
+
+    Args:
+        speed: of everything, over the averaged path.
+        ratio: of the noise-induced part.
+        wobble: fluctuation of run and replicas, relative to the whole drift.
+        error: sampling error of each averaged half, likewise.
+        replicas: how many.
+    """
+
+    def noise(size):
+        v = torch.randn(P, generator=generator, dtype=torch.float64)
+        return size * v / math.sqrt(P)
+
+    baseline, induced = torch.zeros(P, dtype=torch.float64), torch.zeros(P, dtype=torch.float64)
+    baseline[0], induced[1] = 0.6, 0.8
+    mean = speed * (baseline + induced) if ratio is None else baseline + ratio * induced
+    a1, a2 = (baseline + induced + noise(error) for _ in range(2))
+    return CoupledWindow.of(
+        mean + noise(wobble), a1, a2, baseline=baseline, replicas=[mean + noise(wobble) for _ in range(replicas)]
+    )
+
+
+def windows(count, seed, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return [draw(generator, **options) for _ in range(count)]
+
+
+@pytest.mark.parametrize("error", [0.05, 0.3, 0.8])
+def test_cross_products_take_the_sampling_error_out(error):
+    """Where |a - mean a| is as large as the drift itself, the plain ratio would be half of the truth."""
+    found = windows(400, 0, speed=0.9, ratio=None, wobble=0.3, error=error, replicas=1)
+    assert pooled([w.speed for w in found]).mean == pytest.approx(0.9, abs=0.02)
+    plain = torch.tensor([w.gram[0, 2] / w.gram[2, 2] for w in found]).mean().item()
+    assert plain == pytest.approx(0.9 / (1 + error**2), rel=0.05)
+    # cosine of the mean path with one run: |mean| / sqrt(|mean|^2 + wobble^2)
+    cosines = torch.tensor([w.speed.cosine for w in found])
+    assert cosines.mean().item() == pytest.approx(0.9 / math.hypot(0.9, 0.3), abs=0.02)
+
+
+def test_the_noise_induced_part_alone():
+    found = windows(400, 1, speed=None, ratio=0.7, wobble=0.2, error=0.3, replicas=1)
+    assert pooled([w.noise for w in found]).mean == pytest.approx(0.7, abs=0.02)
+    assert CoupledWindow.of(torch.ones(3), torch.ones(3), torch.ones(3)).noise is None
+
+
+def test_the_ceiling_is_what_the_mean_run_reaches():
+    found = windows(300, 2, speed=1.0, ratio=None, wobble=0.5, error=0.05, replicas=2)
+    ceiling = noise_ceiling_of([c for w in found for c in w.cosines(relative=False)])
+    reached = torch.tensor([w.speed.cosine for w in found]).mean().item()
+    assert ceiling == pytest.approx(1 / math.hypot(1.0, 0.5), abs=0.01)
+    assert reached == pytest.approx(ceiling, abs=0.01)
+    assert math.isnan(noise_ceiling_of([]))
+
+
+@pytest.mark.parametrize(("replicas", "low"), [(1, 0.6), (3, 0.8)])
+def test_errors_within_a_window_cover(replicas, low):
+    """From one replica the scatter has a single degree of freedom: Student's t covers .71 within two errors."""
+    found = windows(600, 3, speed=1.0, ratio=None, wobble=0.4, error=0.2, replicas=replicas)
+    ratios = [w.speed.ratio for w in found]
+    covered = sum(abs(r.mean - 1) <= 2 * r.stderr for r in ratios) / len(ratios)
+    assert low <= covered <= 0.99
+
+
+def test_errors_pooled_over_windows_cover():
+    runs = [windows(12, 100 + seed, speed=0.95, ratio=None, wobble=0.5, error=0.3, replicas=1) for seed in range(150)]
+    estimates = [pooled([w.speed for w in run]) for run in runs]
+    covered = sum(abs(e.mean - 0.95) <= 1.96 * e.stderr for e in estimates) / len(estimates)
+    assert 0.88 <= covered <= 0.99
+
+
+def test_halves_that_disagree_are_said_to_tell_too_little():
+    generator = torch.Generator().manual_seed(4)
+    y, d = torch.randn(2, P, generator=generator, dtype=torch.float64)
+    d = 0.9 * y + 0.1 * d  # one half is long, the other short
+    assert not CoupledWindow.of(y, y + d, y - d).speed.resolved
+    assert CoupledWindow.of(y, 1.01 * y, y).speed.resolved
+    assert math.isnan(CoupledWindow.of(y, y, y).speed.stderr)  # no replica
+
+
+def test_against_the_formulas_written_out():
+    generator = torch.Generator().manual_seed(5)
+    m, n, a1, a2, r1, r2 = torch.randn(6, P, generator=generator, dtype=torch.float64) + 1
+    window = CoupledWindow.of(m, a1, a2, baseline=n, replicas=[r1, r2])
+    x, y1, y2 = m - n, a1 - n, a2 - n
+    y, d, D = (y1 + y2) / 2, (y1 - y2) / 2, y1 @ y2
+    Q = x @ y / D
+    t = torch.stack([x @ y, (r1 - n) @ y, (r2 - n) @ y])
+    s2 = (t - t.mean()).square().sum() / 2
+    found = window.noise
+    assert found.ratio.mean == pytest.approx(Q.item())
+    assert found.ratio.stderr == pytest.approx((((s2 + ((x - 2 * Q * y) @ d) ** 2) / D**2).sqrt()).item())
+    assert found.cosine == pytest.approx((x @ y / (x.norm() * D.sqrt())).item())
+    assert window.baseline_cosine == pytest.approx((m @ n / (m.norm() * n.norm())).item())
+    assert window.cosines(relative=True)[1] == pytest.approx((x @ (r2 - n) / (x.norm() * (r2 - n).norm())).item())
+    assert window.residual == pytest.approx(((m @ m - m @ (a1 + a2) + a1 @ a2).clamp_min(0) / (m @ m)).sqrt().item())

@@ -1,0 +1,311 @@
+"""Coupled paths and replays on trainings written out by hand."""
+
+import copy
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+
+from torch_singlim.measure.coupling import noise_ceiling_of
+from torch_singlim.measure.paths import Before, CoupledPaths, Path, RandomState, Step, is_affine, replay_error
+
+
+def network(dropout=0.2, norm=False, dtype=torch.float64):
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 16), *([nn.BatchNorm1d(16)] if norm else []), nn.Tanh(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear(16, 2)).to(dtype)
+
+
+def mse(module, batch):
+    x, y = batch
+    return F.mse_loss(module(x), y)
+
+
+def batches(count, size=6, seed=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(24, 4, generator=generator), torch.randn(24, 2, generator=generator)
+    for _ in range(count):
+        index = torch.randperm(24, generator=generator)[:size]
+        yield x[index].to(dtype), y[index].to(dtype)
+
+
+def sgd(net, **options):
+    return torch.optim.SGD(net.parameters(), **{"lr": 0.1} | options)
+
+
+def advance(net, optimizer, *micro):
+    """A step of the run, and what it was."""
+    step = Step.of(net, optimizer, micro)
+    optimizer.zero_grad()
+    for batch in micro:
+        (mse(net, batch) / len(micro)).backward()
+    optimizer.step()
+    return step
+
+
+def flat(net):
+    return torch.cat([p.detach().double().reshape(-1) for p in net.parameters()])
+
+
+OPTIMIZERS = {
+    "sgd": sgd,
+    "nesterov": lambda net: sgd(net, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    "adamw": lambda net: torch.optim.AdamW(net.parameters(), lr=1e-2),
+    "rmsprop": lambda net: torch.optim.RMSprop(net.parameters(), lr=1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_noise_every_path_is_the_run(name):
+    """Micro-batches, momentum, schedules: all of the run's rule, bit for bit."""
+    net = network(dropout=0.0)
+    optimizer = OPTIMIZERS[name](net)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    pairs = list(batches(24))
+    for pair in pairs[:4]:
+        advance(net, optimizer, pair)
+        schedule.step()
+    paths = CoupledPaths(net, optimizer, mse, draws=2, generator=torch.Generator().manual_seed(0))
+    for first, second in zip(pairs[4::2], pairs[5::2], strict=True):
+        paths.advance(advance(net, optimizer, first, second))
+        schedule.step()
+    for path in (paths.baseline, *paths.replicas):
+        assert torch.equal(path.weights(), flat(net))
+    for path in paths.averaged:
+        torch.testing.assert_close(path.weights(), flat(net), rtol=1e-12, atol=1e-14)
+
+
+def test_paths_change_neither_the_run_nor_the_random_state():
+    runs = []
+    for coupled in (False, True):
+        net = network(norm=True)
+        optimizer = sgd(net, momentum=0.9)
+        torch.manual_seed(3)
+        paths = None
+        for i, pair in enumerate(batches(12)):
+            step = advance(net, optimizer, pair)
+            if coupled and i == 3:
+                paths = CoupledPaths(net, optimizer, mse, generator=torch.Generator().manual_seed(0))
+            elif paths is not None:
+                paths.advance(step)
+        buffers = [b.clone() for b in net.buffers()]
+        state = [s["momentum_buffer"] for s in optimizer.state.values()]
+        runs.append((flat(net), buffers, state, torch.get_rng_state(), net.training))
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
+def test_one_draw_with_the_run_s_random_numbers_is_the_run():
+    net = network()
+    optimizer = sgd(net, momentum=0.9)
+    path = Path(net, optimizer)
+    for seed, pair in enumerate(batches(6)):
+        torch.manual_seed(seed)
+        path.descend(mse, advance(net, optimizer, pair), [seed])
+    assert torch.equal(path.weights(), flat(net))
+
+
+def test_the_noise_is_off_in_the_baseline_alone():
+    """Dropout off, batch normalisation by the batch: against a network without dropout, in training mode."""
+    net = network(norm=True)
+    bare = nn.Sequential(*(part for part in copy.deepcopy(net) if not isinstance(part, nn.Dropout)))
+    optimizer, plain = sgd(net), sgd(bare)
+    paths = CoupledPaths(net, optimizer, mse, generator=torch.Generator().manual_seed(0))
+    for pair in batches(5):
+        paths.advance(advance(net, optimizer, pair))
+        advance(bare, plain, pair)
+    torch.testing.assert_close(paths.baseline.weights(), flat(bare), rtol=0, atol=0)
+    assert not torch.equal(paths.averaged[0].weights(), paths.averaged[1].weights())
+    assert all(part.training for part in paths.baseline.module.modules())
+
+
+def test_many_draws_approach_the_mean_gradient():
+    """Linear network, dropout on the inputs: E grad is known, (1/n) sum x (x.w - y) and p/(1-p) diag(x^2) w besides."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.2), nn.Linear(4, 1, bias=False)).double()
+    x, y = torch.randn(6, 4).double(), torch.randn(6, 1).double()
+    w = net[1].weight.detach().clone()
+    mean = 2 * ((x @ w.T - y).T @ x + 0.25 * (x.square().sum(0) * w)) / 6
+    optimizer = sgd(net)
+    step = Step.of(net, optimizer, [(x, y)])
+    errors = []
+    for draws in (64, 4096):
+        path = Path(net, optimizer)
+        path.descend(mse, step, list(range(draws)))
+        errors.append((path.weights() - (w - 0.1 * mean).reshape(-1)).norm().item())
+    assert errors[1] < 0.01 * (0.1 * mean).norm()
+    assert errors[1] < errors[0] / 3  # 1/8 expected
+
+
+def test_averaged_updates_are_those_of_adam_on_each_draw():
+    """Three optimizers on shared weights, against torch.optim.Adam by hand."""
+    net = network()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for pair in batches(3):
+        advance(net, optimizer, pair)
+    assert not is_affine(net, optimizer, generator=torch.Generator().manual_seed(0))
+    path = Path(net, optimizer)
+    twins = path.twin_optimizers(3)
+    reference, states = copy.deepcopy(net), [copy.deepcopy(optimizer.state_dict()) for _ in range(3)]
+    for pair in batches(2, seed=5):
+        path.descend_by_updates(mse, Step.of(net, optimizer, [pair]), [0, 1, 2], twins)
+        start, moved = flat(reference), 0
+        for seed in range(3):
+            trial = copy.deepcopy(reference)
+            adam = torch.optim.Adam(trial.parameters(), lr=1e-2)
+            adam.load_state_dict(states[seed])
+            torch.manual_seed(seed)
+            advance(trial, adam, pair)
+            states[seed] = copy.deepcopy(adam.state_dict())
+            moved = moved + (flat(trial) - start) / 3
+        nn.utils.vector_to_parameters(start + moved, reference.parameters())
+    torch.testing.assert_close(path.weights(), flat(reference), rtol=1e-12, atol=1e-14)
+
+
+class SignDescent(torch.optim.Optimizer):
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad.sign())
+
+
+@pytest.mark.parametrize(
+    ("make", "affine"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), True),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1), True),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), True),
+        (lambda p: torch.optim.Adam(p), False),
+        (lambda p: torch.optim.RMSprop(p), False),
+        (lambda p: torch.optim.Adagrad(p), False),
+        (SignDescent, False),
+    ],
+)
+def test_which_rules_are_affine_in_the_gradient(make, affine):
+    net = network()
+    assert is_affine(net, make(net.parameters()), generator=torch.Generator().manual_seed(0)) is affine
+
+
+# --- replays ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_replayed_step_is_the_step(name, dtype):
+    net = network(norm=True, dtype=dtype)
+    optimizer = OPTIMIZERS[name](net)
+    path = Path(net, optimizer)
+    for i, pair in enumerate(batches(8, dtype=dtype)):
+        before = Before.of(net, optimizer)
+        step = advance(net, optimizer, pair, pair)
+        if i in (0, 7):
+            state = torch.get_rng_state()
+            rho, passes = replay_error(path, mse, step, before, flat(net))
+            assert rho < 1e-6
+            assert passes
+            assert torch.equal(torch.get_rng_state(), state)
+
+
+def doubled(net):
+    for p in net.parameters():
+        p.grad *= 2
+
+
+def clipped(net):
+    nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+
+
+def perturbed(net):
+    for p in net.parameters():
+        p.grad += 0.1 * torch.randn_like(p)
+
+
+@pytest.mark.parametrize("habit", [doubled, clipped, perturbed])
+def test_what_acts_between_backward_and_step_fails_the_replay(habit):
+    net = network()
+    optimizer = sgd(net)
+    path, pair = Path(net, optimizer), next(batches(1))
+    before, step = Before.of(net, optimizer), Step.of(net, optimizer, [pair])
+    optimizer.zero_grad()
+    mse(net, pair).backward()
+    habit(net)
+    optimizer.step()
+    rho, passes = replay_error(path, mse, step, before, flat(net))
+    assert rho > 0.1
+    assert not passes
+
+
+def test_a_step_that_did_not_move_is_not_judged():
+    net = network()
+    optimizer = sgd(net, lr=0.0)
+    path, pair = Path(net, optimizer), next(batches(1))
+    before = Before.of(net, optimizer)
+    assert replay_error(path, mse, advance(net, optimizer, pair), before, flat(net)) == (0.0, True)
+
+
+def test_tensors_on_a_graph_and_wrapped_steps_can_be_copied():
+    net = network()
+    net.kept = net(torch.randn(3, 4).double())  # as auxiliary losses are kept
+    optimizer = sgd(net)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    path = Path(net, optimizer)
+    assert "step" not in vars(path.optimizer)
+    assert path.module.kept.grad_fn is None
+    assert {id(p) for p in path.parameters} == {id(p) for p in path.module.parameters()}
+    assert not {id(p) for p in path.parameters} & {id(p) for p in net.parameters()}
+
+
+def test_all_generators_are_isolated():
+    import random
+
+    import numpy as np
+
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002  # the global one
+    with RandomState.isolated():
+        torch.rand(3), random.random(), np.random.rand(3)  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
+
+
+def test_an_odd_number_of_draws_is_refused():
+    net = network()
+    with pytest.raises(ValueError, match="draws must be even"):
+        CoupledPaths(net, sgd(net), mse, draws=3, generator=torch.Generator())
+
+
+# --- a real training -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_digits_under_dropout_follow_the_averaged_path():
+    """200 digits, 64-256-10 GELU, dropout .1, SGD .5, batches of 25, after 2,000 noisy steps, over 500."""
+    pixels, labels = load_digits(return_X_y=True)
+    x = torch.tensor(pixels[:200], dtype=torch.float32)
+    x, y = (x - x.mean()) / x.std(), F.one_hot(torch.tensor(labels[:200]), 10).float()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Dropout(0.1), nn.Linear(256, 10))
+    optimizer = sgd(net, lr=0.5)
+
+    def one():
+        index = torch.randint(200, (25,))
+        return advance(net, optimizer, (x[index], y[index]))
+
+    for _ in range(2000):
+        one()
+    paths = CoupledPaths(net, optimizer, mse, generator=torch.Generator().manual_seed(0))
+    for _ in range(500):
+        paths.advance(one())
+    window = paths.window(flat(net))
+    ceiling = noise_ceiling_of(window.cosines(relative=False))
+    print(window.speed, window.noise, ceiling, window.baseline_cosine)
+    assert window.speed.resolved
+    assert window.speed.cosine > 0.97 * ceiling
+    assert window.speed.ratio.mean == pytest.approx(1, abs=0.05)
+    assert window.noise.ratio.mean == pytest.approx(1, abs=0.07)
+    assert window.baseline_cosine < window.speed.cosine - 0.1

@@ -1,0 +1,193 @@
+"""What coupled paths say of a run: direction, speed, noise-induced drift, noise ceiling, from inner products alone.
+
+From the same weights, on the same batches, over the same steps, with displacements
+
+    m  of the run,    n  of the baseline (noise off),    a_1, a_2  of two averaged paths (half of the draws each),
+    r_1 ... r_R  of replicas (noise of their own)
+
+The cross products of the two averaged paths take their sampling error out of what is compared with them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torch_singlim.linalg import Estimate
+
+__all__ = ["CoupledWindow", "Projection", "noise_ceiling_of", "pooled"]
+
+# the two averaged paths tell too little where 2 <y, d> is above this share of <y_1, y_2>
+_UNRESOLVED = 1 / 3
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One displacement x of the run on the averaged paths' y = (y_1 + y_2)/2: x = Q y and a rest.
+
+        Q = <x, y> / D,      D = <y_1, y_2>,      cosine = <x, y> / (|x| sqrt(D))
+
+    Args:
+        product: <x, y>.
+        square: D; its expectation is the squared length of the mean path, without the sampling error of the halves.
+        cosine: nan where D is not positive.
+        stderr: standard error of Q, from the replicas and from the difference of the halves; nan without replicas.
+        resolved: whether the halves agree well enough for the figures to mean anything.
+    """
+
+    product: float
+    square: float
+    cosine: float
+    stderr: float
+    resolved: bool
+
+    @property
+    def ratio(self) -> Estimate:
+        """Q with its standard error."""
+        return Estimate(self.product / self.square if self.square else math.nan, self.stderr)
+
+
+@dataclass(frozen=True)
+class CoupledWindow:
+    """A window of a run and the paths coupled to it, reduced to the inner products of their displacements.
+
+    Args:
+        gram: inner products of (m, n, a_1, a_2, r_1, ..., r_R), of which n is zero where there is no baseline
+            ``[4 + R, 4 + R]``, float64.
+        has_baseline: whether there is one.
+
+    >>> m, a = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])
+    >>> window = CoupledWindow.of(m, a, a, baseline=torch.tensor([0.5, 0.0]))
+    >>> window.speed.ratio.mean, window.noise.ratio.mean
+    (2.0, 3.0)
+    """
+
+    gram: Tensor = field(repr=False)
+    has_baseline: bool
+
+    @classmethod
+    def of(
+        cls,
+        run: Tensor,
+        averaged_1: Tensor,
+        averaged_2: Tensor,
+        *,
+        baseline: Tensor | None = None,
+        replicas: Sequence[Tensor] = (),
+    ) -> CoupledWindow:
+        """From the displacements themselves  ``[P]``."""
+        vectors = [run, torch.zeros_like(run) if baseline is None else baseline, averaged_1, averaged_2, *replicas]
+        count = len(vectors)
+        gram = torch.zeros(count, count, dtype=torch.float64)
+        for i, j in itertools.combinations_with_replacement(range(count), 2):  # pair by pair: no copy of all of them
+            gram[i, j] = gram[j, i] = torch.dot(vectors[i].double(), vectors[j].double()).item()
+        return cls(gram, baseline is not None)
+
+    @property
+    def num_replicas(self) -> int:
+        """R."""
+        return len(self.gram) - 4
+
+    def _inner(self, u: Tensor, v: Tensor) -> float:
+        return (u @ self.gram @ v).item()
+
+    def _combination(self, *weights: tuple[int, float]) -> Tensor:
+        """Coefficients of a linear combination of the displacements."""
+        c = self.gram.new_zeros(len(self.gram))
+        for index, weight in weights:
+            c[index] += weight
+        return c
+
+    def _project(self, *, relative: bool) -> Projection:
+        """The run on the averaged paths; `relative` to the baseline, or as they are."""
+        shift = 1.0 if relative else 0.0
+        x, y1, y2 = (self._combination((i, 1.0), (1, -shift)) for i in (0, 2, 3))
+        y, d = (y1 + y2) / 2, (y1 - y2) / 2
+        product, square = self._inner(x, y), self._inner(y1, y2)
+        size = self._inner(x, x)
+        cosine = product / math.sqrt(size * square) if square > 0 and size > 0 else math.nan
+        stderr = math.nan
+        if self.num_replicas and square:
+            # t_0 of the run, t_r of the replicas: independent given the averaged paths
+            others = [self._combination((4 + r, 1.0), (1, -shift)) for r in range(self.num_replicas)]
+            t = torch.tensor([product, *(self._inner(z, y) for z in others)])
+            scatter = (t - t.mean()).square().sum().item() / self.num_replicas
+            bias = self._inner(x - 2 * (product / square) * y, d)
+            stderr = math.sqrt(scatter + bias**2) / abs(square)
+        resolved = square > 0 and abs(2 * self._inner(y, d)) <= _UNRESOLVED * square
+        return Projection(product, square, cosine, stderr, resolved)
+
+    @property
+    def speed(self) -> Projection:
+        """The whole motion: Q is the speed, its cosine the direction."""
+        return self._project(relative=False)
+
+    @property
+    def noise(self) -> Projection | None:
+        """The noise-induced part, x = m - n on y_i = a_i - n (None without a baseline)."""
+        return self._project(relative=True) if self.has_baseline else None
+
+    def _cosines(self, shift: float) -> list[float]:
+        """Between the run and each replica."""
+        x = self._combination((0, 1.0), (1, -shift))
+        others = [self._combination((4 + r, 1.0), (1, -shift)) for r in range(self.num_replicas)]
+        sizes = [math.sqrt(self._inner(z, z) * self._inner(x, x)) for z in others]
+        return [self._inner(x, z) / size for z, size in zip(others, sizes, strict=True) if size > 0]
+
+    def cosines(self, *, relative: bool) -> list[float]:
+        """Cosines between the run and each replica, whose mean's root is the noise ceiling, see `noise_ceiling_of`.
+
+        Args:
+            relative: of the noise-induced parts, r - n and m - n.
+        """
+        return self._cosines(1.0 if relative else 0.0)
+
+    @property
+    def baseline_cosine(self) -> float:
+        """Between the run and the baseline (nan without one)."""
+        size = self.gram[0, 0] * self.gram[1, 1]
+        return (self.gram[0, 1] / size.sqrt()).item() if size > 0 else math.nan
+
+    @property
+    def residual(self) -> float:
+        """|m - a| / |m|, with the sampling error of a taken out where the halves allow it."""
+        size, cross = self.gram[0, 0].item(), self.gram[2, 3].item()
+        product = (self.gram[0, 2] + self.gram[0, 3]).item() / 2
+        return math.sqrt(max(size - 2 * product + cross, 0.0) / size) if size > 0 else math.nan
+
+
+def noise_ceiling_of(cosines: Sequence[float]) -> float:
+    """sqrt(mean cos(m, r)): the best cosine that a deterministic prediction can have, given the batches (nan: none).
+
+    The cosines are averaged first, over pairs of run and replica, and over windows; the root is taken of their mean.
+    It bounds a mean: one run may exceed it.
+
+    >>> noise_ceiling_of([0.64, 0.64])
+    0.8
+    """
+    return math.sqrt(max(sum(cosines) / len(cosines), 0.0)) if cosines else math.nan
+
+
+def pooled(projections: Sequence[Projection]) -> Estimate:
+    """Q over the W windows of a run: Q = sum N_w / sum D_w, N_w = <x, y>, D_w = <y_1, y_2>.
+
+        SE^2 = (W / (W - 1)) sum_w (N_w - Q D_w)^2 / (sum_w D_w)^2          (ratio estimator; Cochran 1977, section 6.4)
+
+    nan for fewer than two windows.
+
+    >>> pooled([Projection(1.0, 1.0, 1.0, 0.0, True), Projection(3.0, 3.0, 1.0, 0.0, True)])
+    Estimate(mean=1.0, stderr=0.0)
+    """
+    total = sum(p.square for p in projections)
+    if not total:
+        return Estimate(math.nan, math.nan)
+    Q, W = sum(p.product for p in projections) / total, len(projections)
+    if W < 2:
+        return Estimate(Q, math.nan)
+    spread = sum((p.product - Q * p.square) ** 2 for p in projections)
+    return Estimate(Q, math.sqrt(W / (W - 1) * spread) / abs(total))

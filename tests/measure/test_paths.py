@@ -9,7 +9,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_singlim.measure.coupling import noise_ceiling_of
-from torch_singlim.measure.paths import Before, CoupledPaths, Path, RandomState, Step, is_affine, replay_error
+from torch_singlim.measure.paths import (
+    Before,
+    CoupledPaths,
+    LossGradient,
+    Path,
+    Step,
+    is_affine,
+    replay,
+)
+from torch_singlim.network import RandomState
 
 
 def network(dropout=0.2, norm=False, dtype=torch.float64):
@@ -21,6 +30,14 @@ def network(dropout=0.2, norm=False, dtype=torch.float64):
 def mse(module, batch):
     x, y = batch
     return F.mse_loss(module(x), y)
+
+
+GRADIENT = LossGradient(mse)
+
+
+def coupled(net, optimizer, **options):
+    generator = torch.Generator().manual_seed(0)
+    return CoupledPaths(lambda: Path(net, optimizer), GRADIENT, **options, generator=generator)
 
 
 def batches(count, size=6, seed=1, dtype=torch.float64):
@@ -67,7 +84,7 @@ def test_without_noise_every_path_is_the_run(name):
     for pair in pairs[:4]:
         advance(net, optimizer, pair)
         schedule.step()
-    paths = CoupledPaths(net, optimizer, mse, draws=2, generator=torch.Generator().manual_seed(0))
+    paths = coupled(net, optimizer, draws=2)
     for first, second in zip(pairs[4::2], pairs[5::2], strict=True):
         paths.advance(advance(net, optimizer, first, second))
         schedule.step()
@@ -79,15 +96,15 @@ def test_without_noise_every_path_is_the_run(name):
 
 def test_paths_change_neither_the_run_nor_the_random_state():
     runs = []
-    for coupled in (False, True):
+    for watched in (False, True):
         net = network(norm=True)
         optimizer = sgd(net, momentum=0.9)
         torch.manual_seed(3)
         paths = None
         for i, pair in enumerate(batches(12)):
             step = advance(net, optimizer, pair)
-            if coupled and i == 3:
-                paths = CoupledPaths(net, optimizer, mse, generator=torch.Generator().manual_seed(0))
+            if watched and i == 3:
+                paths = coupled(net, optimizer)
             elif paths is not None:
                 paths.advance(step)
         buffers = [b.clone() for b in net.buffers()]
@@ -102,7 +119,7 @@ def test_one_draw_with_the_run_s_random_numbers_is_the_run():
     path = Path(net, optimizer)
     for seed, pair in enumerate(batches(6)):
         torch.manual_seed(seed)
-        path.descend(mse, advance(net, optimizer, pair), [seed])
+        path.descend(GRADIENT, advance(net, optimizer, pair), [seed])
     assert torch.equal(path.weights(), flat(net))
 
 
@@ -111,7 +128,7 @@ def test_the_noise_is_off_in_the_baseline_alone():
     net = network(norm=True)
     bare = nn.Sequential(*(part for part in copy.deepcopy(net) if not isinstance(part, nn.Dropout)))
     optimizer, plain = sgd(net), sgd(bare)
-    paths = CoupledPaths(net, optimizer, mse, generator=torch.Generator().manual_seed(0))
+    paths = coupled(net, optimizer)
     for pair in batches(5):
         paths.advance(advance(net, optimizer, pair))
         advance(bare, plain, pair)
@@ -132,7 +149,7 @@ def test_many_draws_approach_the_mean_gradient():
     errors = []
     for draws in (64, 4096):
         path = Path(net, optimizer)
-        path.descend(mse, step, list(range(draws)))
+        path.descend(GRADIENT, step, list(range(draws)))
         errors.append((path.weights() - (w - 0.1 * mean).reshape(-1)).norm().item())
     assert errors[1] < 0.01 * (0.1 * mean).norm()
     assert errors[1] < errors[0] / 3  # 1/8 expected
@@ -149,7 +166,7 @@ def test_averaged_updates_are_those_of_adam_on_each_draw():
     twins = path.twin_optimizers(3)
     reference, states = copy.deepcopy(net), [copy.deepcopy(optimizer.state_dict()) for _ in range(3)]
     for pair in batches(2, seed=5):
-        path.descend_by_updates(mse, Step.of(net, optimizer, [pair]), [0, 1, 2], twins)
+        path.descend_by_updates(GRADIENT, Step.of(net, optimizer, [pair]), [0, 1, 2], twins)
         start, moved = flat(reference), 0
         for seed in range(3):
             trial = copy.deepcopy(reference)
@@ -205,9 +222,9 @@ def test_a_replayed_step_is_the_step(name, dtype):
         step = advance(net, optimizer, pair, pair)
         if i in (0, 7):
             state = torch.get_rng_state()
-            rho, passes = replay_error(path, mse, step, before, flat(net))
-            assert rho < 1e-6
-            assert passes
+            found = replay(path, GRADIENT, step, before, flat(net))
+            assert found.error < 1e-6
+            assert found.passed
             assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -235,9 +252,9 @@ def test_what_acts_between_backward_and_step_fails_the_replay(habit):
     mse(net, pair).backward()
     habit(net)
     optimizer.step()
-    rho, passes = replay_error(path, mse, step, before, flat(net))
-    assert rho > 0.1
-    assert not passes
+    found = replay(path, GRADIENT, step, before, flat(net))
+    assert found.error > 0.1
+    assert not found.passed
 
 
 def test_a_step_that_did_not_move_is_not_judged():
@@ -245,7 +262,7 @@ def test_a_step_that_did_not_move_is_not_judged():
     optimizer = sgd(net, lr=0.0)
     path, pair = Path(net, optimizer), next(batches(1))
     before = Before.of(net, optimizer)
-    assert replay_error(path, mse, advance(net, optimizer, pair), before, flat(net)) == (0.0, True)
+    assert replay(path, GRADIENT, advance(net, optimizer, pair), before, flat(net)).passed
 
 
 def test_tensors_on_a_graph_and_wrapped_steps_can_be_copied():
@@ -276,7 +293,7 @@ def test_all_generators_are_isolated():
 def test_an_odd_number_of_draws_is_refused():
     net = network()
     with pytest.raises(ValueError, match="draws must be even"):
-        CoupledPaths(net, sgd(net), mse, draws=3, generator=torch.Generator())
+        coupled(net, sgd(net), draws=3)
 
 
 # --- a real training -------------------------------------------------------------------------------------------------
@@ -298,7 +315,7 @@ def test_digits_under_dropout_follow_the_averaged_path():
 
     for _ in range(2000):
         one()
-    paths = CoupledPaths(net, optimizer, mse, generator=torch.Generator().manual_seed(0))
+    paths = coupled(net, optimizer)
     for _ in range(500):
         paths.advance(one())
     window = paths.window(flat(net))

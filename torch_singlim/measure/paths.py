@@ -12,63 +12,37 @@ again, from its weights, its state and its random numbers: where the result diff
 from __future__ import annotations
 
 import copy
-import random
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from torch_singlim.measure.coupling import CoupledWindow
+from torch_singlim.network import RandomState, noise_off
 
-__all__ = ["Before", "CoupledPaths", "Path", "RandomState", "Step", "is_affine", "noise_off", "replay_error"]
+__all__ = [
+    "Before",
+    "CoupledPaths",
+    "Gradient",
+    "LossGradient",
+    "Path",
+    "Replay",
+    "Step",
+    "is_affine",
+    "replay",
+]
 
 # loss of one micro-batch on a copy of the module
 Loss = Callable[[nn.Module, Any], Tensor]
+# what is done to the gradients of parameters between backward and step, in place
+Clip = Callable[[list[nn.Parameter]], object]
 
 # a replay passes within this share of the step, and so many roundings of the weights
 _REPLAY_RTOL, _ROUNDINGS = 1e-3, 4.0
 # an update counts as affine in the gradient up to this
 _AFFINE = 1e-5
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The global random state: torch's (CPU and CUDA devices in use), Python's, and numpy's if it is loaded."""
-
-    cpu: Tensor = field(repr=False)
-    cuda: tuple[Tensor, ...] = field(repr=False)
-    python: Any = field(repr=False)
-    numpy: Any = field(repr=False)
-
-    @classmethod
-    def now(cls) -> RandomState:
-        """At present."""
-        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
-        numpy = sys.modules.get("numpy")
-        return cls(torch.get_rng_state(), cuda, random.getstate(), None if numpy is None else numpy.random.get_state())
-
-    def restore(self) -> None:
-        """Put it back."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(list(self.cuda))
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
-
-    @staticmethod
-    @contextmanager
-    def isolated() -> Iterator[None]:
-        """What is drawn within the block does not show outside."""
-        before = RandomState.now()
-        try:
-            yield
-        finally:
-            before.restore()
 
 
 @dataclass(frozen=True)
@@ -79,38 +53,34 @@ class Step:
         batches: its micro-batches, in order.
         groups: settings of the optimizer's parameter groups at the step, without their parameters.
         modes: ``training`` of every submodule, in the order of ``module.modules()``.
+        divisor: of the loss of each micro-batch; None: their number.
+        clip: what is done to the gradients before the step.
     """
 
     batches: tuple[Any, ...] = field(repr=False)
     groups: tuple[Mapping[str, Any], ...]
     modes: tuple[bool, ...] = field(repr=False)
+    divisor: int | None = None
+    clip: Clip | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, module: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Any]) -> Step:
+    def of(
+        cls,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Sequence[Any],
+        *,
+        divisor: int | None = None,
+        clip: Clip | None = None,
+    ) -> Step:
         """From a module and an optimizer that are about to make it."""
         groups = tuple({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups)
-        return cls(tuple(batches), groups, tuple(part.training for part in module.modules()))
+        return cls(tuple(batches), groups, tuple(part.training for part in module.modules()), divisor, clip)
 
-
-@contextmanager
-def noise_off(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for batch and instance normalisation, whose modes stay: what they do is no noise.
-
-    >>> net = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
-    >>> with noise_off(net):
-    ...     [part.training for part in net]
-    [False, True]
-    """
-    kept = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        for part, _ in modes:
-            if not isinstance(part, kept):
-                part.training = False
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    @property
+    def share(self) -> float:
+        """Of each micro-batch's loss in the step's."""
+        return 1 / (self.divisor or len(self.batches))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -123,77 +93,131 @@ class Path:
 
     Args:
         module: as the run has it.
-        optimizer: of its parameters. The copy shares nothing with the run but what the module does not own.
+        optimizer: of its parameters. The copy shares nothing with the run but what `shared` lists.
+        shared: objects that are not copied, such as data sets.
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        # results kept as attributes may hang on a graph, which deepcopy refuses
-        memo: dict[int, Any] = {}
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, *, shared: Sequence[object] = ()) -> None:
+        memo: dict[int, Any] = {id(each): each for each in shared}
         for part in module.modules():
+            # results kept as attributes may hang on a graph, which deepcopy refuses
             kept = [v for v in vars(part).values() if isinstance(v, Tensor) and v.grad_fn is not None]
             memo |= {id(v): v.detach().clone() for v in kept}
         # in one copy, so that the optimizer's parameters are the module's
         self.module, self.optimizer = copy.deepcopy((module, optimizer), memo)
         vars(self.optimizer).pop("step", None)  # a scheduler's, which counts the run's steps
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.parameters: list[nn.Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def weights(self) -> Tensor:
         """The parameters that the optimizer holds  ``[P]``."""
         return _flat(self.parameters)
 
-    def _prepare(self, step: Step) -> None:
+    def take_settings(self, step: Step) -> None:
+        """The modes and the optimizer's settings of a step of the run."""
         for part, mode in zip(self.module.modules(), step.modes, strict=True):
             part.training = mode
         for group, settings in zip(self.optimizer.param_groups, step.groups, strict=True):
             group.update(settings)
 
-    def _add_gradient(self, loss: Loss, step: Step, share: float) -> None:
-        """The gradient of the step's mean loss, times a share, on top of what is there."""
-        with torch.enable_grad():
-            for batch in step.batches:
-                (loss(self.module, batch) * (share / len(step.batches))).backward()
-
-    def descend(self, loss: Loss, step: Step, seeds: Sequence[int], *, noise: bool = True) -> None:
-        """Make the step with the mean gradient of independent draws, one for each seed; or with the noise off."""
-        self._prepare(step)
-        self.optimizer.zero_grad()
-        if not noise:
-            with noise_off(self.module):
-                self._add_gradient(loss, step, 1.0)
-        else:
-            for seed in seeds:
-                torch.manual_seed(seed)
-                self._add_gradient(loss, step, 1 / len(seeds))
+    def update(self, step: Step) -> None:
+        """Clip the gradients as the run does, and step."""
+        if step.clip is not None:
+            step.clip(self.parameters)
         self.optimizer.step()
 
+    def descend(self, gradient: Gradient, step: Step, seeds: Sequence[int]) -> None:
+        """Make the step with the mean gradient of independent draws, one for each seed; none: with the noise off."""
+        self.take_settings(step)
+        self.optimizer.zero_grad()
+        if not seeds:
+            gradient.quiet(self, step)
+        elif len(seeds) == 1:
+            gradient.noisy(self, step, seeds[0])
+        else:
+            totals: list[Tensor | None] = [None] * len(self.parameters)
+            for seed in seeds:
+                self.optimizer.zero_grad()
+                gradient.noisy(self, step, seed)
+                for i, p in enumerate(self.parameters):
+                    if p.grad is not None:
+                        share = p.grad / len(seeds)
+                        known = totals[i]
+                        totals[i] = share if known is None else known + share
+            for p, total in zip(self.parameters, totals, strict=True):
+                p.grad = total
+        self.update(step)
+
     def descend_by_updates(
-        self, loss: Loss, step: Step, seeds: Sequence[int], optimizers: Sequence[torch.optim.Optimizer]
+        self, gradient: Gradient, step: Step, seeds: Sequence[int], optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:
         """Make the step with the mean update of several optimizers on shared weights, one draw for each.
 
         For a rule that is not affine in the gradient, where the update of the mean gradient is another one.
         """
         start = [p.detach().clone() for p in self.parameters]
-        total = [torch.zeros_like(p) for p in self.parameters]
+        totals = [torch.zeros_like(p) for p in self.parameters]
         for seed, optimizer in zip(seeds, optimizers, strict=True):
             self.optimizer = optimizer
-            self._prepare(step)
+            self.take_settings(step)
             optimizer.zero_grad()
-            torch.manual_seed(seed)
-            self._add_gradient(loss, step, 1.0)
-            optimizer.step()
+            gradient.noisy(self, step, seed)
+            self.update(step)
             with torch.no_grad():
-                for p, origin, sum_ in zip(self.parameters, start, total, strict=True):
-                    sum_ += p - origin
+                for p, origin, total in zip(self.parameters, start, totals, strict=True):
+                    total += p - origin
                     p.copy_(origin)
         with torch.no_grad():
-            for p, sum_ in zip(self.parameters, total, strict=True):
-                p.add_(sum_, alpha=1 / len(seeds))
+            for p, total in zip(self.parameters, totals, strict=True):
+                p.add_(total, alpha=1 / len(seeds))
 
     def twin_optimizers(self, count: int) -> list[torch.optim.Optimizer]:
         """Copies of the optimizer, with state of their own, of the same parameters."""
         shared = {id(p): p for p in self.parameters}
         return [copy.deepcopy(self.optimizer, dict(shared)) for _ in range(count)]
+
+
+class Gradient(Protocol):
+    """How the gradient of a step's loss comes about on a path: each method adds it to ``p.grad``."""
+
+    def noisy(self, path: Path, step: Step, seed: int) -> None:
+        """With noise drawn from this seed."""
+        ...
+
+    def quiet(self, path: Path, step: Step) -> None:
+        """With the noise off."""
+        ...
+
+    def again(self, path: Path, step: Step, before: Before) -> None:
+        """With the random numbers that the run had."""
+        ...
+
+
+@dataclass(frozen=True)
+class LossGradient:
+    """The gradient of a loss that takes a module and a micro-batch, random in training mode alone.
+
+    Args:
+        loss: of one micro-batch.
+    """
+
+    loss: Loss
+
+    def _add(self, path: Path, step: Step) -> None:
+        with torch.enable_grad():
+            for batch in step.batches:
+                (self.loss(path.module, batch) * step.share).backward()
+
+    def noisy(self, path: Path, step: Step, seed: int) -> None:
+        torch.manual_seed(seed)
+        self._add(path, step)
+
+    def quiet(self, path: Path, step: Step) -> None:
+        with noise_off(path.module):
+            self._add(path, step)
+
+    def again(self, path: Path, step: Step, before: Before) -> None:
+        before.random.restore()
+        self._add(path, step)
 
 
 @dataclass(frozen=True)
@@ -220,14 +244,25 @@ class Before:
         return cls(_flat(parameters), state, copy.deepcopy(optimizer.state_dict()), RandomState.now())
 
 
-def replay_error(path: Path, loss: Loss, step: Step, before: Before, after: Tensor) -> tuple[float, bool]:
-    """Make a step of the run again; rho, and whether it passes.
-
-        rho = |w_replayed - w_{k+1}| / |w_{k+1} - w_k|;   |w_replayed - w_{k+1}| <= 1e-3 |w_{k+1} - w_k| + 4 eps |w|
+@dataclass(frozen=True)
+class Replay:
+    """A step of the run made again.
 
     Args:
-        path: a copy of the run that may be overwritten.
-        loss: of one micro-batch.
+        error: rho = |w_replayed - w_{k+1}| / |w_{k+1} - w_k|; 0 where the run did not move.
+        passed: |w_replayed - w_{k+1}| <= 1e-3 |w_{k+1} - w_k| + 4 eps |w|; a step that did not move is not judged.
+    """
+
+    error: float
+    passed: bool
+
+
+def replay(path: Path, gradient: Gradient, step: Step, before: Before, after: Tensor) -> Replay:
+    """Make a step of the run again on a path, which is overwritten.
+
+    Args:
+        path: a copy of the run.
+        gradient: of the step.
         step: what the run did.
         before: from before it.
         after: the run's weights after it  ``[P]``.
@@ -235,16 +270,15 @@ def replay_error(path: Path, loss: Loss, step: Step, before: Before, after: Tens
     path.module.load_state_dict(dict(before.state))
     path.optimizer.load_state_dict(copy.deepcopy(dict(before.optimizer)))
     with RandomState.isolated():
-        path._prepare(step)
+        path.take_settings(step)
         path.optimizer.zero_grad()
-        before.random.restore()
-        path._add_gradient(loss, step, 1.0)
-        path.optimizer.step()
+        gradient.again(path, step, before)
+        path.update(step)
     off = torch.linalg.vector_norm(path.weights() - after).item()
     moved = torch.linalg.vector_norm(after - before.weights).item()
     eps = max(torch.finfo(p.dtype).eps for p in path.parameters)
     allowed = _REPLAY_RTOL * moved + _ROUNDINGS * eps * torch.linalg.vector_norm(after).item()
-    return (off / moved if moved else 0.0), not moved or off <= allowed
+    return Replay(off / moved, off <= allowed) if moved else Replay(0.0, True)
 
 
 def is_affine(module: nn.Module, optimizer: torch.optim.Optimizer, *, generator: torch.Generator) -> bool:
@@ -281,9 +315,8 @@ class CoupledPaths:
     """Baseline, averaged paths and replicas of one training, from where it is now.
 
     Args:
-        module: as it is trained; copied.
-        optimizer: its optimizer, which has just made a step; copied.
-        loss: of one micro-batch on a copy of the module.
+        make_path: a copy of the run as it is now.
+        gradient: of a step on a copy.
         draws: m, noise draws a step of both averaged paths together, even.
         replicas: R.
         generator: of all seeds.
@@ -294,9 +327,8 @@ class CoupledPaths:
 
     def __init__(
         self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loss: Loss,
+        make_path: Callable[[], Path],
+        gradient: Gradient,
         *,
         draws: int = 4,
         replicas: int = 1,
@@ -304,15 +336,14 @@ class CoupledPaths:
     ) -> None:
         if draws < 2 or draws % 2:
             raise ValueError(f"draws must be even, at least 2: half of them for each averaged path, got {draws}")
-        self.loss, self.draws, self.generator = loss, draws, generator
-        self.affine = is_affine(module, optimizer, generator=generator)
-        """Whether gradients are averaged; else updates are."""
-        self.baseline = Path(module, optimizer)
-        self.averaged = (Path(module, optimizer), Path(module, optimizer))
-        self.replicas = tuple(Path(module, optimizer) for _ in range(replicas))
+        self.gradient, self.draws, self.generator = gradient, draws, generator
+        self.baseline = make_path()
+        self.averaged = (make_path(), make_path())
+        self.replicas = tuple(make_path() for _ in range(replicas))
         self.start = self.baseline.weights()
-        twins = 0 if self.affine else draws // 2
-        self._optimizers = [path.twin_optimizers(twins) for path in self.averaged]
+        self.affine = is_affine(self.baseline.module, self.baseline.optimizer, generator=generator)
+        """Whether gradients are averaged; else updates are."""
+        self._optimizers: list[list[torch.optim.Optimizer]] = [[], []]
 
     def _seeds(self, count: int) -> list[int]:
         return torch.randint(2**62, (count,), generator=self.generator).tolist()
@@ -320,15 +351,18 @@ class CoupledPaths:
     def advance(self, step: Step) -> None:
         """Follow one step of the run."""
         with RandomState.isolated():
-            self.baseline.descend(self.loss, step, (), noise=False)
-            for path, optimizers in zip(self.averaged, self._optimizers, strict=True):
+            self.baseline.descend(self.gradient, step, ())
+            for i, path in enumerate(self.averaged):
                 seeds = self._seeds(self.draws // 2)
-                if self.affine:
-                    path.descend(self.loss, step, seeds)
-                else:
-                    path.descend_by_updates(self.loss, step, seeds, optimizers)
+                # clipping makes any rule one that is not affine
+                if self.affine and step.clip is None:
+                    path.descend(self.gradient, step, seeds)
+                    continue
+                if not self._optimizers[i]:
+                    self._optimizers[i] = path.twin_optimizers(len(seeds))
+                path.descend_by_updates(self.gradient, step, seeds, self._optimizers[i])
             for path in self.replicas:
-                path.descend(self.loss, step, self._seeds(1))
+                path.descend(self.gradient, step, self._seeds(1))
 
     def window(self, weights: Tensor) -> CoupledWindow:
         """The motion so far, of a run that is now at these weights  ``[P]``."""

@@ -7,6 +7,7 @@ from torch_singlim.network.loss import CustomLoss, MeanSquaredError, SampleLoss,
 from torch_singlim.network.memory import free_memory, saved_bytes
 from torch_singlim.network.problem import ZeroLossProblem, check_samples
 from torch_singlim.network.process_group import ProcessGroup
+from torch_singlim.network.randomness import RandomState, noise_off
 from torch_singlim.network.weight_space import WeightSpace
 
 __all__ = [
@@ -20,6 +21,9 @@ __all__ = [
     "LinearCall",
     "structural_copy",
     "in_precision",
+    # its noise, and the global random state
+    "noise_off",
+    "RandomState",
     # losses of one sample
     "SampleLoss",
     "MeanSquaredError",

@@ -1,0 +1,72 @@
+"""The global random state, and the noise of a module: kept, put back, switched off."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RandomState", "noise_off"]
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The global random state: torch's (CPU and CUDA devices in use), Python's, and numpy's if it is loaded."""
+
+    cpu: Tensor = field(repr=False)
+    cuda: tuple[Tensor, ...] = field(repr=False)
+    python: Any = field(repr=False)
+    numpy: Any = field(repr=False)
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """At present."""
+        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+        numpy = sys.modules.get("numpy")
+        return cls(torch.get_rng_state(), cuda, random.getstate(), None if numpy is None else numpy.random.get_state())
+
+    def restore(self) -> None:
+        """Put it back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+    @staticmethod
+    @contextmanager
+    def isolated() -> Iterator[None]:
+        """What is drawn within the block does not show outside."""
+        before = RandomState.now()
+        try:
+            yield
+        finally:
+            before.restore()
+
+
+@contextmanager
+def noise_off(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but for batch and instance normalisation, whose modes stay: what they do is no noise.
+
+    >>> net = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
+    >>> with noise_off(net):
+    ...     [part.training for part in net]
+    [False, True]
+    """
+    kept = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in modes:
+            if not isinstance(part, kept):
+                part.training = False
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -164,6 +164,8 @@ def make(name: str) -> tuple[Dense, Tensor]:
     elif name == "rank_deficient":  # a sample twice: its residuals' rows repeat
         net, x = chain([3, 6, 2], nn.Tanh, [0.2], bias=True, seed=4), data(4, 3)
         x[3] = x[0]
+    elif name == "many_outputs":  # B B^T is cheap to form and to factor
+        net, x = chain([3, 8, 4], nn.Tanh, [0.2], bias=True, seed=5), data(8, 3)
     else:
         raise KeyError(name)
     loss = "cross_entropy" if name == "cross_entropy" else "mse"
@@ -172,6 +174,11 @@ def make(name: str) -> tuple[Dense, Tensor]:
         y = f.softmax(1) if loss == "cross_entropy" else f
     dense = Dense(net, loss, x, y)
     return dense, dense.weights()
+
+
+def displaced(w: Tensor, size: float = 0.05, seed: int = 0) -> Tensor:
+    """w and a Gaussian vector of this size in every component."""
+    return w + size * torch.randn(w.shape, generator=torch.Generator().manual_seed(seed), dtype=DTYPE)
 
 
 NAMES = ["scalar", "two_layers", "cross_entropy", "rank_deficient"]

@@ -37,7 +37,7 @@ def test_descent(name, t):
     assert norm == pytest.approx(exact(B, r, t).norm().item(), rel=1e-6)
 
 
-def test_the_residual_tells_the_error():
+def test_the_residual_bounds_the_error():
     B, r = case("full")
     for most in (3, 6, 9):
         descent = linear_descent(LinearOperator.from_matrix(B), r, time=300.0, rtol=1e-14, max_steps=most)

@@ -11,6 +11,7 @@ from torch_singlim.linalg import (
     DenseFactored,
     KrylovFactored,
     LinearOperator,
+    Result,
     gram_cutoff,
     minimum_norm,
 )
@@ -98,9 +99,9 @@ def test_counting_at_size():
     assert dense.largest == pytest.approx(values[-1].item(), rel=1e-12)
     assert krylov.largest == pytest.approx(values[-1].item(), rel=1e-6)
     for phi in (torch.sqrt, lambda x: x / (x + 1.0)):
-        truth, told = phi(values).sum().item(), krylov.trace(phi)
+        truth, estimate = phi(values).sum().item(), krylov.trace(phi)
         assert dense.trace(phi).mean == pytest.approx(truth, rel=1e-9)
-        assert abs(told.mean - truth) < 5 * told.stderr < 0.5 * truth
+        assert abs(estimate.mean - truth) < 5 * estimate.stderr < 0.5 * truth
     assert math.isnan(krylov.count(1e-6))  # 60 products do not reach that far
     # the first 60 products resolve the few largest, the mass of small ones they do not
     sure = (values >= krylov.spectrum()[5]).double().mean().item()
@@ -116,19 +117,19 @@ def test_minimum_norm_is_the_pseudo_inverse(kind, dense):
     gram = B @ B.T if dense else None
     u = B @ torch.randn(20, generator=torch.Generator().manual_seed(7), dtype=DTYPE)
     solution = minimum_norm(operator, gram, u, rtol=1e-9, max_steps=100)
-    assert solution.status == "converged"
+    assert solution.status is Result.SUCCESSFUL
     torch.testing.assert_close(solution.x, torch.linalg.pinv(B) @ u, rtol=0, atol=1e-8)
     nothing = minimum_norm(operator, gram, torch.zeros(8, dtype=DTYPE), rtol=1e-9, max_steps=100)
     assert not nothing.x.any()
 
 
-def test_inconsistent_right_hand_side_is_said():
+def test_inconsistent_right_hand_side_is_reported():
     B = matrix("rank_deficient")
     operator = LinearOperator.from_matrix(B)
     u = torch.ones(8, dtype=DTYPE)
     for gram in (B @ B.T, None):
         solution = minimum_norm(operator, gram, u, rtol=1e-9, max_steps=100)
-        assert solution.status == "inconsistent"
+        assert solution.status is Result.INCONSISTENT
         torch.testing.assert_close(solution.x, torch.linalg.pinv(B) @ u, rtol=0, atol=1e-8)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torch_singlim.linalg import krylov_function, krylov_solve, lanczos
+from torch_singlim.linalg import Result, krylov_function, krylov_solve, lanczos
 
 DTYPE = torch.float64
 
@@ -52,7 +52,7 @@ def test_vectors_that_are_not_held_are_made_again(held):
     for function in (lambda x: torch.exp(-x), lambda x: 1 / (1 + (0.1 / x) ** 4)):
         truth = vectors @ (function(values) * (vectors.T @ v))
         found = krylov_function(matvec, function, v, rtol=1e-8, max_steps=600, held=held)
-        assert found.status == "converged"
+        assert found.status is Result.SUCCESSFUL
         torch.testing.assert_close(found.x, truth, rtol=0, atol=1e-6 * truth.norm().item())
     solved = krylov_solve(matvec, K @ v, rtol=1e-6, max_steps=600, cutoff=1e-14, held=held)
     assert solved.residual == pytest.approx(((K @ solved.x - K @ v).norm() / (K @ v).norm()).item(), rel=0.05, abs=1e-9)
@@ -73,7 +73,7 @@ def test_solve_finds_the_minimum_norm_solution(rank):
     K = spd(25, rank)
     b = K @ torch.randn(25, generator=torch.Generator().manual_seed(2), dtype=DTYPE)
     solution = krylov_solve(lambda v: K @ v, b, rtol=1e-10, max_steps=100, cutoff=1e-12)
-    assert solution.status == "converged"
+    assert solution.status is Result.SUCCESSFUL
     torch.testing.assert_close(solution.x, torch.linalg.pinv(K, rtol=1e-10) @ b, rtol=1e-6, atol=1e-8)
     assert torch.linalg.vector_norm(K @ solution.x - b) <= 2e-10 * torch.linalg.vector_norm(b)
 
@@ -82,12 +82,12 @@ def test_solve_reports_what_it_could_not_do():
     K = spd(25, 25)
     b = torch.ones(25, dtype=DTYPE)
     short = krylov_solve(lambda v: K @ v, b, rtol=1e-12, max_steps=5, cutoff=1e-14)
-    assert (short.status, short.steps) == ("max_steps", 5)
+    assert (short.status, short.steps) == (Result.MAX_STEPS, 5)
     true_residual = torch.linalg.vector_norm(K @ short.x - b) / torch.linalg.vector_norm(b)
     assert short.residual == pytest.approx(true_residual.item(), rel=1e-8)
     singular = spd(25, 10)
     outside = krylov_solve(lambda v: singular @ v, b, rtol=1e-10, max_steps=100, cutoff=1e-12)
-    assert outside.status == "inconsistent"
+    assert outside.status is Result.INCONSISTENT
     torch.testing.assert_close(outside.x, torch.linalg.pinv(singular, rtol=1e-10) @ b, rtol=1e-5, atol=1e-7)
 
 
@@ -100,7 +100,7 @@ def test_solve_stays_bounded_where_the_right_hand_side_is_far_outside():
     Q = torch.linalg.qr(space).Q
     y = torch.linalg.lstsq(K @ Q, b[:, None]).solution[:, 0]
     best = torch.linalg.vector_norm(K @ Q @ y - b) / torch.linalg.vector_norm(b)
-    assert found.status == "max_steps"
+    assert found.status is Result.MAX_STEPS
     assert found.residual <= 1
     assert found.residual == pytest.approx(best.item(), rel=1e-4)
     assert found.residual == pytest.approx((torch.linalg.vector_norm(K @ found.x - b) / b.norm()).item(), rel=1e-6)
@@ -112,7 +112,7 @@ def test_zero_right_hand_side():
         krylov_solve(lambda v: K @ v, torch.zeros(5, dtype=DTYPE), rtol=1e-8, max_steps=5, cutoff=1e-12),
         krylov_function(lambda v: K @ v, torch.exp, torch.zeros(5, dtype=DTYPE), rtol=1e-8, max_steps=5),
     ):
-        assert (solution.status, solution.steps) == ("converged", 0)
+        assert (solution.status, solution.steps) == (Result.SUCCESSFUL, 0)
         assert not solution.x.any()
 
 
@@ -122,5 +122,5 @@ def test_matrix_function_matches_the_eigendecomposition():
     values, vectors = torch.linalg.eigh(K)
     truth = vectors @ (torch.exp(-values) * (vectors.T @ v))
     result = krylov_function(lambda u: K @ u, lambda x: torch.exp(-x), v, rtol=1e-10, max_steps=30)
-    assert result.status == "converged"
+    assert result.status is Result.SUCCESSFUL
     torch.testing.assert_close(result.x, truth, rtol=0, atol=1e-9)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from torch_singlim.geometry.gram import MAX_DENSE, gram_matrix, worth_factoring
+from torch_singlim.geometry.gram import MAX_DENSE, Way, gram_matrix, worth_factoring
 from torch_singlim.geometry.jacobian import JacobianProducts
 from torch_singlim.linalg import (
     CholeskyFactored,
@@ -34,13 +34,13 @@ class Linearization:
     Args:
         operator: B, with the products v -> B v and u -> B^T u; shape [M, P].
         residual: b ``[M]``, the rows of the first sample first.
-        gram: forms K = B B^T ``[M, M]``.
+        gram: forms K = B B^T ``[M, M]``; optionally by a given method of `gram_matrix`.
         cheap_gram: whether forming and factoring K takes seconds only.
     """
 
     operator: LinearOperator
     residual: Tensor
-    gram: Callable[[], Tensor] = field(repr=False)
+    gram: Callable[..., Tensor] = field(repr=False)
     cheap_gram: bool
 
 
@@ -96,7 +96,11 @@ def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
 
     operator = LinearOperator((problem.num_residuals, problem.num_weights), matvec, rmatvec)
     residual = problem.sample_loss.residual(f, problem.targets).reshape(-1) * scale
-    return Linearization(operator, residual, lambda: gram_matrix(problem, w, f, batched), worth_factoring(problem))
+
+    def gram(way: Way | None = None) -> Tensor:
+        return gram_matrix(problem, w, f, batched, way=way)
+
+    return Linearization(operator, residual, gram, worth_factoring(problem))
 
 
 def gauss_newton(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from torch_singlim.network.functional import LinearCall
 from torch_singlim.network.problem import ZeroLossProblem
 from torch_singlim.network.process_group import ProcessGroup
 
-__all__ = ["MAX_DENSE", "gram_flops", "gram_matrix", "samples_at_once", "worth_factoring"]
+__all__ = ["MAX_DENSE", "Way", "gram_flops", "gram_matrix", "samples_at_once", "worth_factoring"]
+
+Way = Literal["layers", "columns", "rows"]
 
 # number of residuals up to which K is decomposed: computing its eigenvectors takes seconds
 MAX_DENSE = 4096
@@ -38,10 +41,10 @@ def samples_at_once(problem: ZeroLossProblem, rows: int) -> int:
     return max(1, min(_ROW_BYTES, problem.memory // 2) // (rows * problem.num_weights * problem.dtype.itemsize))
 
 
-def _flops(problem: ZeroLossProblem) -> dict[str, float]:
-    """Floating point operations of each method that is applicable; a multiply-add counts as two."""
+def _flops(problem: ZeroLossProblem) -> dict[Way, float]:
+    """Floating point operations of each method that is considered; a multiply-add counts as two."""
     N, M = problem.num_samples, problem.num_residuals
-    ways = {"columns": 2 * problem.flops * N * M, "rows": float(M) ** 2 * problem.num_weights}
+    ways: dict[Way, float] = {"columns": 2 * problem.flops * N * M, "rows": float(M) ** 2 * problem.num_weights}
     if problem.linear_layers:
         ways = {"layers": sum(2.0 * N**2 * fan_in + 2.0 * M**2 * fan_out for fan_in, fan_out in problem.linear_layers)}
     return ways
@@ -59,7 +62,14 @@ def worth_factoring(problem: ZeroLossProblem) -> bool:
     return fits and M <= _MOST_FACTORED and gram_flops(problem) <= float(M) ** 3
 
 
-def gram_matrix(problem: ZeroLossProblem, w: Tensor, outputs: Tensor, matvec: Callable[[Tensor], Tensor]) -> Tensor:
+def gram_matrix(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    outputs: Tensor,
+    matvec: Callable[[Tensor], Tensor],
+    *,
+    way: Way | None = None,
+) -> Tensor:
     """K = B B^T  ``[M, M]`` at weights w ``[P]``.
 
     Args:
@@ -67,14 +77,21 @@ def gram_matrix(problem: ZeroLossProblem, w: Tensor, outputs: Tensor, matvec: Ca
         w: weights.
         outputs: f(w) ``[N, C]``.
         matvec: the product v -> B v in a form that vmap can batch.
+        way: the method; default: the cheapest one.
 
     Each of the processes that share the samples forms the rows of its own samples; the rows are then exchanged.
+
+    Raises:
+        ValueError: "layers" for a network that does not consist of linear layers.
     """
-    ways = _flops(problem)
-    cheapest = min(ways, key=lambda way: ways[way])
-    if cheapest == "layers":
-        return _from_layers(problem, w, outputs)
-    return _from_rows(problem, w, outputs, matvec if cheapest == "columns" else None)
+    if way is None:
+        flops = _flops(problem)
+        way = min(flops, key=lambda each: flops[each])
+    if way != "layers":
+        return _from_rows(problem, w, outputs, matvec if way == "columns" else None)
+    if not problem.linear_layers:
+        raise ValueError("the network does not consist of linear layers alone: use 'columns' or 'rows'")
+    return _from_layers(problem, w, outputs)
 
 
 def _from_layers(problem: ZeroLossProblem, w: Tensor, f: Tensor) -> Tensor:

@@ -14,10 +14,14 @@ __all__ = ["free_memory", "saved_bytes"]
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device, *, control_group: Path = _CGROUP) -> int:
     """Bytes that a process can still allocate on a device, according to the driver, or to Linux and its control group.
 
     On other systems: a quarter of the machine's memory.
+
+    Args:
+        device: the device.
+        control_group: folder of the process's control group.
 
     >>> free_memory(torch.device("cpu")) > 2**20
     True
@@ -31,7 +35,7 @@ def free_memory(device: torch.device) -> int:
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used = ((control_group / name).read_text().strip() for name in ("memory.max", "memory.current"))
         return free if limit == "max" else min(free, int(limit) - int(used))
     except OSError:  # no control group, or not version 2
         return free

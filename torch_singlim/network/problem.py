@@ -63,8 +63,9 @@ class ZeroLossProblem:
             cross-entropy.
         dtype: of every computation here; small eigenvalues need float64.
         device: of every computation here; default: that of the module's weights.
-        batch_size: samples evaluated at once; default: as many as fit into half of the memory that is free now. If all
-            samples are evaluated at once, the pass that products with the Jacobian share is made once and cached.
+        batch_size: samples evaluated at once; default: as many as fit into `memory`. If all samples are evaluated at
+            once, the pass that products with the Jacobian share is made once and cached.
+        memory: bytes that evaluations may take; default: half of what is free now.
         step_ratios: parameter name -> its step size, relative to the optimizer's lr; the other parameters are held
             fixed. Default: 1 for all trainable ones. The weights w ``[P]`` are the parameters divided by the square
             root of their ratio, see `WeightSpace`.
@@ -97,6 +98,7 @@ class ZeroLossProblem:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = None,
         batch_size: int | None = None,
+        memory: int | None = None,
         step_ratios: Mapping[str, float] | None = None,
         process_group: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
     ) -> None:
@@ -116,7 +118,8 @@ class ZeroLossProblem:
                 f"{self.num_samples} samples cannot be shared by {process_group.size} processes: pass more samples"
             )
         self.process_group = process_group
-        self.memory = int(process_group.all_reduce_min(free_memory(self.device) // 2, self.device))
+        memory = free_memory(self.device) // 2 if memory is None else memory
+        self.memory = int(process_group.all_reduce_min(memory, self.device))
 
         example = self.inputs[:2]
         self.function.check_deterministic(example)

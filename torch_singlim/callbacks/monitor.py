@@ -16,6 +16,7 @@ from torch_singlim.callbacks.inject import injected_noise
 from torch_singlim.callbacks.isolation import attempt, isolated
 from torch_singlim.callbacks.optimizer import StepRecorder, read_optimizer, select_parameters, step_batch_size
 from torch_singlim.callbacks.publish import describe, log_point, provide, report_reasons, say
+from torch_singlim.callbacks.resume import state_of, take_over
 from torch_singlim.callbacks.snapshot import Subject
 from torch_singlim.callbacks.tensorboard import (
     begin_hyperparameters,
@@ -42,6 +43,7 @@ from torch_singlim.measure import (
     scalars,
     terminal_line,
     training_of,
+    verdict,
 )
 from torch_singlim.network import SampleLoss, WeightSpace
 from torch_singlim.noise import NoiseSystem
@@ -149,6 +151,7 @@ class SingularLimitMonitor(Callback):
         """What measures, from the start of training on."""
         self.verdict = ""
         self._subject: Subject | None = None  # what it takes snapshots of, likewise
+        self._reasons: tuple[Reason, ...] = ()  # where nothing is measured
         self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until training starts
         self._step_before = 0  # at the end of the last batch
         self._figures_at = 0  # the step at which figures were drawn last
@@ -165,7 +168,7 @@ class SingularLimitMonitor(Callback):
     @property
     def reasons(self) -> Sequence[Reason]:
         """Why something was not measured or predicted."""
-        return () if self.engine is None else self.engine.reasons
+        return self._reasons if self.engine is None else self.engine.reasons
 
     @property
     def last_distance(self) -> DistanceMeasurement | None:
@@ -193,11 +196,7 @@ class SingularLimitMonitor(Callback):
         """The engine's state and the sums over the optimizer's steps: tensors and plain values alone."""
         if self.engine is None or self._subject is None:
             return {}
-        return {
-            "engine": self.engine.state_dict(),
-            "steps": self._subject.recorder.state_dict(),
-            "figures_at": self._figures_at,
-        }
+        return state_of(self.engine, self._subject.recorder, self._figures_at)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts: the network is not on its device before."""
@@ -206,12 +205,10 @@ class SingularLimitMonitor(Callback):
     def _resume(self, trainer: Trainer, engine: Engine, subject: Subject, state: Mapping[str, Any]) -> bool:
         """Go on with what a checkpoint holds; False: it could not be taken over."""
         try:
-            engine.load_state_dict(state["engine"])
-        except (KeyError, ValueError) as error:
+            self._figures_at = take_over(state, engine, subject.recorder, subject.space.device)
+        except ValueError as error:
             engine.note(Code.STATE(why=str(error)))
             return False
-        subject.recorder.load_state_dict(state["steps"])
-        self._figures_at = state["figures_at"]
         for step in sorted(engine.history):
             provide(trainer, self.name, engine.history[step], prog_bar=self.prog_bar)
         return True
@@ -220,7 +217,8 @@ class SingularLimitMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Every fit starts anew; a checkpoint is loaded after this."""
-        self.engine = None
+        if stage == "fit":
+            self.engine, self._reasons = None, ()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The row of hyperparameters of the module's own gets the metrics, before Lightning writes it."""
@@ -235,13 +233,12 @@ class SingularLimitMonitor(Callback):
         self._step_before = trainer.global_step
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it from a helper
             return
-        sharded = type(trainer.strategy).__name__
-        if sharded in _SHARDED:
-            report_reasons(trainer, [Code.SHARDED(strategy=sharded)])
-            return
-        names = select_parameters(pl_module, self.parameters)
+        strategy = type(trainer.strategy).__name__
+        names = [] if strategy in _SHARDED else select_parameters(pl_module, self.parameters)
         if not names:
-            report_reasons(trainer, [Code.NO_WEIGHTS()])
+            self._reasons = (Code.SHARDED(strategy=strategy) if strategy in _SHARDED else Code.NO_WEIGHTS(),)
+            self.verdict = verdict({}, reasons=self._reasons)
+            report_reasons(trainer, self._reasons)
             return
         budget = Budget(self.max_overhead)
         with isolated(budget, trainer.strategy.root_device.type):

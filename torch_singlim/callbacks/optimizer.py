@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from torch_singlim.measure import Code, Reason, StepSums
+from torch_singlim.measure.states import check_keys
 from torch_singlim.theory import SGDSettings
 
 __all__ = [
@@ -165,9 +166,10 @@ def _clipped(trainer: Trainer) -> Tensor:
     """Whether the gradients of the step that was made are at the bound, 0 or 1, on their device."""
     by_value = trainer.gradient_clip_algorithm == "value"
     order = math.inf if by_value else 2.0
-    size = torch.stack(
-        [torch.linalg.vector_norm(g.detach(), order).double() for g in _gradients(trainer.optimizers[0])]
-    )
+    gradients = _gradients(trainer.optimizers[0])
+    if not gradients:  # a training step without a loss
+        return torch.zeros((), dtype=torch.long)
+    size = torch.stack([torch.linalg.vector_norm(g.detach(), order).double() for g in gradients])
     size = size.max() if by_value else torch.linalg.vector_norm(size)
     bound = float(trainer.gradient_clip_val or 0)
     # torch divides by the norm plus 1e-6: what was clipped is as much, and a rounding error, below the bound
@@ -211,9 +213,9 @@ class StepRecorder:
             self._clipped = self._clipped + _clipped(trainer)
 
     @property
-    def sums(self) -> StepSums:
-        """Over the steps so far."""
-        return replace(self._sums, clipped=int(self._clipped))
+    def sums(self) -> StepSums | None:
+        """Over the steps so far (None: this optimizer's are not known)."""
+        return replace(self._sums, clipped=int(self._clipped)) if self._settings.group_ratios else None
 
     @property
     def reasons(self) -> tuple[Reason, ...]:
@@ -222,9 +224,14 @@ class StepRecorder:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums."""
-        return asdict(self.sums)
+        return asdict(replace(self._sums, clipped=int(self._clipped)))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with them."""
+        """Go on with them.
+
+        Raises:
+            ValueError: a state that is not whole. Nothing has changed then.
+        """
+        check_keys(state, self.state_dict())
         self._sums = StepSums(**state)
         self._clipped = self._sums.clipped

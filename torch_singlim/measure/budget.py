@@ -11,6 +11,7 @@ import torch
 
 from torch_singlim.geometry import MAX_DENSE, gram_flops, worth_factoring
 from torch_singlim.measure.reasons import Code, Reason
+from torch_singlim.measure.states import check_keys
 from torch_singlim.network import ZeroLossProblem
 
 __all__ = ["Budget", "expected_seconds"]
@@ -70,7 +71,12 @@ class Budget:
         return {"spent": self.spent, "elapsed": self.clock() - self._began, "known": known, "skipped": skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with it, the time since this budget was made on top."""
+        """Go on with it, the time since this budget was made on top.
+
+        Raises:
+            ValueError: a state that is not whole. Nothing has changed then.
+        """
+        check_keys(state, self.state_dict())
         self._past += state["spent"]
         self._began -= state["elapsed"]
         self._known, self.skipped = dict(state["known"]), dict(state["skipped"])

@@ -18,6 +18,7 @@ from torch_singlim.measure.measurement import Clock, Measurement
 from torch_singlim.measure.reasons import Code, Reason, Scope
 from torch_singlim.measure.schedule import Due, Schedule
 from torch_singlim.measure.snapshot import Snapshot, StepSums
+from torch_singlim.measure.states import check_keys
 from torch_singlim.measure.tags import Need, scalars
 from torch_singlim.measure.training import Training
 from torch_singlim.measure.verdict import Visibility, verdict, visibility
@@ -383,24 +384,23 @@ class Engine:
             ValueError: a state of another version, or one that is not whole; its keys are named. Nothing has changed
                 then.
         """
-        expected = self.state_dict().keys()
-        if state.get("version") != _VERSION or state.keys() != expected:
-            missing, foreign = sorted(expected - state.keys()), sorted(state.keys() - expected)
-            raise ValueError(
-                f"a state of version {_VERSION} was expected, got version {state.get('version')}"
-                f"{'; missing: ' + ', '.join(missing) if missing else ''}"
-                f"{'; unknown: ' + ', '.join(foreign) if foreign else ''}"
-            )
+        if state.get("version", _VERSION) != _VERSION:
+            raise ValueError(f"a state of version {_VERSION} was expected, got version {state['version']}")
+        check_keys(state, self.state_dict())
         window, orders = state["window"], state["orders"]
         if window is not None and self.problem is not None and len(window["iterate"]) != self.problem.num_weights:
             raise ValueError(f"a window of {len(window['iterate'])} weights for {self.problem.num_weights} weights")
-        self.window = None if window is None else OpenWindow.from_state(window, self.problem)
-        self.history = {step: dict(point) for step, point in state["history"].items()}
-        self.reasons = [Reason.from_state(each) for each in state["reasons"]]
-        if orders is not None and len(orders) == len(parts(self.noise)):  # as measured when the run began
-            known = zip(parts(self.noise), orders, strict=True)
+        opened = None if window is None else OpenWindow.from_state(window, self.problem)
+        history = {step: dict(point) for step, point in state["history"].items()}
+        reasons = [Reason.from_state(each) for each in state["reasons"]]
+        noise = self.noise
+        if orders is not None and len(orders) == len(parts(noise)):  # as measured when the run began
+            known = zip(parts(noise), orders, strict=True)
             systems = tuple(replace(n, claimed_order=k) if isinstance(n, CustomNoise) else n for n, k in known)
-            self.noise = Sum(systems) if isinstance(self.noise, Sum) else systems[0]
-        self._checked, self.last_step = state["checked"], state["last_step"]
-        self.generator.set_state(state["generator"])
+            noise = Sum(systems) if isinstance(noise, Sum) else systems[0]
+        random = torch.Generator().set_state(state["generator"]).get_state()
+        # everything that can fail is done, but for this
         self.budget.load_state_dict(state["budget"])
+        self.generator.set_state(random)
+        self.window, self.history, self.reasons, self.noise = opened, history, reasons, noise
+        self._checked, self.last_step = state["checked"], state["last_step"]

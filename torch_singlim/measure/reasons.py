@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, unique
 from typing import Any
 
 __all__ = ["Code", "Kind", "Reason", "Scope"]
@@ -33,6 +33,7 @@ class Scope(Enum):
 _UNSUPPORTED, _INVALIDATED, _SKIPPED = Kind.UNSUPPORTED, Kind.INVALIDATED, Kind.SKIPPED
 
 
+@unique
 class Code(Enum):
     """Every reason there is: its kind, what it keeps from being measured, and its sentence."""
 
@@ -45,7 +46,7 @@ class Code(Enum):
         '{strategy} shards the weights over several processes, and measurements need them whole: use strategy="ddp" or '
         "one device, or measure the checkpoints afterwards",
     )
-    DERIVATIVES = _UNSUPPORTED, Scope.GEOMETRY, "{why}"
+    DERIVATIVES = _UNSUPPORTED, Scope.GEOMETRY, "the check of the derivatives failed: {why}"
     # the optimizer
     NO_OPTIMIZER_STATE = (
         _UNSUPPORTED,

@@ -71,9 +71,9 @@ class Schedule:
         Args:
             window: steps of each window.
             every_n_steps: steps from one window to the next; None: at powers of two.
-            total: steps of the run; infinite or None: not known.
+            total: steps of the run; infinite, negative or None: not known.
         """
-        total = None if total is None or math.isinf(total) else int(total)
+        total = None if total is None or math.isinf(total) or total < 0 else int(total)
         losses = frozenset(round(10 ** (k / _PER_DECADE)) for k in range(_DECADES * _PER_DECADE))
         starts = window_starts(window, every_n_steps, total)
         return cls({start: start + window for start in starts}, losses=losses)

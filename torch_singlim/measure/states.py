@@ -1,0 +1,28 @@
+"""States in checkpoints, which are taken over whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["check_keys"]
+
+
+def check_keys(state: Mapping[str, Any], expected: Iterable[str]) -> None:
+    """Raise ValueError unless a state has the expected keys and no others; it names those missing and those unknown.
+
+    Args:
+        state: from a checkpoint.
+        expected: its keys.
+
+    Raises:
+        ValueError: other keys.
+
+    >>> check_keys({"lr": 1.0}, ["lr"])
+    """
+    keys = set(expected)
+    missing, unknown = sorted(keys - state.keys()), sorted(state.keys() - keys)
+    if missing or unknown:
+        named = {"missing": missing, "unknown": unknown}
+        words = "; ".join(f"{word}: {', '.join(found)}" for word, found in named.items() if found)
+        raise ValueError(f"a state with {', '.join(sorted(keys))} was expected, {words}")

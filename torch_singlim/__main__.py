@@ -14,7 +14,7 @@ __all__ = ["main"]
 
 
 def _named(reference: str) -> Any:
-    """The object that ``package.module:name`` names; modules are also looked for in the present folder."""
+    """The object with the name ``package.module:name``; modules are also searched for in the current folder."""
     if ":" not in reference:
         raise ValueError(f"expected package.module:name, got {reference!r}")
     sys.path.insert(0, str(Path.cwd()))
@@ -59,33 +59,41 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="torch_singlim", description="Look at runs after the fact.")
+    parser = argparse.ArgumentParser(
+        prog="torch_singlim", description="Report on finished runs, or measure their checkpoints."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     report = commands.add_parser("report", help="a page, figures and a table from the logs of one or several runs")
-    report.add_argument("runs", nargs="+", type=Path, help="folders with event files or metrics.csv, or above them")
+    report.add_argument("runs", nargs="+", type=Path, help="folders that contain event files or metrics.csv")
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (default: report)")
     report.add_argument("--name", default="singlim", help="the monitor's name (default: singlim)")
-    report.add_argument("--overwrite", action="store_true", help="replace a report that is there already")
-    report.add_argument("--partial", action="store_true", help="read event files that are cut off up to there")
+    report.add_argument("--overwrite", action="store_true", help="replace an existing report")
+    report.add_argument("--partial", action="store_true", help="read an event file that is cut off up to that point")
     report.set_defaults(run=_report)
 
     measure = commands.add_parser("measure", help="the monitor's measurements on checkpoints of a finished run")
     measure.add_argument("checkpoints", nargs="+", type=Path, help="files that Lightning's ModelCheckpoint wrote")
-    measure.add_argument("--module", required=True, help="package.module:name, called: the LightningModule")
-    measure.add_argument("--data", required=True, help="likewise: (inputs, targets), all samples that were trained on")
-    measure.add_argument("--noise", help="likewise, not called: a noise system that was injected")
+    measure.add_argument(
+        "--module",
+        required=True,
+        help="package.module:name, a class or a function without arguments: the LightningModule",
+    )
+    measure.add_argument(
+        "--data", required=True, help="package.module:name, a function: all training samples, (inputs, targets)"
+    )
+    measure.add_argument("--noise", help="package.module:name of a noise system that was injected")
     measure.add_argument("--batch-size", type=int, help="samples of one optimizer step (default: all)")
     measure.add_argument("--replicas", type=int, default=0, help="independent runs for the noise ceiling (default: 0)")
     measure.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="of the measurements")
     measure.add_argument("--out", type=Path, default=Path("measured"), help="folder to write to (default: measured)")
-    measure.add_argument("--overwrite", action="store_true", help="replace a table that is there already")
+    measure.add_argument("--overwrite", action="store_true", help="replace an existing table")
     measure.set_defaults(run=_measure)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; what cannot be done is said in one line, exit status 2."""
+    """Run a command; an error is reported in one line, with exit status 2."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)

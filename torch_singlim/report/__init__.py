@@ -1,4 +1,4 @@
-"""Figures and pages from what was logged; the only place that imports matplotlib."""
+"""Figures and pages from what was logged; the only subpackage that imports matplotlib."""
 
 from torch_singlim.report.figures import (
     Figure,
@@ -20,7 +20,7 @@ __all__ = [
     "find_runs",
     "read_run",
     "Run",
-    # its figures
+    # the figures
     "Figure",
     "time_scales_figure",
     "agreement_figure",

@@ -1,4 +1,4 @@
-"""Figures from what a monitor recorded."""
+"""Figures of what a monitor measured."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = [
     "time_scales_figure",
 ]
 
-# Okabe and Ito's colours, told apart by every kind of colour vision
+# the colours of Okabe and Ito, which can be distinguished with any kind of colour vision
 _MEASURED, _THEORY, _CONTROL, _LIMIT, _CEILING = "#0072B2", "#D55E00", "#999999", "#009E73", "#000000"
 _CYCLE = (_MEASURED, _THEORY, _LIMIT, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-# a panel as wide as a column of a paper, in inches, and letters that can be read there
+# a panel as wide as a column of a paper, in inches, with letters that are readable at this size
 _PANEL = (3.5, 2.9)
 _COLUMN = rc_context(
     {
@@ -56,22 +56,22 @@ def _panels(rows: int) -> tuple[Figure, list[Axes]]:
 
 
 def _series(history: History, tag: Tag) -> tuple[list[int], list[float]]:
-    """Steps after the first, and values, of what was logged."""
+    """Steps and values that were logged, without step 0."""
     points = {step: value for step, value in tags.series(history, tag).items() if step}
     return list(points), list(points.values())
 
 
 def _empty(axes: Axes, words: str) -> None:
-    """Say what is missing where a panel would be empty."""
+    """Write into an empty panel what is missing."""
     axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes, color="0.4", wrap=True)
     axes.set(xticks=[], yticks=[])
 
 
 @_COLUMN
 def time_scales_figure(history: History) -> Figure:
-    """The fast fall and the slow drift: excess loss and distance over the steps, motion over slow time.
+    """The fast fall and the slow drift: excess loss and distance over the steps, displacements over slow time.
 
-    Below: displacement of each window and what was predicted, summed up; where no clock runs, over the steps.
+    Below: the displacement over each window, measured and predicted; over the steps if the slow time is unknown.
 
     Args:
         history: what was logged, step -> tag -> value.
@@ -130,7 +130,7 @@ def agreement_figure(history: History) -> Figure:
     direction.axhline(0, color="0.8", lw=0.5, zorder=0)
     direction.set(xlabel="end of the window, optimizer steps", ylabel="cosine with the measured drift")
     direction.set_ylim(-0.35, 1.08)
-    direction.set_title("Which prediction points where training went")
+    direction.set_title("Direction of the drift")
     for tag, color, marker, label in (
         (tags.DRIFT_SPEED, _THEORY, "o", "effective flow"),
         (tags.LIMIT_FROZEN_SPEED, _LIMIT, "D", "singular limit"),
@@ -149,7 +149,7 @@ def agreement_figure(history: History) -> Figure:
 
 
 def _with_errors(axes: Axes, history: History, tag: Tag, **style: Any) -> None:
-    """A logged series with its standard errors, where there are some."""
+    """A logged series, with its standard errors if it has any."""
     steps, values = _series(history, tag)
     errors = [history[step].get(tag.stderr_name, 0.0) for step in steps]
     if steps:
@@ -158,9 +158,9 @@ def _with_errors(axes: Axes, history: History, tag: Tag, **style: Any) -> None:
 
 @_COLUMN
 def speed_figure(runs: Mapping[str, History]) -> Figure:
-    """Measured against predicted speed, a point for each window of each run; on the diagonal they agree.
+    """Measured against predicted speed, with a point for each window of each run; they agree on the diagonal.
 
-    Measured is the part of the motion along the prediction, with the standard error of the speed.
+    The measured speed is that of the part of the motion along the prediction; bars are standard errors.
 
     Args:
         runs: name -> what was logged.
@@ -193,10 +193,10 @@ def speed_figure(runs: Mapping[str, History]) -> Figure:
 
 @_COLUMN
 def plane_figure(window: Window) -> Figure:
-    """The measured and the predicted path over a window, in the plane of the prediction and the largest deviation.
+    """The measured and the predicted path over a window, in the plane of the prediction and the deviation at the end.
 
     Args:
-        window: with a prediction.
+        window: a window with a prediction.
     """
     figure, (axes,) = _panels(1)
     axes.set(xlabel="along the predicted drift, weight norm", ylabel="across it, weight norm")
@@ -221,8 +221,8 @@ def spectrum_figure(eigenvalues: Tensor, *, level: float | None, step: int) -> F
 
     Args:
         eigenvalues: ``[rank]``.
-        level: eigenvalue from which a mode counts as relaxed, c / (α steps); None: not known.
-        step: where it was taken.
+        level: eigenvalue from which on a mode counts as relaxed, c / (α steps); None: unknown.
+        step: at which the spectrum was computed.
     """
     figure, (axes,) = _panels(1)
     values = eigenvalues[eigenvalues > 0].sort(descending=True).values.double().cpu()
@@ -246,7 +246,7 @@ def sweep_figure(rates: Sequence[Rate], *, title: str) -> Figure:
     """Speed of the drift in the last window of several runs, over step size and over noise level.
 
     Args:
-        rates: one for each run; of those with the same other parameter a line is drawn.
+        rates: one for each run; runs that have the other parameter in common are joined by a line.
         title: the fitted exponents, or why there are none.
     """
     figure, panels = _panels(2)
@@ -267,7 +267,7 @@ def sweep_figure(rates: Sequence[Rate], *, title: str) -> Figure:
         ticks = sorted({getattr(r, which) for r in rates})
         axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.minorticks_off()
-        # runs of one study lie within a decade, which has one tick by itself
+        # the rates of one study usually lie within a decade, in which there would be a single tick
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.2g}"))
         axes.legend()
@@ -277,12 +277,12 @@ def sweep_figure(rates: Sequence[Rate], *, title: str) -> Figure:
 def drift_figure(history: History, last_window: Window | None, *, title: str) -> Figure:
     """Four panels, measured against theory: excess loss, distance to Gamma, agreement by window, drift by weight.
 
-    Where the limit diffuses, the last one is the length of the motion, all that can be predicted then.
+    If the limit diffuses, the last panel is the length of the motion, since nothing else can be predicted then.
 
     Args:
         history: what was logged, step -> tag -> value: a monitor's `history`.
-        last_window: its `last_window`, which has the displacement of every weight.
-        title: above all of it.
+        last_window: the monitor's `last_window`, which has the displacement of every weight.
+        title: of the figure.
     """
     figure = Figure(figsize=(10, 7.5), layout="constrained", dpi=150)
     figure.suptitle(title)
@@ -298,7 +298,7 @@ def drift_figure(history: History, last_window: Window | None, *, title: str) ->
 
 
 def _line(axes: Axes, history: History, tag: Tag, **style: Any) -> None:
-    """One logged series over the steps; nothing where it was not logged."""
+    """One logged series over the steps; nothing if it was not logged."""
     steps, values = _series(history, tag)
     if steps:
         axes.plot(steps, values, **style)
@@ -340,7 +340,7 @@ def _agreement(axes: Axes, history: History) -> None:
     _line(axes, history, tags.LIMIT_FROZEN_COSINE, color=_LIMIT, marker="D", label="singular limit")
     _line(axes, history, tags.DRIFT_BASELINE_COSINE, color=_CONTROL, marker="s", label="baseline (loss alone)")
     axes.set(ylim=(-0.3, 1.05), xlabel="end of the window, optimizer steps", ylabel="cosine with the measured drift")
-    axes.set_title("Which prediction points where training went")
+    axes.set_title("Direction of the drift")
     if _windows(history):
         axes.legend(frameon=False, loc="lower left", ncols=2)
 
@@ -370,11 +370,11 @@ def _length(axes: Axes, history: History) -> None:
 
 
 def scaling_figure(scalings: Sequence[Scaling], *, title: str) -> Figure:
-    """A panel for each system: measured rate over the step size, one line for each noise level, beside the limit's.
+    """A panel for each system: measured and predicted rate over the step size, with one line for each noise level.
 
     Args:
         scalings: measured rates and fitted exponents.
-        title: above all of it.
+        title: of the figure.
     """
     columns = min(len(scalings), 3)
     rows = -(-len(scalings) // columns)

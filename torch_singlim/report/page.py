@@ -20,11 +20,13 @@ from torch_singlim.report.runs import Run, find_runs, read_run
 __all__ = ["report"]
 
 _CAPTIONS = {
-    "time_scales": "Above: the fast fall; the relaxed part of the distance beside what the theory expects of it. "
-    "Below: the slow drift, window by window, beside descent on the effective loss.",
-    "agreement": "Direction and speed. The effective flow should reach the noise ceiling and a speed of 1; the "
-    "baseline, descent on the loss alone, must lie below it for the noise to be seen.",
-    "speed": "A point for each window; bars are standard errors. Measured is the motion along the prediction.",
+    "time_scales": "Above: the fast fall, and the relaxed part of the distance with the value that theory expects. "
+    "Below: the slow drift, window by window, measured and predicted by descent on the effective loss.",
+    "agreement": "Direction and speed. The effective flow should reach the noise ceiling, the best cosine that any "
+    "deterministic prediction can have with one noisy run, and a speed of 1. The baseline, descent on the loss alone, "
+    "must be lower, otherwise the effect of the noise is not visible.",
+    "speed": "A point for each window; bars are standard errors. Measured: the part of the motion along the "
+    "prediction.",
     "sweep": "Displacement per step in the last window of each run, measured (solid) and by the effective flow "
     "(dashed).",
 }
@@ -38,17 +40,17 @@ def report(
     overwrite: bool = False,
     partial: bool = False,
 ) -> Path:
-    """Write ``report.html``, one file that needs no network, with its figures (PNG, PDF) and ``runs.csv`` beside it.
+    """Write ``report.html``, one file that needs no network, and next to it the figures (PNG, PDF) and ``runs.csv``.
 
     Args:
-        roots: folders with event files or ``metrics.csv``, or above such folders.
+        roots: folders with event files or ``metrics.csv``, or folders that contain such folders.
         out: folder of the report.
         name: of the monitor.
-        overwrite: replace a report that is there already.
-        partial: read event files that are cut off up to there.
+        overwrite: replace an existing report.
+        partial: read an event file that is cut off up to the point where it is.
 
     Raises:
-        ValueError: a folder without runs, a run without the monitor's tags, a file that is cut off.
+        ValueError: a folder without runs, no run with the monitor's tags, a file that is cut off.
         FileExistsError: a file would be replaced.
     """
     runs, skipped = _read(roots, name)
@@ -64,7 +66,7 @@ def report(
     there = [path for path in targets if path.exists()]
     if there and not overwrite:
         raise FileExistsError(f"{there[0]} is there already: pass --overwrite, or another folder with --out")
-    page = _page(runs, figures, skipped)  # all that can fail comes before anything is written
+    page = _page(runs, figures, skipped)  # everything that can fail happens before anything is written
     table = _table(runs)
     out.mkdir(parents=True, exist_ok=True)
     for each, (figure, _) in figures.items():
@@ -77,17 +79,17 @@ def report(
 
 
 def _read(roots: Sequence[Path], name: str) -> tuple[list[Run], list[Path]]:
-    """Every run once, named by what tells it from the others; and the folders in which the monitor logged nothing."""
+    """Every run once, with a name that distinguishes it; and the folders in which the monitor logged nothing."""
     folders = list(dict.fromkeys(folder.resolve() for root in roots for folder in find_runs(root)))
     if len(folders) == 1:
         (folder,) = folders
-        # Lightning's version_0 says little by itself
+        # Lightning's version_0 alone is not a useful name
         shown = "/".join(folder.parts[-2:]) if folder.name.startswith("version_") else folder.name
         return [read_run(folder, name=name, shown=shown)], []
     common = min((folder.parts for folder in folders), key=len)
     while not all(folder.parts[: len(common)] == common for folder in folders):
         common = common[:-1]
-    # a logger's version_0, if all end in it
+    # the last folder is omitted if it is the same for all, such as Lightning's version_0
     same = len({folder.name for folder in folders}) == 1 and all(len(f.parts) > len(common) + 1 for f in folders)
     tail = 1 if same else 0
     runs, problems = [], []
@@ -130,7 +132,7 @@ def _rate(history: History) -> Rate | None:
 
 
 def _exponents(rates: Sequence[Rate]) -> str:
-    """The power law in words."""
+    """The fitted power law, or why there is none."""
     try:
         fit = fit_exponents(rates)
     except ValueError as error:
@@ -140,7 +142,7 @@ def _exponents(rates: Sequence[Rate]) -> str:
 
 
 def _columns() -> list[tuple[str, str, str]]:
-    """A run's last value of each, in the table: tag, heading, unit; standard errors beside their values."""
+    """The quantities in the table: tag, heading and unit of each; standard errors follow their values."""
     columns = []
     for tag in tags.shown_in(Place.REPORT):
         columns.append((tag.name, tag.label, tag.unit.replace("–", "")))
@@ -162,14 +164,14 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _inline(figure: Figure, caption: str) -> dict[str, str]:
-    """A figure as the template takes it."""
+    """A figure in the form that the template needs."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return {"caption": caption, "png": base64.b64encode(stream.getvalue()).decode()}
 
 
 def _page(runs: Sequence[Run], figures: dict[str, tuple[Figure, str]], skipped: Sequence[Path]) -> str:
-    """The page, from its template."""
+    """The page, rendered from its template."""
     shown = []
     for i, run in enumerate(runs):
         end = f"_{i}" if len(runs) > 1 else ""

@@ -1,4 +1,4 @@
-"""What finished runs have logged, read back from event files or CSV."""
+"""Read back what finished runs have logged, from event files or CSV."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch_singlim.measure import History
 __all__ = ["Run", "find_runs", "read_run"]
 
 _EVENTS, _CSV = "events.out.tfevents.*", "metrics.csv"
-# bytes of a record beside its content: length, its checksum, the content's checksum
+# bytes of a record in addition to its content: the length, its checksum, the checksum of the content
 _FRAME = 16
 
 
@@ -25,10 +25,10 @@ class Run:
     """A finished run.
 
     Args:
-        name: of its folder, as far as it tells runs apart.
+        name: the part of the folder's path that distinguishes the run.
         path: the folder.
-        history: what the monitor logged, step -> tag -> value, tags without the monitor's name.
-        cut_off: an event file that is damaged or ends within a record, where there is one; what precedes was read.
+        history: what the monitor logged, step -> tag -> value; the tags are without the monitor's name.
+        cut_off: an event file that is damaged or ends within a record, if there is one; it was read up to this point.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Run:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Folders, this one or below, that hold event files or a ``metrics.csv``.
+    """Folders that contain event files or a ``metrics.csv``: this one and all below it.
 
     Args:
         root: the folder.
 
     Raises:
-        ValueError: there is no such folder, or nothing in it.
+        ValueError: there is no such folder, or there are no such files in it.
     """
     if not root.is_dir():
         raise ValueError(f"no folder {root}: pass the folder that a logger wrote to")
@@ -55,7 +55,7 @@ def find_runs(root: Path) -> list[Path]:
 
 
 def _scalars(file: Path) -> Iterator[tuple[int, str, float]]:
-    """Step, tag and value of all scalars in an event file."""
+    """Step, tag and value of each scalar in an event file."""
     for event in EventFileLoader(str(file)).Load():
         for value in event.summary.value:
             if value.HasField("simple_value"):
@@ -67,13 +67,13 @@ def _scalars(file: Path) -> Iterator[tuple[int, str, float]]:
 
 
 def _is_cut_off(file: Path) -> bool:
-    """Whether the last record is not whole."""
+    """Whether the last record is incomplete."""
     whole = sum(len(record) + _FRAME for record in RawEventFileLoader(str(file)).Load())
     return whole != file.stat().st_size
 
 
 def _rows(file: Path) -> Iterator[tuple[int, str, float]]:
-    """Step, tag and value of all numbers in a CSV file of Lightning's logger."""
+    """Step, tag and value of each number in a CSV file of Lightning's logger."""
     with file.open(newline="") as opened:
         for row in csv.DictReader(opened):
             step = row.pop("step", None)
@@ -88,10 +88,10 @@ def read_run(path: Path, *, name: str = "singlim", shown: str | None = None) -> 
     Args:
         path: folder with event files or a ``metrics.csv``.
         name: the monitor's.
-        shown: the run's name; default: the folder's.
+        shown: name of the run; default: that of the folder.
 
     Raises:
-        ValueError: the monitor logged nothing there; what was logged is named.
+        ValueError: the monitor logged nothing there; the message lists some of the tags that were logged.
     """
     history: dict[int, dict[str, float]] = {}
     others: set[str] = set()
@@ -112,7 +112,7 @@ def read_run(path: Path, *, name: str = "singlim", shown: str | None = None) -> 
         few = ", ".join(sorted(others)[:5]) or "nothing"
         cut = f"; {cut_off.name} is cut off in the middle of a record" if cut_off else ""
         raise ValueError(
-            f"no tag under {name}/ in {path}, there is {few}{cut}: pass a run with a SingularLimitMonitor, or its name "
-            "(--name)"
+            f"no tag under {name}/ in {path}, only {few}{cut}: pass a run with a SingularLimitMonitor, or the "
+            "monitor's name (--name)"
         )
     return Run(shown or path.name, path, dict(sorted(history.items())), cut_off)

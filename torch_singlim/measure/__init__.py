@@ -1,4 +1,4 @@
-"""From weights to records to words; it knows no Lightning."""
+"""Measurements of a training, their comparison with theory and description in words; independent of Lightning."""
 
 from torch_singlim.measure import tags
 from torch_singlim.measure.agreement import Agreement, Plane, Scatter, compare, noise_ceiling, noise_ratio

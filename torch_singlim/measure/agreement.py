@@ -1,4 +1,4 @@
-"""How well a predicted displacement agrees with a measured one, and what could be the best."""
+"""How well a predicted displacement agrees with a measured one, and how well it could agree at best."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Agreement", "Plane", "Scatter", "compare", "jackknife", "noise_ceili
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a predicted displacement q agrees with a measured one m; nan where one of them is zero.
+    """How a predicted displacement q agrees with a measured one m; nan if one of them is zero.
 
     Args:
         cosine: <m, q> / (|m| |q|).
@@ -56,10 +56,10 @@ def compare(measured: Tensor, predicted: Tensor) -> Agreement:
 
 @dataclass(frozen=True)
 class Plane:
-    """Two paths in the plane of the predicted drift and the measured motion's largest deviation from it.
+    """The measured and the predicted path in the plane of the predicted displacement and the deviation from it.
 
     Args:
-        measured: coordinates along the predicted displacement and across it, from the origin on ``[k + 1, 2]``.
+        measured: coordinates along the predicted displacement and across it, beginning at the origin ``[k + 1, 2]``.
         predicted: likewise.
     """
 
@@ -68,7 +68,7 @@ class Plane:
 
 
 def plane(measured: Sequence[Tensor], predicted: Sequence[Tensor]) -> Plane:
-    """Both paths ``[P]``, point by point, on e_1 = q/|q| and e_2 = d/|d|, d the part of m - q across e_1 at the end.
+    """Coordinates of both paths in e_1 = q/|q| and e_2 = d/|d|, where d is the part of m - q normal to e_1 at the end.
 
     >>> plane([torch.tensor([1.0, 1.0])], [torch.tensor([2.0, 0.0])]).measured
     tensor([[0., 0.],
@@ -99,7 +99,7 @@ def jackknife(measured: Sequence[Tensor], predicted: Sequence[Tensor]) -> Scatte
 
         s^2 = (n-1)/n sum_j (a_j - mean a)^2,      a_j the agreement without part j        (Efron & Stein 1981)
 
-    Parts are taken as independent; nan for fewer than two. Inner products are all that is needed, no part is formed.
+    The parts are assumed to be independent; nan for fewer than two. Only inner products are used.
 
     >>> m = torch.tensor([[1.0, 0.1], [2.0, 0.0]])
     >>> jackknife(m, torch.tensor([[1.0, 0.0], [2.0, 0.0]])).speed
@@ -125,10 +125,10 @@ def jackknife(measured: Sequence[Tensor], predicted: Sequence[Tensor]) -> Scatte
 
 
 def noise_ceiling(runs: Sequence[Tensor]) -> float:
-    """The best cosine that any deterministic prediction can have with one run: sqrt(mean cosine between runs).
+    """The noise ceiling, the best cosine that any deterministic prediction can have with one run.
 
-    A run is mean + fluctuation; the mean itself has that cosine with it. Runs ``[P]`` are independent, from the same
-    weights over the same window; nan for fewer than two.
+    It is sqrt(mean cosine between runs): a run is mean + fluctuation, and the mean itself has this cosine with a run.
+    The runs ``[P]`` are independent, from the same weights and over the same window; nan for fewer than two.
 
     >>> noise_ceiling([torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0])])
     0.0
@@ -138,12 +138,12 @@ def noise_ceiling(runs: Sequence[Tensor]) -> float:
 
 
 def noise_ratio(runs: Sequence[Tensor], flow: Tensor, baseline: Tensor) -> Estimate:
-    """The noise-induced drift of a run over the predicted one: 1 as predicted, 0 none.
+    """The noise-induced drift of a run over the predicted one; 1: as predicted, 0: none.
 
         <run - baseline, flow - baseline> / |flow - baseline|^2
 
-    The first run ``[P]`` is the measured one; the standard error is the standard deviation of all of them, independent
-    runs of the same window (nan for a single one).
+    The first run ``[P]`` is the measured one. The standard error is the standard deviation over all runs, which are
+    independent runs of the same window (nan for a single one).
 
     >>> noise_ratio([torch.tensor([2.0, 1.0])], torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])).mean
     1.0

@@ -1,4 +1,4 @@
-"""From one snapshot to its distance from the zero-loss set, and what the singular limit predicts from there."""
+"""The distance of one snapshot from the zero-loss set, and the prediction of the singular limit from there."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ __all__ = [
     "tangent_at",
 ]
 
-# tolerance of the nearest point: the distance, stationary there, is then right to about its square
+# tolerance of the nearest point; the relative error of the distance, which is stationary there, is about its square
 _NEAREST = 2e-2
-# the same where a linearisation takes seconds: the distance is right to a hundredth
+# the tolerance if a linearisation takes seconds: the error of the distance is then about 1 %
 _NEAREST_COARSE = 0.1
-# most linearisations for it; early in training it is far and may not be found
+# maximum number of linearisations; early in training Gamma is far away, and the nearest point may not be found
 _NEAREST_STEPS = 12
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """The paper's second-order expansion of the noise against its average at finite size, at one weight vector.
+    """The paper's second-order expansion of the noise, compared with the average over noise of finite size.
 
     Args:
         cosine: between grad V and E_eta grad Lhat - grad L.
-        ratio: |grad V| over the other's norm; far from 1: the expansion does not hold at this noise.
+        ratio: |grad V| over the norm of the other; far from 1: the expansion does not hold at this noise level.
         stderr: sampling error of the two, relative to their norms.
     """
 
@@ -77,7 +77,7 @@ class Expansion:
 
 
 def compare_expansion(averaged: VectorEstimate, expanded: VectorEstimate) -> Expansion:
-    """Compare the averaged gradient with grad V at the same weights, from other draws, sampling error taken out."""
+    """Compare the averaged gradient with grad V at the same weights, from other draws; corrects sampling errors."""
     a, b = averaged.norm, expanded.norm
     if a * b == 0:
         return Expansion(math.nan, math.nan, math.nan)
@@ -87,11 +87,11 @@ def compare_expansion(averaged: VectorEstimate, expanded: VectorEstimate) -> Exp
 
 @dataclass(frozen=True)
 class Forecast:
-    """The singular limit's motion from one point of Gamma, frozen there.
+    """The motion that the singular limit predicts from one point of Gamma, with the drift of that point.
 
     Args:
         point: ``[P]``.
-        tangent: Gamma's tangent space there.
+        tangent: the tangent space of Gamma there.
         drift: mean displacement per optimizer step ``[P]``.
         diffusion: variance per step and tangent direction, in squared weight norm.
         dimension: of Gamma.
@@ -109,11 +109,11 @@ class RelaxedPart:
     """Distance along the relaxed modes at w: the part of B^+ b, the linearised displacement, with alpha lambda k >= c.
 
     Args:
-        measured: its norm.
-        expected: the same by theory, root mean square (None without a prediction).
+        measured: norm of this part.
+        expected: root mean square of this norm by theory (None without a prediction).
         cosine: with the mean offset that theory expects (nan at order 2, and without a prediction).
-        count: how many modes that is; where H is too large to be decomposed, an estimate, or nan.
-        num_modes: how many modes there are; then the number of residuals, which bounds it.
+        count: number of relaxed modes; an estimate, or nan, if H is too large to be decomposed.
+        num_modes: number of normal modes; an upper bound, the number of residuals, if H is too large to be decomposed.
     """
 
     measured: float
@@ -125,7 +125,7 @@ class RelaxedPart:
 
 @dataclass(frozen=True)
 class DistanceMeasurement:
-    """The weights at one step, seen from Gamma.
+    """The distance of the weights from Gamma at one step, and the prediction of the limit.
 
     Args:
         step: optimizer steps so far.
@@ -133,11 +133,11 @@ class DistanceMeasurement:
         nearest: the nearest point of Gamma.
         tangent: the tangent space there.
         relaxed: the part of the distance along the relaxed modes (None without a step size that theory covers).
-        limit: the singular limit's prediction at the nearest point (None where the theory does not cover the training,
-            or its expansion of the noise does not hold).
-        tangent_steps: 1 / (alpha d^T H d / d^T d) for the limit's drift d: over fewer steps it is as good as tangent,
-            whatever Lanczos has left of normal directions in it (nan where H was decomposed, and without a drift).
-        expansion: how far the expansion of the noise holds at these weights (order 1 alone).
+        limit: the singular limit's prediction at the nearest point (None if the theory does not cover the training, or
+            if the expansion of the noise does not hold).
+        tangent_steps: 1 / (alpha d^T H d / d^T d) for the limit's drift d. Over fewer steps d is practically tangent,
+            although Lanczos does not remove all normal directions from it (nan if H was decomposed, or without drift).
+        expansion: how well the expansion of the noise holds at these weights (at order 1 only).
     """
 
     step: int
@@ -151,21 +151,21 @@ class DistanceMeasurement:
 
     @property
     def forecast(self) -> Forecast | None:
-        """The motion along Gamma that the limit predicts from here (None where it predicts none)."""
+        """The motion along Gamma that the limit predicts from here (None if it predicts no motion)."""
         if self.limit is None or self.limit.order is None:
             return None
         return Forecast(self.nearest.point, self.tangent, self.limit.drift, self.limit.diffusion, self.limit.dimension)
 
     @property
     def reason(self) -> Reason | None:
-        """Why the limit's prediction is not given, where the expansion that it rests on fails."""
+        """Why the limit's prediction is invalidated: the expansion that it rests on fails (None if it holds)."""
         if self.expansion is None or not self.expansion.fails:
             return None
         return Code.EXPANSION_FAILS(step=self.step, cosine=self.expansion.cosine, ratio=self.expansion.ratio)
 
 
 def tangent_at(problem: ZeroLossProblem, point: Tensor, *, max_dense: int = MAX_DENSE) -> TangentSpace:
-    """Gamma's tangent space at a point of it, as accurate as a measurement needs it."""
+    """The tangent space of Gamma at one of its points, with the accuracy that a measurement needs."""
     return tangent_space(problem, point, max_dense=max_dense, rtol=1e-3, max_steps=100)
 
 
@@ -178,7 +178,7 @@ def _noise_gradient(
     num_draws: int,
     generator: torch.Generator | None,
 ) -> tuple[VectorEstimate, Expansion | None]:
-    """The noise's average gradient at w ``[P]``, and at order 1 how far its second-order expansion holds."""
+    """The noise's average gradient at w ``[P]``, and at order 1 how well its second-order expansion holds."""
     gradient, expansion = VectorEstimate(torch.zeros_like(w)[None]), None
     if noise.order == 1:
         expanded = potential(noise, problem, w, num_draws=num_draws, generator=generator).gradient
@@ -202,7 +202,7 @@ def _relaxed(
     relaxed_after: float,
     generator: torch.Generator | None,
 ) -> tuple[RelaxedPart | None, Expansion | None]:
-    """The linearised displacement ``[P]`` along the relaxed modes, beside what theory expects of it."""
+    """The part of the linearised displacement ``[P]`` along the relaxed modes, with the value that theory expects."""
     sgd = snapshot.sgd
     if sgd is None:
         return None, None
@@ -218,7 +218,7 @@ def _relaxed(
             hessian, gradient, Sigma, sgd=sgd, level=level, num_draws=4, generator=generator
         )
         expected, offset = expectation.rms, expectation.offset.mean
-        del gradient, Sigma, expectation  # as large as several weight vectors each
+        del gradient, Sigma, expectation  # each takes the memory of several weight vectors
     part = relaxed_part(hessian, linearised, level)
     cosine = math.nan if offset is None else compare(part, offset).cosine
     count = hessian.count(level)
@@ -235,21 +235,21 @@ def measure_distance(
     max_dense: int = MAX_DENSE,
     generator: torch.Generator | None = None,
 ) -> DistanceMeasurement:
-    """Distance, tangent space and the limit's prediction at one snapshot; w is linearised once.
+    """Distance, tangent space and the limit's prediction at one snapshot.
 
     Args:
         problem: loss and samples.
         snapshot: of the training.
-        noise: the system; None where the theory does not cover the training (geometry only).
+        noise: the system; None if the theory does not cover the training: no prediction then.
         num_draws: for the trace in V, see `singular_limit`.
-        relaxed_after: a mode counts as relaxed at alpha lambda step >= this.
-        max_dense: up to this many residuals the geometry is exact; above, Lanczos, and unless B B^T is cheap to factor
-            the linearised distance.
+        relaxed_after: a mode counts as relaxed once alpha lambda step reaches this.
+        max_dense: up to this many residuals the geometry is exact. Above, Lanczos is used, and unless B B^T is cheap to
+            factor, the distance is that of one linearisation.
         generator: of random directions.
     """
     w = snapshot.weights
     at = linearize(problem, w)
-    # the relaxed modes are those of H at w: there the loss and the noise balance
+    # the relaxed modes are those of H at w, where loss and noise are in balance
     hessian = gauss_newton(problem, w, at=at, max_dense=max_dense, rtol=1e-2, max_steps=200)
     factored = hessian.decomposed or hessian.inverse is not None
     nearest = nearest_point(

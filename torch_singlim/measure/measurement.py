@@ -17,13 +17,13 @@ __all__ = ["Clock", "Measurement"]
 
 @dataclass(frozen=True)
 class Clock:
-    """Step size, noise level, and where the noise moves the weights, the slow clock.
+    """Step size, noise level, and the slow clock of the noise if it causes a drift.
 
     Args:
         step_size: the effective alpha.
-        noise_level: sigma (None where nothing moves).
-        slow_time: t = sum_k alpha_k^order sigma^2 over the steps so far (None where the sums are not known, either).
-        time_scale: optimizer steps per unit of slow time.
+        noise_level: sigma (None without drift).
+        slow_time: t = sum_k alpha_k^order sigma^2 over the steps so far (None without drift, or without these sums).
+        time_scale: optimizer steps per unit of slow time (None without drift).
     """
 
     step_size: float
@@ -45,16 +45,16 @@ class Clock:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured at one step; None: it was not.
+    """What was measured at one step; None: not measured.
 
     Args:
         step: optimizer steps so far.
         excess_loss: L(w).
         distance: nearest point, relaxed part, the limit's prediction.
-        linearised: the displacement by one linearisation, where there was no time for that.
-        window: the one that ends here.
+        linearised: the displacement by one linearisation, if there was no time for `distance`.
+        window: the window that ends here.
         clock: step size, noise level, slow time.
-        overhead: share of the wall time that was spent on measuring, all of it so far.
+        overhead: share of the wall time so far that was spent on measurements.
     """
 
     step: int

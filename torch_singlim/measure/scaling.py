@@ -1,4 +1,4 @@
-"""On which clock the weights move: exponents of step size and noise in a measured rate."""
+"""How the drift scales: the exponents of step size and noise level in a measured rate."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Rate:
     Args:
         alpha: step size.
         sigma: noise level.
-        measured: the rate with its standard error: of the drift in weight norm per step, or of the spread in squared
-            weight norm per step.
+        measured: the rate with its standard error: that of the drift in weight norm per step, or that of the spread in
+            squared weight norm per step.
         predicted: the same by the singular limit.
     """
 
@@ -39,7 +39,7 @@ class Exponents:
     Args:
         alpha: a.
         sigma: b.
-        misfit: root of chi^2 per degree of freedom; where above 1 the standard errors have been enlarged by it.
+        misfit: root of chi^2 per degree of freedom; if it is above 1, the standard errors are multiplied by it.
     """
 
     alpha: Estimate
@@ -47,8 +47,8 @@ class Exponents:
     misfit: float
 
     def interval(self, which: str, *, level: float, comparisons: int = 1) -> tuple[float, float]:
-        """Confidence interval of "alpha" or "sigma"; with several comparisons each is wider, so that all of them
-        together hold at this level (Bonferroni).
+        """Confidence interval of "alpha" or "sigma". With several comparisons it is wider, so that all intervals
+        hold simultaneously at this level (Bonferroni).
         """
         tail = (1 - level) / (2 * comparisons)
         width = NormalDist().inv_cdf(1 - tail)
@@ -57,18 +57,18 @@ class Exponents:
 
 
 def fit_exponents(rates: Sequence[Rate], *, remainder: float = 0.05) -> Exponents:
-    """Least squares of log rate = log c + a log alpha + b log sigma, up to what the limit neglects.
+    """Fit a power law to rates by least squares, with a prior for the terms that the limit neglects.
 
         log rate = log c + a log alpha + b log sigma + p alpha/alpha_max + q (sigma/sigma_max)^2
         p, q ~ N(0, remainder^2)
 
-    The theorems speak of alpha, sigma -> 0. At finite values the next terms change the rate by a few percent; where the
-    data are more precise than that, they find p and q; where they are not, the intervals of a and b grow accordingly.
+    The theorems are about alpha, sigma -> 0. At finite values the next terms change the rate by a few percent. If the
+    data are more precise than that, they determine p and q; otherwise the intervals of a and b grow accordingly.
 
     Args:
         rates: at least four, at two step sizes and two noise levels or more.
-        remainder: how much the next terms may change the rate at the largest step size and noise level (one standard
-            deviation, relative).
+        remainder: relative change of the rate by the next terms at the largest step size and noise level (one standard
+            deviation).
 
     Raises:
         ValueError: too few rates, or a rate that is not positive.
@@ -80,10 +80,10 @@ def fit_exponents(rates: Sequence[Rate], *, remainder: float = 0.05) -> Exponent
     """
     if len(rates) < 4 or len({r.alpha for r in rates}) < 2 or len({r.sigma for r in rates}) < 2:
         raise ValueError(
-            f"two exponents take at least four rates, at two step sizes and two noise levels or more, got {len(rates)}"
+            f"two exponents need at least four rates, at two step sizes and two noise levels or more, got {len(rates)}"
         )
     if not all(r.measured.mean > 0 and r.measured.stderr > 0 for r in rates):
-        raise ValueError("a power law is fitted to positive rates with positive standard errors")
+        raise ValueError("a power law can only be fitted to positive rates with positive standard errors")
     if not remainder > 0:
         raise ValueError(f"the remainder must be positive, got {remainder}")
     largest = max(r.alpha for r in rates), max(r.sigma for r in rates)
@@ -105,7 +105,7 @@ def fit_exponents(rates: Sequence[Rate], *, remainder: float = 0.05) -> Exponent
 
 @dataclass(frozen=True)
 class Scaling:
-    """One system: its measured rates, the exponents fitted to them, and those that the theorem states."""
+    """One system: its measured rates, the fitted exponents, and the exponents of the theorem."""
 
     name: str
     rates: tuple[Rate, ...]
@@ -113,7 +113,7 @@ class Scaling:
     expected: tuple[int, int]
 
     def holds(self, *, tolerance: float, level: float, comparisons: int) -> bool:
-        """Both exponents within `tolerance` of the theorem's, and their intervals cover them."""
+        """Whether both exponents are within `tolerance` of the theorem's and their intervals contain these."""
         ok = True
         for which, truth in zip(("alpha", "sigma"), self.expected, strict=True):
             low, high = self.fit.interval(which, level=level, comparisons=comparisons)
@@ -123,7 +123,7 @@ class Scaling:
 
 
 def scaling_table(scalings: Sequence[Scaling], *, level: float = 0.95) -> str:
-    """The fitted exponents beside the theorem's, as a markdown table; the intervals hold at `level` all together."""
+    """A markdown table of the fitted exponents and the theorem's; all intervals hold simultaneously at `level`."""
     comparisons = 2 * len(scalings)
     lines = [
         "| noise | a (step size) | theory | b (noise) | theory | measured/limit |",

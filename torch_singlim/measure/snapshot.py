@@ -1,4 +1,4 @@
-"""One moment of a training, as everything that measures it needs it."""
+"""One moment of a training, with everything that a measurement needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Snapshot", "StepSums"]
 
 @dataclass(frozen=True)
 class StepSums:
-    """Sums over the optimizer steps so far, each with the settings that it used.
+    """Sums over the optimizer steps so far, with the settings of each step.
 
     Args:
         lr: of the learning rates.
@@ -45,13 +45,13 @@ class Snapshot:
 
     Args:
         step: optimizer steps so far.
-        weights: as the network has them ``[P]``.
-        perturbation: the transient perturbation xi among them ``[P]``; None: there is none.
-        velocity: the optimizer's momentum ``[P]``; None: it has none.
-        sgd: the optimizer's settings at the present learning rate; None: not SGD, or it does not move.
+        weights: the weights of the network ``[P]``.
+        perturbation: the transient perturbation xi that they contain ``[P]``; None: there is none.
+        velocity: the optimizer's momentum ``[P]``; None: there is none.
+        sgd: the optimizer's settings at the present learning rate; None: not SGD, or the learning rate is 0.
         weight_decay: the optimizer's.
         step_ratios: learning rate of each measured parameter over the first parameter group's: the optimizer's metric.
-        sums: over the steps so far; None: not known, as in a checkpoint.
+        sums: over the steps so far; None: unknown, as for a checkpoint.
         reasons: what of this training the theory does not cover.
     """
 
@@ -67,5 +67,5 @@ class Snapshot:
 
     @cached_property
     def iterate(self) -> Tensor:
-        """w - xi  ``[P]``: the weights of the recursion that the theory speaks of."""
+        """w - xi  ``[P]``: the weights in the recursion of the theory."""
         return self.weights if self.perturbation is None else self.weights - self.perturbation

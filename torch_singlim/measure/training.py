@@ -1,4 +1,4 @@
-"""How a network is trained, as far as theory needs to know: its noise, and what of it the theory does not cover."""
+"""How a network is trained, as far as theory is concerned: the noise, and what the theory does not cover."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Training:
     """How a network is trained.
 
     Args:
-        noise: all of it.
-        reasons: what of it the theory does not cover.
+        noise: all noise of the training.
+        reasons: what of the training the theory does not cover.
     """
 
     noise: NoiseSystem
@@ -25,7 +25,7 @@ class Training:
 
 
 def detect_noise(problem: ZeroLossProblem, *, weight_decay: float, injected: NoiseSystem | None) -> NoiseSystem:
-    """All noise of a training: dropout layers, the optimizer's weight decay, what is injected; or minibatches alone.
+    """All noise of a training: dropout layers, the optimizer's weight decay, injected noise; or minibatches alone.
 
     >>> import torch
     >>> from torch import nn
@@ -42,7 +42,7 @@ def detect_noise(problem: ZeroLossProblem, *, weight_decay: float, injected: Noi
 
 
 def unsupported_noise(problem: ZeroLossProblem, noise: NoiseSystem) -> tuple[Reason, ...]:
-    """What training mode does that is no noise of the theory, and noise that does not go with the step ratios."""
+    """Reasons why the theory does not cover training mode, or the noise together with these step ratios."""
     reasons = []
     if problem.function.normalises_over_batch:
         reasons.append(Code.BATCH_NORMALISATION())
@@ -62,14 +62,14 @@ def training_of(
     injected: NoiseSystem | None,
     reasons: tuple[Reason, ...] = (),
 ) -> Training:
-    """The noise as it was given, or detected, with every reason why its drift cannot be predicted.
+    """The noise that was given, or else that is detected, with every reason why its drift cannot be predicted.
 
     Args:
-        problem: loss and samples, or why there are none.
-        given: the noise that a user names; None: it is detected.
+        problem: loss and samples, or the reason why there are none.
+        given: the noise as given by the user; None: it is detected.
         weight_decay: the optimizer's.
         injected: noise that is injected.
-        reasons: why the drift cannot be predicted, as known so far.
+        reasons: the reasons that are known already.
 
     Raises:
         ValueError: a given noise that does not fit the problem.

@@ -1,4 +1,4 @@
-"""From what was logged, and the reasons for what was not, to a verdict in words."""
+"""A verdict in words, from what was logged and the reasons for what was not."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch_singlim.measure.window import Window
 
 __all__ = ["Visibility", "terminal_line", "verdict", "visibility"]
 
-# the noise is visible where its ratio is known to a quarter
+# the effect of the noise is visible if the error of the noise ratio is at most this
 _VISIBLE = 0.25
-# error of the effective flow, relative to the motion: what minibatches alone add to it
+# error of the effective flow, relative to the motion, due to the noise of minibatches, which it neglects
 _FLOW_ERROR = 0.02
 
 
@@ -26,7 +26,7 @@ def _cells(point: Mapping[str, float], shown: Sequence[Tag]) -> list[str]:
 
 
 def _table(head: str, rows: Mapping[str, Mapping[str, float]], shown: Sequence[Tag], *, star: bool) -> list[str]:
-    """A markdown table with a row for each point; a star marks distances that are upper bounds."""
+    """A markdown table with a row for each point; with `star`, distances that are upper bounds are marked."""
     lines = [f"| {' | '.join([head, *(tag.label for tag in shown)])} |", "|---:" * (len(shown) + 1) + "|"]
     for name, point in rows.items():
         cells = _cells(point, shown)
@@ -37,14 +37,14 @@ def _table(head: str, rows: Mapping[str, Mapping[str, float]], shown: Sequence[T
 
 
 def verdict(history: History, *, reasons: Sequence[Reason] = (), noise: str | None = None) -> str:
-    """A short markdown table from what was logged: each step's distance, each window's drift against theory.
+    """Short markdown tables of what was logged: the distance at each step, the drift in each window against theory.
 
-    Below it, whether the noise was visible, and the reasons for what was not measured or not predicted.
+    After the tables: whether the effect of the noise is visible, and the reasons for what is not measured or predicted.
 
     Args:
         history: what was logged, step -> tag -> value.
-        reasons: for what was not.
-        noise: whether it was visible, in words.
+        reasons: for what was not measured or predicted.
+        noise: whether its effect is visible, in words.
 
     >>> print(verdict({0: {"excess_loss": 0.5, "distance/nearest": 2.0}}).splitlines()[2])
     | 0 | 0.5 | 2 | - | - | - | - |
@@ -70,12 +70,12 @@ def verdict(history: History, *, reasons: Sequence[Reason] = (), noise: str | No
 
 
 def _diffuses(point: Mapping[str, float]) -> bool:
-    """Whether the limit has a length and the effective loss no descent, as under Langevin noise."""
+    """Whether the limit predicts a length and there is no effective flow, as under Langevin noise."""
     return tags.SPREAD_PREDICTED.name in point and tags.DRIFT_COSINE.name not in point
 
 
 def terminal_line(point: Mapping[str, float]) -> str:
-    """What was measured at one step, in a line.
+    """What was measured at one step, in one line.
 
     >>> terminal_line({"excess_loss": 0.5, "drift/cosine": 0.98, "window/steps": 500.0})
     'excess loss 0.5, cosine 0.98 over 500 steps'
@@ -87,11 +87,11 @@ def terminal_line(point: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Visibility:
-    """Whether the effect of the noise stood out in a window.
+    """Whether the effect of the noise is visible in a window.
 
     Args:
-        visible: it did.
-        words: by how much, or how many steps it would take.
+        visible: whether it is.
+        words: how large it is, or how many steps it would take.
     """
 
     visible: bool
@@ -99,11 +99,11 @@ class Visibility:
 
 
 def visibility(window: Window | None, distance: DistanceMeasurement | None) -> Visibility:
-    """Whether the noise-induced drift stood out in a window, and on which clock the noise moves the weights.
+    """Whether the noise-induced drift is visible in a window, and on which clock the noise moves the weights.
 
     Args:
-        window: the last one.
-        distance: the last distance measurement, with the limit's prediction.
+        window: the last window.
+        distance: the last measurement of the distance, with the limit's prediction.
 
     >>> visibility(None, None)
     Visibility(visible=False, words='no window was compared with theory')
@@ -111,9 +111,9 @@ def visibility(window: Window | None, distance: DistanceMeasurement | None) -> V
     if window is None or not window.comparisons:
         return Visibility(False, "no window was compared with theory")
     limit = None if distance is None else distance.limit
-    clock = "its clock was not measured"
+    clock = "the limit was not measured"
     if limit is not None and limit.order is None:
-        return Visibility(False, "no motion along the zero-loss set on either clock; what moves is the approach")
+        return Visibility(False, "no motion along the zero-loss set at order 1 or 2; the weights only approach it")
     if limit is not None and distance is not None:
         percent = 0.01 * distance.weight_norm / limit.drift.norm().item()
         clock = f"order {limit.order}, the singular limit moves the weights by 1 % in {percent:.2g} steps"
@@ -123,17 +123,17 @@ def visibility(window: Window | None, distance: DistanceMeasurement | None) -> V
         return Visibility(True, f"{clock}, but diffusion hides that: only the length of the motion can be predicted")
     ratio, share, steps = window.noise_ratio, window.noise_share, window.steps
     if window.drift is None or not math.isfinite(ratio.stderr):
-        return Visibility(False, f"{clock}; the error of its drift is not known without replicas")
+        return Visibility(False, f"{clock}; without replicas the error of the noise-induced drift is unknown")
     error = math.hypot(ratio.stderr, _FLOW_ERROR / share)
     if error <= _VISIBLE:
         return Visibility(
             True,
-            f"{clock}; the drift that it induces, {share:.0%} of the motion, is {ratio.mean:.2f} +- {error:.2f} of the "
-            "predicted",
+            f"{clock}; the noise-induced drift is {ratio.mean:.2f} +- {error:.2f} times the predicted one, whose norm "
+            f"is {share:.0%} of that of the predicted motion",
         )
     needed = steps * max((ratio.stderr / _VISIBLE) ** 2, _FLOW_ERROR / (share * _VISIBLE))
     return Visibility(
         False,
-        f"{clock}; not visible in windows of {steps} steps: the drift that it induces is {share:.2%} of the predicted "
-        f"motion; it would take windows of about {needed:.2g} steps",
+        f"{clock}; not visible in windows of {steps} steps: the norm of the noise-induced drift is {share:.2%} of that "
+        f"of the predicted motion; it would take windows of about {needed:.2g} steps",
     )

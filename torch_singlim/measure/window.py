@@ -1,4 +1,4 @@
-"""What is recorded of one window of steps: the motion of the weights, beside that of every model of it."""
+"""The motion of the weights over one window of steps, and its comparison with models of this motion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Comparison", "Model", "Spread", "Window"]
 
 
 class Model(Enum):
-    """What the motion of the weights over a window is compared with; the value is its label in figures."""
+    """A model of the motion of the weights over a window; the value is its label in figures."""
 
     BASELINE = "baseline (loss alone)"
     FULL_BATCH = "effective flow"
@@ -28,11 +28,11 @@ class Model(Enum):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model of a window's motion against the motion itself.
+    """The comparison of one model with the measured motion over a window.
 
     Args:
-        prediction: displacement of the weights, with its errors.
-        agreement: of the measured displacement with it.
+        prediction: the model's displacement of the weights, with its errors.
+        agreement: of the measured displacement with the prediction.
     """
 
     prediction: WindowPrediction = field(repr=False)
@@ -60,20 +60,20 @@ class Window:
     """The motion of the weights over one window, measured and predicted.
 
     Args:
-        start: optimizer steps at its beginning.
-        stop: at its end.
-        displacement: measured, of the iterate w - xi  ``[P]``.
-        comparisons: with each model; empty where the drift is not predicted. For `Model.LIMIT` the tangential part of
-            the motion is compared.
-        reason: why the drift is not predicted, where that is known of this window alone.
-        scatter: standard errors of the drift's agreement, from parts of the window (nan without weights in between).
-        noise_ratio: the noise-induced part of the motion, measured over predicted (nan without a prediction).
+        start: optimizer steps at the beginning.
+        stop: optimizer steps at the end.
+        displacement: the measured displacement of the iterate w - xi  ``[P]``.
+        comparisons: with each model; empty if the drift is not predicted. `Model.LIMIT` is compared with the tangential
+            part of the motion.
+        reason: why the prediction for this window is invalidated (None if it is not).
+        scatter: standard errors of the agreement, from parts of the window (nan without weights in between).
+        noise_ratio: the noise-induced drift, measured over predicted (nan without a prediction).
         noise_share: |prediction - baseline| / |prediction|  (nan without a prediction).
         ceiling: the noise ceiling, the best cosine that any deterministic prediction can have (nan without replicas).
-        spread: length along Gamma (None where the limit predicts no motion).
-        diffuses: whether the limit diffuses: no deterministic prediction has a direction then.
+        spread: length of the motion along Gamma (None if the limit predicts no motion).
+        diffuses: whether the limit diffuses: the direction of the motion cannot be predicted then.
         plane: the measured and the predicted path in the plane of prediction and deviation (None without a prediction).
-        gradients: gradients of all samples that the predictions took.
+        gradients: number of gradients over all samples that the predictions took.
     """
 
     start: int
@@ -97,7 +97,7 @@ class Window:
 
     @property
     def drift(self) -> Comparison | None:
-        """The comparison with the noise-averaged loss, if there is one that holds."""
+        """The comparison with descent on the effective loss, unless it is invalidated."""
         if self.reason is not None:
             return None
         return self.comparisons.get(Model.FULL_BATCH) or self.comparisons.get(Model.AVERAGED)

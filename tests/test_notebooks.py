@@ -41,5 +41,5 @@ def test_runs(path, tmp_path):
     for cell in notebook.cells:
         cell.source = cell.source.replace("../recipes", str(FOLDER.parent / "recipes"))
     NotebookClient(
-        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()

@@ -316,12 +316,10 @@ def training(target: float, data_dir: Path | None) -> dict[str, float]:
 
     steps = round(target * 1_000 / fit(1_000))
     found = {"steps": float(steps), "without": fit(steps)}
-    monitor = SingularLimitMonitor()
-    found["with"] = fit(steps, monitor)
+    found["with"] = fit(steps, SingularLimitMonitor())
     found["ratio"] = found["with"] / found["without"]
     print(f"{steps} steps: {found['without']:.1f} s without the monitor, {found['with']:.1f} s with it")
-    print(f"a step: {found['without'] / steps:.3g} s, {found['with'] / steps:.3g} s; ratio {found['ratio']:.3f}\n")
-    print(monitor.verdict)
+    print(f"a step: {found['without'] / steps:.3g} s, {found['with'] / steps:.3g} s; ratio {found['ratio']:.3f}")
     return found
 
 
@@ -340,7 +338,7 @@ def main(
     """Measure what products, projections and measurements cost.
 
     Args:
-        problems: which, separated by commas: mlp, cnn, resnet18; empty: none.
+        problems: which, with commas in between: mlp, cnn, resnet18; empty: none.
         dtype: of weights and data.
         data_dir: folder with MNIST, for the MLP and the convolutional network; default: random images, which leave
             the products' times as they are and make the projections easier.

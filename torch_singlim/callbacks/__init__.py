@@ -1,4 +1,4 @@
-"""The Lightning callbacks; the only place that imports lightning."""
+"""The Lightning callbacks; the only subpackage that imports lightning."""
 
 import logging
 
@@ -8,7 +8,7 @@ from torch_singlim.callbacks.offline import measure_checkpoints
 
 __all__ = ["InjectNoise", "SingularLimitMonitor", "measure_checkpoints"]
 
-# shown on the terminal as Lightning's own messages are, unless the application has set up its logging
+# messages appear on the terminal, like Lightning's own, unless the application has configured its logging
 _logger = logging.getLogger("torch_singlim")
 if _logger.level == logging.NOTSET:
     _logger.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""A monitor for trainers whose code cannot be changed: Lightning asks installed packages for callbacks."""
+"""A monitor for trainers whose code cannot be changed, by Lightning's entry point for callbacks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["callbacks_from_environment"]
 
 
 def callbacks_from_environment() -> list[Callback]:
-    """A monitor with default settings where the environment has TORCH_SINGLIM=1; nothing otherwise.
+    """A monitor with default settings if the environment has TORCH_SINGLIM=1, else no callback.
 
-    The entry point ``lightning.pytorch.callbacks_factory``.
+    This is the function of the entry point ``lightning.pytorch.callbacks_factory``.
 
     >>> callbacks_from_environment()
     []

@@ -1,4 +1,4 @@
-"""Work beside a training that can neither change nor end it."""
+"""Isolation of measurements from the training: they can neither change it nor end it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def isolated(budget: Budget, device_type: str) -> Iterator[None]:
-    """The global random state is put back, the time is counted, autocast is off, warnings are not shown.
+    """Run the block without autocast and without warnings, count its time, and restore the global random state.
 
     Args:
-        budget: that counts the time.
+        budget: counts the time.
         device_type: of the training.
 
     Raises:
-        BaseException: whatever the block raises, once the random state is put back.
+        BaseException: any exception of the block, after the random state was restored.
     """
     error: BaseException | None = None
     with (
@@ -36,10 +36,10 @@ def isolated(budget: Budget, device_type: str) -> Iterator[None]:
         torch.autocast(device_type, enabled=False),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # a filter of the user's may turn them into errors
+        warnings.simplefilter("ignore")  # the user's filters may turn warnings into errors
         try:
             yield
-        except BaseException as caught:  # isolate_rng restores nothing when an exception passes through it
+        except BaseException as caught:  # isolate_rng does not restore the state after an exception
             error = caught
     if error is not None:
         raise error
@@ -64,14 +64,16 @@ def attempt(
     smaller: Callable[[], bool],
     failed: Callable[[Exception], None],
 ) -> bool:
-    """Do it isolated from the training, and whether that worked; the traceback of a failure is logged at debug level.
+    """Call a function, isolated from the training; returns whether it succeeded.
+
+    The traceback of a failure is logged at debug level.
 
     Args:
-        what: to do.
-        budget: that counts the time.
+        what: the function.
+        budget: counts the time.
         device_type: of the training.
-        smaller: called when memory has run out: makes the next try take less; False: there is nothing to make smaller.
-        failed: called with any other exception, or when nothing can be made smaller.
+        smaller: called if memory has run out; reduces the memory of the next attempt, or returns False if it cannot.
+        failed: called with any other exception, or if the memory cannot be reduced.
     """
     while True:
         try:

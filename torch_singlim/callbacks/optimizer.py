@@ -1,4 +1,4 @@
-"""What an optimizer does to the weights, from its parameter groups: settings, steps, and what theory does not cover."""
+"""Read from an optimizer how it moves the weights: settings, sums over its steps, and what theory does not cover."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = [
 
 
 def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None) -> list[str]:
-    """Names of the trainable parameters that a pattern matches, as in a shell; None: all.
+    """Names of the trainable parameters that match a shell pattern.
 
     Args:
-        module: whose parameters they are.
-        patterns: one, or several.
+        module: the module.
+        patterns: one pattern or several; None: all parameters.
 
     Raises:
-        ValueError: a pattern that matches none.
+        ValueError: a pattern that matches no parameter.
 
     >>> select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), "1.*")
     ['1.weight', '1.bias']
@@ -52,15 +52,15 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None) -
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How an optimizer steps, or why the theory does not cover it.
+    """The settings of an optimizer, and why the theory does not cover it.
 
     Args:
-        sgd: its settings, those of the first parameter group at the present learning rate (None: it is not SGD, or does
-            not move at present).
-        weight_decay: likewise.
+        sgd: settings of the first parameter group, at the present learning rate (None: not SGD, or the learning rate
+            is 0 at present).
+        weight_decay: of the first parameter group.
         step_ratios: learning rate of each measured parameter, relative to the first group's.
         group_ratios: the same for each group.
-        reasons: why its steps are not predicted.
+        reasons: why the motion of the weights is not predicted.
     """
 
     sgd: SGDSettings | None
@@ -71,7 +71,7 @@ class OptimizerSettings:
 
 
 def _rate(group: Mapping[str, Any]) -> float:
-    """Under a schedule the rate that it was given: its present one may be a warm-up's zero, or a later one's."""
+    """The initial learning rate of a group if there is a schedule, since the present one may be zero in a warm-up."""
     return float(group.get("initial_lr", group["lr"]))
 
 
@@ -81,7 +81,7 @@ def read_groups(
     """Settings of torch.optim.SGD from its parameter groups; what the theory does not cover is in `reasons`.
 
     Args:
-        groups: parameter groups, of an optimizer or of its state.
+        groups: parameter groups of an optimizer, or of its state.
         rate_of: the learning rate, see `_rate`, of each measured parameter that the optimizer holds.
         batch_size: samples of one step; None: all.
     """
@@ -111,7 +111,7 @@ def read_groups(
 
 
 def _plain(trainer: Trainer) -> torch.optim.Optimizer | None:
-    """The one optimizer, without what Lightning may wrap around it; None: there are several, or none."""
+    """The trainer's optimizer, without Lightning's wrapper; None: there are several, or none."""
     if len(trainer.optimizers) != 1:
         return None
     return getattr(trainer.optimizers[0], "optimizer", trainer.optimizers[0])
@@ -120,7 +120,7 @@ def _plain(trainer: Trainer) -> torch.optim.Optimizer | None:
 def read_optimizer(
     trainer: Trainer, module: LightningModule, names: Sequence[str], batch_size: int | None
 ) -> OptimizerSettings:
-    """Settings of the trainer's optimizer, for the parameters of these names."""
+    """Settings of the trainer's optimizer, for the parameters with these names."""
     plain, optimizer = dict.fromkeys(names, 1.0), _plain(trainer)
     if optimizer is None:
         several = Code.SEVERAL_OPTIMIZERS(count=len(trainer.optimizers))
@@ -145,7 +145,7 @@ def read_optimizer(
 
 
 def step_batch_size(trainer: Trainer) -> int | None:
-    """Samples of one optimizer step, accumulated, of all processes (None: the loader has no batch size)."""
+    """Samples of one optimizer step, over accumulated batches and processes (None: the loader has no batch size)."""
     each = getattr(trainer.train_dataloader, "batch_size", None)
     return each * trainer.accumulate_grad_batches * trainer.world_size if each else None
 
@@ -155,7 +155,7 @@ def _gradients(optimizer: Any) -> list[Tensor]:
 
 
 def _skipped(trainer: Trainer, optimizer: Any) -> bool:
-    """Whether the loss scaling of half precision skips this step, its gradient having overflown."""
+    """Whether the loss scaling of half precision skips this step, because a gradient has overflowed."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None:
         return False
@@ -163,7 +163,7 @@ def _skipped(trainer: Trainer, optimizer: Any) -> bool:
 
 
 def _clipped(trainer: Trainer) -> Tensor:
-    """Whether the gradients of the step that was made are at the bound, 0 or 1, on their device."""
+    """Whether the gradients of the last step are at the bound, 0 or 1, on their device."""
     by_value = trainer.gradient_clip_algorithm == "value"
     order = math.inf if by_value else 2.0
     gradients = _gradients(trainer.optimizers[0])
@@ -172,25 +172,25 @@ def _clipped(trainer: Trainer) -> Tensor:
     size = torch.stack([torch.linalg.vector_norm(g.detach(), order).double() for g in gradients])
     size = size.max() if by_value else torch.linalg.vector_norm(size)
     bound = float(trainer.gradient_clip_val or 0)
-    # torch divides by the norm plus 1e-6: what was clipped is as much, and a rounding error, below the bound
+    # torch divides by the norm plus 1e-6: a clipped norm is below the bound by about that, and by rounding errors
     return (size >= bound * (1 - 1e-5) - 1e-6).long()
 
 
 class StepRecorder:
-    """Sums over the steps that an optimizer makes, and what of them the theory does not cover.
+    """Records sums over the steps of an optimizer, and what of these steps the theory does not cover.
 
     Args:
-        settings: of the optimizer, when training starts.
+        settings: of the optimizer at the start of training.
     """
 
     def __init__(self, settings: OptimizerSettings) -> None:
         self._settings = settings
         self._sums = StepSums()
-        self._clipped: int | Tensor = 0  # on the device, so that no step has to wait for it
+        self._clipped: int | Tensor = 0  # on the device, to avoid a synchronisation at every step
         self._ratio_changed = False
 
     def before_step(self, trainer: Trainer, optimizer: Any) -> None:
-        """Take the learning rate that this step uses."""
+        """Add the learning rate of this step."""
         if not self._settings.group_ratios or _skipped(trainer, optimizer):
             return
         groups = optimizer.param_groups
@@ -214,12 +214,12 @@ class StepRecorder:
 
     @property
     def sums(self) -> StepSums | None:
-        """Over the steps so far (None: this optimizer's are not known)."""
+        """Sums over the steps so far (None: unknown for this optimizer)."""
         return replace(self._sums, clipped=int(self._clipped)) if self._settings.group_ratios else None
 
     @property
     def reasons(self) -> tuple[Reason, ...]:
-        """What the steps so far did that is not covered."""
+        """What of the steps so far the theory does not cover."""
         return (Code.RATIO_CHANGES(),) if self._ratio_changed else ()
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,10 +227,10 @@ class StepRecorder:
         return asdict(replace(self._sums, clipped=int(self._clipped)))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with them.
+        """Continue from these sums.
 
         Raises:
-            ValueError: a state that is not whole. Nothing has changed then.
+            ValueError: an incomplete state. Nothing has changed then.
         """
         check_keys(state, self.state_dict())
         self._sums = StepSums(**state)

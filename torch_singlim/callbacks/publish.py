@@ -1,4 +1,4 @@
-"""What was measured, to loggers, other callbacks, the progress bar and the terminal."""
+"""Send results to loggers, other callbacks, the progress bar and the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def say(trainer: Trainer, level: int, message: str) -> None:
 
 
 def report_reasons(trainer: Trainer, reasons: Sequence[Reason]) -> None:
-    """Say why something is not measured or not predicted, and what that means."""
+    """Log why something is not measured or not predicted, and what follows from it."""
     for reason in reasons:
         scope = reason.code.scope
         means = f" ({scope.value})" if scope is not Scope.PART else ""
@@ -32,7 +32,7 @@ def report_reasons(trainer: Trainer, reasons: Sequence[Reason]) -> None:
 
 
 def describe(trainer: Trainer, engine: Engine) -> None:
-    """Say what was found at the start."""
+    """Log what was detected at the start."""
     p = engine.problem
     if p is not None:
         low = {str(q.dtype).removeprefix("torch.") for q in p.function.parameters() if q.dtype.itemsize < 4}
@@ -47,12 +47,12 @@ def describe(trainer: Trainer, engine: Engine) -> None:
 
 
 def _named(name: str, point: Mapping[str, float]) -> dict[str, float]:
-    """Tags as the loggers see them."""
+    """Values with the tags of the loggers, which begin with the monitor's name."""
     return {f"{name}/{tag}": value for tag, value in point.items()}
 
 
 def log_point(trainer: Trainer, name: str, step: int, point: Mapping[str, float]) -> None:
-    """What the monitor of this name measured at a step, to the trainer's loggers; TensorBoard gets bands, too."""
+    """Send the values of one step to the trainer's loggers; TensorBoard also gets the bands of standard errors."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         logger.log_metrics(_named(name, point), step=step)
     for writer in writers(trainer):
@@ -61,7 +61,7 @@ def log_point(trainer: Trainer, name: str, step: int, point: Mapping[str, float]
 
 
 def provide(trainer: Trainer, name: str, point: Mapping[str, float], *, prog_bar: bool) -> None:
-    """The same to callbacks that monitor a metric, and to the progress bar."""
+    """Provide the same values to callbacks that monitor a metric, and to the progress bar."""
     named = _named(name, point)
     trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in named.items()})
     if prog_bar:

@@ -1,4 +1,4 @@
-"""The monitor's state in a checkpoint: taken over whole, or refused by the names of what does not fit."""
+"""The monitor's state in a checkpoint, which is restored completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["state_of", "take_over"]
 
 
 def state_of(engine: Engine, recorder: StepRecorder, figures_at: int) -> dict[str, Any]:
-    """Tensors and plain values alone.
+    """The state of a monitor, as tensors and plain values.
 
     Args:
-        engine: that measures.
+        engine: the monitor's engine.
         recorder: of the optimizer's steps.
         figures_at: the step at which figures were drawn last.
     """
@@ -28,16 +28,16 @@ def state_of(engine: Engine, recorder: StepRecorder, figures_at: int) -> dict[st
 
 
 def take_over(state: Mapping[str, Any], engine: Engine, recorder: StepRecorder, device: torch.device) -> int:
-    """Let engine and recorder go on with a state; the step at which figures were drawn last.
+    """Restore engine and recorder from a state; returns the step at which figures were drawn last.
 
     Args:
-        state: as `state_of` gives it, its tensors anywhere.
+        state: as returned by `state_of`; its tensors may be on any device.
         engine: for the same training.
-        recorder: likewise.
+        recorder: for the same training.
         device: of the weights.
 
     Raises:
-        ValueError: a state that is foreign or not whole. Nothing has changed then.
+        ValueError: a state that does not fit or is incomplete. Nothing has changed then.
     """
     check_keys(state, ("engine", "steps", "figures_at"))
     try:
@@ -51,7 +51,7 @@ def take_over(state: Mapping[str, Any], engine: Engine, recorder: StepRecorder, 
         engine.load_state_dict(moved)
     except ValueError:
         raise
-    except Exception as error:  # whatever a foreign state makes of it
+    except Exception as error:  # a state of another origin may raise anything
         raise ValueError(f"{type(error).__name__}: {error}") from error
     recorder.load_state_dict(state["steps"])
     return figures_at

@@ -20,17 +20,17 @@ __all__ = ["Subject", "snapshot_of_checkpoint", "snapshot_of_trainer"]
 
 
 def _velocity(space: WeightSpace, buffers: Sequence[Tensor | None]) -> Tensor | None:
-    """Momentum buffers as one vector ``[P]``, where there is one for every parameter."""
+    """Momentum buffers as one vector ``[P]``; None unless every parameter has one."""
     found = [each for each in buffers if each is not None]
     return space.flatten(found, gradients=True) if found and len(found) == len(buffers) else None
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What of a Trainer's training is measured.
+    """What is measured of a Trainer's training.
 
     Args:
-        module: that is trained.
+        module: the module that is trained.
         space: the weights that are measured.
         recorder: of the optimizer's steps.
     """
@@ -50,8 +50,8 @@ def snapshot_of_trainer(
     """The present moment of a training.
 
     Args:
-        trainer: with its optimizer and the noise that its callbacks inject.
-        module: what it trains.
+        trainer: with its optimizer and its callbacks, which may inject noise.
+        module: the module that is trained.
         space: the weights that are measured.
         recorder: of the optimizer's steps.
     """
@@ -83,11 +83,11 @@ def snapshot_of_trainer(
 def snapshot_of_checkpoint(
     state: Mapping[str, Any], path: Path, space: WeightSpace, *, batch_size: int | None
 ) -> Snapshot:
-    """The moment that a checkpoint holds; its weights have been loaded into the module of the space.
+    """The moment of a checkpoint, whose weights have been loaded into the module of the space.
 
     Args:
-        state: what Lightning wrote.
-        path: of the file, named in reasons.
+        state: the content of the checkpoint.
+        path: of the file, for reasons.
         space: all trainable weights of the module.
         batch_size: samples of one optimizer step; None: all.
     """
@@ -108,7 +108,7 @@ def snapshot_of_checkpoint(
         return Snapshot(step, weights, perturbation, reasons=(Code.OPTIMIZER(optimizer="the optimizer"),))
     settings = read_groups(groups, {}, batch_size)
     reasons = settings.reasons
-    if len(groups) > 1:  # which parameter is in which group the state does not say
+    if len(groups) > 1:  # the state does not contain the names of the parameters in a group
         reasons += (Code.GROUPS_DIFFER(keys="their parameters, which a checkpoint does not name"),)
     held = sum(len(group["params"]) for group in groups)
     if held != len(space.names):

@@ -1,4 +1,4 @@
-"""How long measurements may take, and how long they will."""
+"""How much time measurements may take, and how much they are expected to take."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ __all__ = ["Budget", "expected_seconds"]
 
 # seconds that measurements may take in any case: two per cent of half a minute
 _GRACE = 0.5
-# gradients of all samples, about: a linearised distance; matrix functions by Lanczos and a nearest point by products;
-# a draw of the limit's potential (third derivatives); long steps over a window; and of two samples, the check of the
-# derivatives
+# approximate costs, in gradients of all samples: a linearised distance; matrix functions by Lanczos and a nearest point
+# by products; a draw of the limit's potential (third derivatives); long steps over a window; and, in gradients of two
+# samples, the check of the derivatives
 _LINEARISED, _LANCZOS, _DRAW, _LONG_STEPS, _CHECK = 130, 300, 12, 300, 100
-# seconds, the figures of one measurement
+# seconds for the figures of one measurement
 _FIGURES = 2.0
-# gradients a step by unit-step integration: the loss alone, and several paths of the effective flow
+# gradients per step of unit-step integration: the baseline, and several paths of the effective flow
 _PATHS = 8
 # operations of an eigendecomposition and of a Cholesky factorisation, in units of M^3
 _EIGENVECTORS, _FACTOR = 10.0, 1.0
-# what is skipped, in words, and what is measured instead
+# what is skipped, and what is measured instead
 _SKIPPED = {
     "check": "the check of the derivatives, and with it everything but the excess loss",
     "limit": "the limit's prediction",
-    "distance": "the nearest point and the relaxed part (the linearised distance instead, where there was time)",
+    "distance": "the nearest point and the relaxed part (instead the linearised distance, if there was time for it)",
     "linearised": "any distance",
     "window": "the drift",
-    "steps": "unit-step integration, should long steps be inaccurate,",
+    "steps": "unit-step integration of windows with inaccurate long steps",
     "figures": "the figures",
 }
 
 
 class Budget:
-    """A share of the wall time since it was made, within which measurements must stay.
+    """A limit for the time of measurements, as a share of the wall time since the budget was made.
 
         spent + cost <= grace + share * elapsed
 
-    A cost is what the same thing took last time; before that, what it is expected to take.
+    The cost of a measurement is the time that it took last, or before that its expected time.
 
     Args:
-        share: None: no limit; 0: nothing.
-        clock: seconds.
+        share: None: no limit; 0: nothing is affordable.
+        clock: a function that returns the time in seconds.
 
     >>> budget = Budget(0.1, clock=iter([0.0, 20.0, 20.0]).__next__)
     >>> budget.expect({"distance": 2.4, "limit": 2.6})
@@ -66,15 +66,15 @@ class Budget:
         self._known: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was spent, of how much time, on what: for a run that goes on elsewhere."""
+        """The time that was spent, the time that has passed, known costs and what was skipped, for resuming a run."""
         known, skipped = dict(self._known), dict(self.skipped)
         return {"spent": self.spent, "elapsed": self.clock() - self._began, "known": known, "skipped": skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with it, the time since this budget was made on top.
+        """Add a state to the time since this budget was made.
 
         Raises:
-            ValueError: a state that is not whole. Nothing has changed then.
+            ValueError: an incomplete state. Nothing has changed then.
         """
         check_keys(state, self.state_dict())
         self._past += state["spent"]
@@ -92,15 +92,15 @@ class Budget:
 
     @property
     def spent(self) -> float:
-        """Seconds so far, those of a block in progress included."""
+        """Seconds that were spent so far, including a block in progress."""
         return self._past + (0.0 if self._since is None else self.clock() - self._since)
 
     def expect(self, seconds: Mapping[str, float]) -> None:
-        """What things will take, until they have been timed."""
+        """Set the expected times of measurements that have not been timed yet."""
         self._expected |= seconds
 
     def affords(self, kind: str) -> bool:
-        """Whether this may be done now; what may not is counted in `skipped`."""
+        """Whether there is time for this now; if not, it is counted in `skipped`."""
         if self.share is None:
             return True
         cost = self._known.get(kind, self._expected.get(kind, 0.0))
@@ -111,19 +111,19 @@ class Budget:
 
     @contextmanager
     def timed(self, kind: str) -> Iterator[None]:
-        """Learn from the block what this takes, for the next time."""
+        """Time the block, for the decision whether there is time for it again."""
         start = self.clock()
         yield
         self._known[kind] = self.clock() - start
 
     @property
     def overhead(self) -> float:
-        """Share of the wall time that was spent."""
+        """The share of the wall time that was spent."""
         return self.spent / max(self.clock() - self._began, 1e-9)
 
     @property
     def reason(self) -> Reason | None:
-        """What was skipped to keep the share; None: nothing."""
+        """What was skipped to stay within the budget; None: nothing."""
         if not self.skipped or self.share is None:
             return None
         parts = [f"{_SKIPPED[kind]} at {count} step{'s' * (count > 1)}" for kind, count in self.skipped.items()]
@@ -131,17 +131,17 @@ class Budget:
 
 
 def expected_seconds(problem: ZeroLossProblem, *, window: int, num_draws: int, runs: float = 0.0) -> dict[str, float]:
-    """Rough times of what measurements consist of, in seconds, from one gradient.
+    """Approximate times of the parts of a measurement, in seconds, from the time of one gradient.
 
-    "check" of the derivatives; "linearised" distance; "distance" to the nearest point, with the relaxed part; "limit",
-    the two together with the limit's prediction; "window"; "steps", unit-step integration of a window; "figures" for
-    TensorBoard.
+    "check": the check of the derivatives. "linearised": the linearised distance. "distance": the nearest point and the
+    relaxed part. "limit": the same with the limit's prediction. "window": the prediction for a window. "steps":
+    unit-step integration of a window. "figures": those for TensorBoard.
 
     Args:
         problem: loss and samples.
-        window: steps.
+        window: steps of a window.
         num_draws: random directions for the limit's potential.
-        runs: gradients of all samples that every step of a window takes besides: replicas, the reference.
+        runs: further gradients of all samples per step of a window: replicas, the reference.
     """
     gradient = _seconds(problem)
     rate = max(3 * problem.flops * problem.num_samples, 1) / gradient  # operations per second
@@ -149,7 +149,7 @@ def expected_seconds(problem: ZeroLossProblem, *, window: int, num_draws: int, r
     exact = M <= MAX_DENSE
     decompositions = 0.0
     if exact or worth_factoring(problem):
-        # for the modes at w and at the nearest point; and on the way there, once or at every step
+        # for the modes at w, for those at the nearest point, and for the search, once or at every step
         times, each = (3, _EIGENVECTORS) if exact else (8, _FACTOR)
         decompositions = times * (gram_flops(problem) + each * float(M) ** 3) / rate
     distance = decompositions + _LANCZOS * gradient
@@ -165,7 +165,7 @@ def expected_seconds(problem: ZeroLossProblem, *, window: int, num_draws: int, r
 
 
 def _seconds(problem: ZeroLossProblem) -> float:
-    """Of one gradient."""
+    """Time of one gradient, in seconds."""
     w = problem.weights()
     problem.gradient(w)  # the first call of a function takes longer
     start = time.perf_counter()

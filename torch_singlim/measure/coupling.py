@@ -1,11 +1,11 @@
-"""What coupled paths say of a run: direction, speed, noise-induced drift, noise ceiling, from inner products alone.
+"""Statistics of a run and its coupled paths: direction, speed, noise-induced drift, noise ceiling, by inner products.
 
-From the same weights, on the same batches, over the same steps, with displacements
+All paths start at the same weights and use the same batches over the same steps. Their displacements are
 
     m  of the run,    n  of the baseline (noise off),    a_1, a_2  of two averaged paths (half of the draws each),
-    r_1 ... r_R  of replicas (noise of their own)
+    r_1 ... r_R  of replicas (with independent noise)
 
-The cross products of the two averaged paths take their sampling error out of what is compared with them.
+Squares of the averaged displacement are products of a_1 and a_2, so that sampling errors do not bias them.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from torch_singlim.linalg import Estimate
 
 __all__ = ["CoupledWindow", "Projection", "noise_ceiling_of", "pooled"]
 
-# the two averaged paths tell too little where 2 <y, d> is above this share of <y_1, y_2>
+# the averaged paths are not resolved if 2 <y, d> exceeds this share of <y_1, y_2>
 _UNRESOLVED = 1 / 3
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One displacement x of the run on the averaged paths' y = (y_1 + y_2)/2: x = Q y and a rest.
+    """The projection of a displacement x of the run on that of the averaged paths, y = (y_1 + y_2)/2: x = Q y + rest.
 
         Q = <x, y> / D,      D = <y_1, y_2>,      cosine = <x, y> / (|x| sqrt(D))
 
     Args:
         product: <x, y>.
-        square: D; its expectation is the squared length of the mean path, without the sampling error of the halves.
-        cosine: nan where D is not positive.
+        square: D; its expectation is the squared length of the mean path, without the halves' sampling errors.
+        cosine: nan if D is not positive.
         stderr: standard error of Q, from the replicas and from the difference of the halves; nan without replicas.
-        resolved: whether the halves agree well enough for the figures to mean anything.
+        resolved: whether the two halves agree well enough for the results to be meaningful.
     """
 
     product: float
@@ -57,9 +57,8 @@ class CoupledWindow:
     """A window of a run and the paths coupled to it, reduced to the inner products of their displacements.
 
     Args:
-        gram: inner products of (m, n, a_1, a_2, r_1, ..., r_R), of which n is zero where there is no baseline
-            ``[4 + R, 4 + R]``, float64.
-        has_baseline: whether there is one.
+        gram: inner products of (m, n, a_1, a_2, r_1, ..., r_R) ``[4 + R, 4 + R]``, float64; n = 0 without baseline.
+        has_baseline: whether there is a baseline.
 
     >>> m, a = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])
     >>> window = CoupledWindow.of(m, a, a, baseline=torch.tensor([0.5, 0.0]))
@@ -84,7 +83,7 @@ class CoupledWindow:
         vectors = [run, torch.zeros_like(run) if baseline is None else baseline, averaged_1, averaged_2, *replicas]
         count = len(vectors)
         gram = torch.zeros(count, count, dtype=torch.float64)
-        for i, j in itertools.combinations_with_replacement(range(count), 2):  # pair by pair: no copy of all of them
+        for i, j in itertools.combinations_with_replacement(range(count), 2):  # one by one, to save memory
             gram[i, j] = gram[j, i] = torch.dot(vectors[i].double(), vectors[j].double()).item()
         return cls(gram, baseline is not None)
 
@@ -104,7 +103,7 @@ class CoupledWindow:
         return c
 
     def _project(self, *, relative: bool) -> Projection:
-        """The run on the averaged paths; `relative` to the baseline, or as they are."""
+        """The projection of the run on the averaged paths; `relative`: all displacements relative to the baseline."""
         shift = 1.0 if relative else 0.0
         x, y1, y2 = (self._combination((i, 1.0), (1, -shift)) for i in (0, 2, 3))
         y, d = (y1 + y2) / 2, (y1 - y2) / 2
@@ -133,39 +132,39 @@ class CoupledWindow:
         return self._project(relative=True) if self.has_baseline else None
 
     def _cosines(self, shift: float) -> list[float]:
-        """Between the run and each replica."""
+        """Cosines between the run and each replica."""
         x = self._combination((0, 1.0), (1, -shift))
         others = [self._combination((4 + r, 1.0), (1, -shift)) for r in range(self.num_replicas)]
         sizes = [math.sqrt(self._inner(z, z) * self._inner(x, x)) for z in others]
         return [self._inner(x, z) / size for z, size in zip(others, sizes, strict=True) if size > 0]
 
     def cosines(self, *, relative: bool) -> list[float]:
-        """Cosines between the run and each replica, whose mean's root is the noise ceiling, see `noise_ceiling_of`.
+        """Cosines between the run and each replica; the root of their mean is the noise ceiling, `noise_ceiling_of`.
 
         Args:
-            relative: of the noise-induced parts, r - n and m - n.
+            relative: the cosines are those of the noise-induced parts, r - n and m - n.
         """
         return self._cosines(1.0 if relative else 0.0)
 
     @property
     def baseline_cosine(self) -> float:
-        """Between the run and the baseline (nan without one)."""
+        """Cosine between the run and the baseline (nan without baseline)."""
         size = self.gram[0, 0] * self.gram[1, 1]
         return (self.gram[0, 1] / size.sqrt()).item() if size > 0 else math.nan
 
     @property
     def residual(self) -> float:
-        """|m - a| / |m|, with the sampling error of a taken out where the halves allow it."""
+        """|m - a| / |m|, where the two halves are used to remove the sampling error of a."""
         size, cross = self.gram[0, 0].item(), self.gram[2, 3].item()
         product = (self.gram[0, 2] + self.gram[0, 3]).item() / 2
         return math.sqrt(max(size - 2 * product + cross, 0.0) / size) if size > 0 else math.nan
 
 
 def noise_ceiling_of(cosines: Sequence[float]) -> float:
-    """sqrt(mean cos(m, r)): the best cosine that a deterministic prediction can have, given the batches (nan: none).
+    """The noise ceiling sqrt(mean cos(m, r)), the best cosine of a deterministic prediction, given the batches.
 
-    The cosines are averaged first, over pairs of run and replica, and over windows; the root is taken of their mean.
-    It bounds a mean: one run may exceed it.
+    The cosines are averaged over pairs of run and replica, and over windows, before the root is taken; nan if there are
+    none. This is a bound for the mean cosine: that of a single run may be larger.
 
     >>> noise_ceiling_of([0.64, 0.64])
     0.8
@@ -174,11 +173,11 @@ def noise_ceiling_of(cosines: Sequence[float]) -> float:
 
 
 def pooled(projections: Sequence[Projection]) -> Estimate:
-    """Q over the W windows of a run: Q = sum N_w / sum D_w, N_w = <x, y>, D_w = <y_1, y_2>.
+    """Q over the W windows of a run: Q = sum N_w / sum D_w with N_w = <x, y>, D_w = <y_1, y_2>.
 
         SE^2 = (W / (W - 1)) sum_w (N_w - Q D_w)^2 / (sum_w D_w)^2          (ratio estimator; Cochran 1977, section 6.4)
 
-    nan for fewer than two windows.
+    The standard error is nan for fewer than two windows.
 
     >>> pooled([Projection(1.0, 1.0, 1.0, 0.0, True), Projection(3.0, 3.0, 1.0, 0.0, True)])
     Estimate(mean=1.0, stderr=0.0)

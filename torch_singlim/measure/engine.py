@@ -1,4 +1,4 @@
-"""The engine: from snapshots of a training to measurements, whatever the training runs in."""
+"""The engine: makes measurements from snapshots of a training, independent of how these are taken."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from torch_singlim.theory import check_derivatives, has_effective_flow, with_mea
 
 __all__ = ["Engine", "OpenWindow", "Options"]
 
-# of a state_dict; a state of another version is refused
+# version of the state_dict; other versions cannot be loaded
 _VERSION = 1
-# tolerance of the point at which the order of a custom noise is measured
+# tolerance of the nearest point at which the order of a custom noise is measured
 _ORDER_POINT = 1e-2
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, and how precisely.
+    """What is measured, and how accurately.
 
     Args:
-        replicas: independent runs of each window for the noise ceiling; 0: none.
+        replicas: number of independent runs of each window for the noise ceiling; 0: none.
         reference: integrate the effective flow by unit steps, too.
-        num_draws: random directions for the limit's potential.
+        num_draws: number of random directions for the limit's potential.
         relaxed_after: a mode counts as relaxed once alpha lambda step reaches this.
     """
 
@@ -54,16 +54,16 @@ class Options:
 
 @dataclass(frozen=True)
 class OpenWindow:
-    """A window that has begun: where, and what was there.
+    """A window in progress, with what is needed when it ends.
 
     Args:
-        start: optimizer steps at its beginning.
-        stop: at its end.
+        start: optimizer steps at the beginning.
+        stop: optimizer steps at the end.
         iterate: w - xi at the beginning  ``[P]``.
-        velocity: the optimizer's momentum  ``[P]``.
-        sums: over the steps before it.
-        forecast: the limit's motion from there.
-        between: the iterate at some of its steps.
+        velocity: the optimizer's momentum at the beginning  ``[P]``.
+        sums: over the steps before the window.
+        forecast: the motion that the limit predicts from the beginning.
+        between: the iterate at some steps within the window.
     """
 
     start: int
@@ -75,7 +75,7 @@ class OpenWindow:
     between: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers; the tangent space is found again from its point."""
+        """Tensors and numbers; the tangent space is recomputed from its point."""
         f = self.forecast
         forecast = None if f is None else {k: getattr(f, k) for k in ("point", "drift", "diffusion", "dimension")}
         sums = None if self.sums is None else vars(self.sums)
@@ -83,7 +83,7 @@ class OpenWindow:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], problem: ZeroLossProblem | None) -> OpenWindow:
-        """The window as it was."""
+        """The window with this state."""
         f, sums = state["forecast"], state["sums"]
         if f is not None and problem is not None:
             f = Forecast(tangent=tangent_at(problem, f["point"]), **f)
@@ -91,17 +91,17 @@ class OpenWindow:
 
 
 class Engine:
-    """Measures snapshots of one training, opens and closes windows, keeps what was measured and why the rest was not.
+    """Measures snapshots of one training, opens and closes windows, and keeps the results and the reasons.
 
-    Its constructor does no work: derivatives are checked, and the order of a custom noise is measured, before the first
-    measurement that needs them. Measurements read the problem's module and change nothing.
+    The constructor does no work: derivatives are checked, and the order of a custom noise is measured, before the first
+    measurement that needs them. Measurements read the problem's module and do not change it.
 
     Args:
         problem: loss and samples, or the reason why there are none.
-        training: its noise, and what of it the theory does not cover.
+        training: the noise, and what of the training the theory does not cover.
         options: what to measure.
-        schedule: at which steps.
-        budget: in how much time.
+        schedule: the steps at which to measure.
+        budget: the time that measurements may take.
         generator: of all random directions and draws.
     """
 
@@ -132,7 +132,7 @@ class Engine:
     # --- what can be measured --------------------------------------------------------------------------------------
 
     def supports(self, scope: Scope) -> bool:
-        """Whether nothing is known that keeps it from being measured or predicted."""
+        """Whether no reason is known that prevents this scope from being measured or predicted."""
         blocking = {Scope.EVERYTHING, scope} | ({Scope.GEOMETRY} if scope is Scope.DRIFT else set())
         return self.problem is not None and not any(reason.code.scope in blocking for reason in self.reasons)
 
@@ -142,7 +142,7 @@ class Engine:
         return 0.0 if self.problem is None else self.noise.variance(self.problem)
 
     def expects(self) -> frozenset[Need]:
-        """Which series there will be, if time allows."""
+        """The conditions of series that are fulfilled, so that these will be logged if there is time."""
         if self.problem is None or not self.supports(Scope.DRIFT):
             return frozenset()
         known = self._orders_known()
@@ -152,13 +152,13 @@ class Engine:
         return frozenset(need for need, there in found.items() if there)
 
     def note(self, *reasons: Reason | None) -> list[Reason]:
-        """Keep reasons, each once; those that are new are returned."""
+        """Keep reasons, each of them once, and return the new ones."""
         new = [reason for reason in reasons if reason is not None and reason not in self.reasons]
         self.reasons += new
         return new
 
     def affords(self, kind: str) -> bool:
-        """Whether there is time for it; the first process decides for all."""
+        """Whether there is time for this; the first process decides for all."""
         afforded = self.budget.affords(kind)
         if self.problem is None:
             return afforded
@@ -168,7 +168,7 @@ class Engine:
         return not any(isinstance(p, CustomNoise) and p.claimed_order == "measured" for p in parts(self.noise))
 
     def _prepare(self, snapshot: Snapshot) -> bool:
-        """Time a gradient, check derivatives and measure orders, once; whether the geometry can then be measured."""
+        """Time a gradient, check derivatives and measure orders, once; returns whether the geometry can be measured."""
         if self.problem is None or not self.supports(Scope.GEOMETRY):
             return False
         if self.budget.share and not self._timed:
@@ -189,7 +189,7 @@ class Engine:
         return expected_seconds(problem, window=window, num_draws=options.num_draws, runs=runs)
 
     def _check(self, problem: ZeroLossProblem) -> None:
-        """Orders of custom noises and derivatives; what is found wrong is kept as a reason."""
+        """Measure the order of custom noises and check the derivatives; failures are kept as reasons."""
         if self.supports(Scope.DRIFT) and not self._orders_known():
             point = nearest_point(problem, problem.weights(), rtol=_ORDER_POINT).point
             try:
@@ -206,7 +206,7 @@ class Engine:
     # --- one step --------------------------------------------------------------------------------------------------
 
     def due(self, before: int, step: int) -> Due | None:
-        """What is due at this step, after the one before it."""
+        """What is due at this step; `before` is the last step at which this was asked."""
         if self._ends(step) or self.schedule.begins(before, step) is not None:
             return Due.MEASUREMENT if step != self.last_step else None
         if self.window is not None and step in self.schedule.marks_of(self.window.start, self.window.stop):
@@ -214,7 +214,7 @@ class Engine:
         return Due.EXCESS_LOSS if step in self.schedule.losses and step not in self.history else None
 
     def mark(self, snapshot: Snapshot) -> None:
-        """Keep the iterate of an open window."""
+        """Record the iterate of the window in progress."""
         if self.window is not None:
             self.window.between[snapshot.step] = snapshot.iterate
 
@@ -225,11 +225,11 @@ class Engine:
         return measurement
 
     def measure(self, snapshot: Snapshot, *, before: int | None = None) -> Measurement:
-        """All there is to measure at a snapshot; a window that ends here is closed, one that begins here is opened.
+        """Measure everything at a snapshot; a window that ends here is closed, one that begins here is opened.
 
         Args:
             snapshot: of the training.
-            before: the step before this one, where steps are skipped; default: the step number less one.
+            before: the last step before this one, if steps were skipped; default: the step number minus one.
         """
         step = self.last_step = snapshot.step
         self.note(*snapshot.reasons)
@@ -241,7 +241,7 @@ class Engine:
         clock = None
         if self.supports(Scope.DRIFT) and self._orders_known():
             clock = Clock.at(snapshot, self.noise, self.variance)
-        # everything that can fail is done: from here on the state changes
+        # nothing can fail from here on: the state may change
         begun = self.schedule.begins(step - 1 if before is None else before, step)
         if begun is not None:
             forecast = None if distance is None else distance.forecast
@@ -256,7 +256,7 @@ class Engine:
         return measurement
 
     def abandon(self, step: int) -> None:
-        """After a measurement that failed: a window that should have ended here is given up."""
+        """After a failed measurement: discard a window that should have ended here."""
         if self.window is not None and self.window.start != step:
             self.window = None
 
@@ -275,7 +275,7 @@ class Engine:
         return self.window is not None and step >= self.window.stop
 
     def _close(self, snapshot: Snapshot) -> Window:
-        """The window that ends here: its displacement, held against theory where that is covered and there is time."""
+        """The window that ends here: its displacement, compared with theory if supported and if there is time."""
         opened = self.window
         assert opened is not None
         start, stop = opened.start, snapshot.step
@@ -316,7 +316,7 @@ class Engine:
         return window
 
     def _distance(self, snapshot: Snapshot) -> DistanceMeasurement | None:
-        """Distance and the limit's prediction, as far as there is time for them."""
+        """The distance and the limit's prediction, as far as there is time for them."""
         assert self.problem is not None
         if not self.affords("distance"):
             return None
@@ -334,7 +334,7 @@ class Engine:
         return distance
 
     def _linearised(self, snapshot: Snapshot) -> Solution | None:
-        """The distance by one linearisation, from products alone, where there is no time for more."""
+        """The distance by one linearisation, from products alone, if there is no time for more."""
         assert self.problem is not None
         if not self.affords("linearised"):
             return None
@@ -345,11 +345,11 @@ class Engine:
 
     @property
     def visibility(self) -> Visibility:
-        """Whether the effect of the noise stood out in the last window."""
+        """Whether the effect of the noise is visible in the last window."""
         return visibility(self.last_window, self.last_distance)
 
     def verdict(self) -> str:
-        """What was measured, in words."""
+        """The results in words."""
         skipped = self.budget.reason
         compared = self.last_window is not None and self.last_window.comparisons
         return verdict(
@@ -361,7 +361,7 @@ class Engine:
     # --- resuming --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Window in progress, what was measured, reasons, orders, generator and budget: tensors and plain values."""
+        """Window in progress, results, reasons, orders, generator and budget, as tensors and plain values."""
         return {
             "version": _VERSION,
             "history": {step: dict(point) for step, point in self.history.items()},
@@ -375,7 +375,7 @@ class Engine:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what a checkpoint holds.
+        """Continue from the state in a checkpoint.
 
         Args:
             state: as `state_dict` gives it.

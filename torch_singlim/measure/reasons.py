@@ -1,4 +1,4 @@
-"""Why something is not measured or not predicted: a code with a step and values, made into English here alone."""
+"""Reasons why something is not measured or not predicted: a code, a step, values, and the English sentence for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Value = str | int | float
 
 
 class Kind(Enum):
-    """How a reason comes about; the value heads its sentence in a verdict."""
+    """The kind of a reason; the value is the first word of its sentence in a verdict."""
 
     UNSUPPORTED = "Unsupported"
     INVALIDATED = "Invalidated"
@@ -21,12 +21,12 @@ class Kind(Enum):
 
 
 class Scope(Enum):
-    """What a reason keeps from being measured; the value says it."""
+    """What a reason prevents from being measured or predicted; the value describes this."""
 
     EVERYTHING = "nothing is measured"
-    GEOMETRY = "neither distance nor drift is predicted or measured against theory"
+    GEOMETRY = "neither distance nor drift is compared with theory"
     DRIFT = "the drift is not predicted"
-    WINDOW = "the prediction of one window is not given"
+    WINDOW = "there is no prediction for one window"
     PART = "a part of the measurements is missing"
 
 
@@ -35,7 +35,7 @@ _UNSUPPORTED, _INVALIDATED, _SKIPPED = Kind.UNSUPPORTED, Kind.INVALIDATED, Kind.
 
 @unique
 class Code(Enum):
-    """Every reason there is: its kind, what it keeps from being measured, and its sentence."""
+    """All reasons: the kind, the scope and the sentence of each."""
 
     # the training cannot be written as a zero-loss problem
     NO_PROBLEM = _UNSUPPORTED, Scope.GEOMETRY, "{why}"
@@ -43,8 +43,8 @@ class Code(Enum):
     SHARDED = (
         _UNSUPPORTED,
         Scope.EVERYTHING,
-        '{strategy} shards the weights over several processes, and measurements need them whole: use strategy="ddp" or '
-        "one device, or measure the checkpoints afterwards",
+        '{strategy} shards the weights over several processes, and measurements need all of them: use strategy="ddp" '
+        "or one device, or measure the checkpoints afterwards",
     )
     DERIVATIVES = _UNSUPPORTED, Scope.GEOMETRY, "the check of the derivatives failed: {why}"
     # the optimizer
@@ -56,8 +56,8 @@ class Code(Enum):
     SEVERAL_OPTIMIZERS = (
         _UNSUPPORTED,
         Scope.DRIFT,
-        "expected one optimizer, got {count}: the weights' motion is then not one descent; train the other networks in "
-        "a run of their own",
+        "expected one optimizer, got {count}: the motion of the weights is then not the descent of one loss; train the "
+        "other networks in a run of their own",
     )
     OPTIMIZER = (
         _UNSUPPORTED,
@@ -74,15 +74,15 @@ class Code(Enum):
     MANUAL_OPTIMIZATION = (
         _UNSUPPORTED,
         Scope.DRIFT,
-        "manual optimization: what happens between two steps of the optimizer is not known",
+        "manual optimization: the module may do anything between two steps of the optimizer",
     )
     MAXIMIZES = _UNSUPPORTED, Scope.DRIFT, "the optimizer maximizes"
     OWN_CLIPPING = _UNSUPPORTED, Scope.DRIFT, "the module clips gradients in its own way (configure_gradient_clipping)"
     OTHER_PARAMETERS = (
         _UNSUPPORTED,
         Scope.DRIFT,
-        "the optimizer holds {held} parameters, {measured} are measured, and these are not the same: exclude those "
-        "that are not trained, by requires_grad_(False) or SingularLimitMonitor(parameters=...)",
+        "the optimizer holds {held} parameters, {measured} are measured, and these are not the same: exclude "
+        "parameters that are not trained, by requires_grad_(False) or SingularLimitMonitor(parameters=...)",
     )
     NO_STEP_SIZE = _UNSUPPORTED, Scope.DRIFT, "the learning rate is 0"
     NO_STEP_SIZE_OF_GROUP = _UNSUPPORTED, Scope.DRIFT, "the learning rate of a parameter group is 0"
@@ -90,7 +90,7 @@ class Code(Enum):
     BATCH_NORMALISATION = (
         _UNSUPPORTED,
         Scope.DRIFT,
-        "batch normalisation couples the samples of a batch in training mode (GroupNorm does not)",
+        "batch normalisation couples the samples of a batch in training mode (use GroupNorm, which does not)",
     )
     OTHER_RANDOMNESS = (
         _UNSUPPORTED,
@@ -102,12 +102,12 @@ class Code(Enum):
     SUBSET = (
         _UNSUPPORTED,
         Scope.DRIFT,
-        "{samples} of {total} training samples are measured: the distance is a lower bound; for the drift pass "
-        "num_samples",
+        "{samples} of {total} training samples are measured, so that the distance is a lower bound: pass num_samples "
+        "to measure all of them",
     )
     # windows
     CLIPPED = _INVALIDATED, Scope.WINDOW, "gradients were clipped in {count} of the steps {start}-{stop}"
-    NOT_MOVED = _INVALIDATED, Scope.WINDOW, "no weight was moved in the steps {start}-{stop}"
+    NOT_MOVED = _INVALIDATED, Scope.WINDOW, "the optimizer moved no weight in the steps {start}-{stop}"
     UNCERTAIN = (
         _INVALIDATED,
         Scope.WINDOW,
@@ -138,16 +138,16 @@ class Code(Enum):
 
     @property
     def kind(self) -> Kind:
-        """How it comes about."""
+        """Unsupported, invalidated or skipped."""
         return self.value[0]
 
     @property
     def scope(self) -> Scope:
-        """What it keeps from being measured."""
+        """What the reason prevents from being measured or predicted."""
         return self.value[1]
 
     def __call__(self, *, step: int | None = None, **values: Value) -> Reason:
-        """The reason with this code, at a step, with the values that its sentence names."""
+        """The reason with this code, at a step, with values for the placeholders in its sentence."""
         return Reason(self, step, values)
 
 
@@ -156,9 +156,9 @@ class Reason:
     """One thing that is not measured or predicted, and why.
 
     Args:
-        code: which.
-        step: where it came up; None: at the start.
-        values: what its sentence names.
+        code: the code.
+        step: at which it came up; None: at the start.
+        values: for the placeholders in the sentence of the code.
 
     >>> str(Code.CLIPPED(count=3, start=0, stop=500))
     'gradients were clipped in 3 of the steps 0-500'
@@ -173,7 +173,7 @@ class Reason:
 
     @property
     def sentence(self) -> str:
-        """With what it means, for a verdict.
+        """The sentence with the kind of the reason, for a verdict.
 
         >>> Code.MAXIMIZES().sentence
         'Unsupported: the optimizer maximizes.'
@@ -186,5 +186,5 @@ class Reason:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Reason:
-        """The reason as it was."""
+        """The reason with this state."""
         return cls(Code[state["code"]], state["step"], state["values"])

@@ -1,4 +1,4 @@
-"""States in checkpoints, which are taken over whole or not at all."""
+"""Checks of states from checkpoints, which are restored completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["check_keys"]
 
 
 def check_keys(state: Mapping[str, Any], expected: Iterable[str]) -> None:
-    """Raise ValueError unless a state has the expected keys and no others; it names those missing and those unknown.
+    """Raise ValueError unless a state has the expected keys and no others; the message names the differences.
 
     Args:
         state: from a checkpoint.
-        expected: its keys.
+        expected: the keys that it should have.
 
     Raises:
-        ValueError: other keys.
+        ValueError: keys are missing or unknown.
 
     >>> check_keys({"lr": 1.0}, ["lr"])
     """

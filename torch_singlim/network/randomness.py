@@ -1,4 +1,4 @@
-"""The global random state, and the noise of a module: kept, put back, switched off."""
+"""Save and restore the global random state; switch off the noise of a module."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class RandomState:
 
     @classmethod
     def now(cls) -> RandomState:
-        """At present."""
+        """The present state."""
         cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
         numpy = sys.modules.get("numpy")
         return cls(torch.get_rng_state(), cuda, random.getstate(), None if numpy is None else numpy.random.get_state())
 
     def restore(self) -> None:
-        """Put it back."""
+        """Make this the global random state again."""
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))
@@ -43,7 +43,7 @@ class RandomState:
     @staticmethod
     @contextmanager
     def isolated() -> Iterator[None]:
-        """What is drawn within the block does not show outside."""
+        """Random numbers that are drawn within the block do not change the state outside."""
         before = RandomState.now()
         try:
             yield
@@ -53,7 +53,7 @@ class RandomState:
 
 @contextmanager
 def noise_off(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for batch and instance normalisation, whose modes stay: what they do is no noise.
+    """Evaluation mode, except for batch and instance normalisation, which keep their modes: they are not noise.
 
     >>> net = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
     >>> with noise_off(net):

@@ -97,6 +97,14 @@ class Tied(Net):
         return self.head(self.middle(torch.tanh(self.middle(self.body(x)))))
 
 
+class Validated(Net):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", super().training_step(batch, batch_idx)["loss"])
+
+    def val_dataloader(self):
+        return DataLoader(data(seed=1), batch_size=5)
+
+
 class OwnClipping(Net):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")

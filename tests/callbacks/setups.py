@@ -21,6 +21,7 @@ from tests.zoo import (
     OwnClipping,
     Tied,
     Two,
+    Validated,
     data,
     groups,
     scheduled,
@@ -173,14 +174,6 @@ class Words(Net):
 
     def forward(self, x):
         return super().forward(self.embedding(x).mean(1))
-
-
-class Validated(Net):
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", super().training_step(batch, batch_idx)["loss"])
-
-    def val_dataloader(self):
-        return DataLoader(data(seed=1), batch_size=5)
 
 
 def warm_up(optimizer):

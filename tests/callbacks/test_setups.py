@@ -226,6 +226,10 @@ def test_where_the_weights_are_sharded_nothing_is_measured(caplog):
     [
         ({"window": 0}, "window must be at least 1"),
         ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"num_draws": 1}, "num_draws must be at least 2"),
+        ({"replicas": -1}, "replicas must be at least 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"every_n_steps": 0}, "may not overlap"),
         ({"window": 10, "every_n_steps": 5}, "may not overlap"),
         ({"max_overhead": -0.1}, "max_overhead must be a share"),
         ({"max_overhead": math.nan}, "max_overhead must be a share"),

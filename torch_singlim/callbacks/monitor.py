@@ -130,10 +130,11 @@ class SingularLimitMonitor(Callback):
         name: str = "singlim",
         seed: int = 0,
     ) -> None:
-        counts = {"window": window, "num_samples": num_samples, "every_n_steps": every_n_steps or 1}
-        for argument, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{argument} must be at least 1, got {value}")
+        least = {"window": (window, 1), "num_samples": (num_samples, 1), "num_draws": (num_draws, 2)}
+        least |= {"replicas": (replicas, 0), "batch_size": (1 if batch_size is None else batch_size, 1)}
+        for argument, (value, bound) in least.items():
+            if value < bound:
+                raise ValueError(f"{argument} must be at least {bound}, got {value}")
         if every_n_steps is not None and every_n_steps < window:
             raise ValueError(
                 f"windows may not overlap: got window={window} > every_n_steps={every_n_steps}; make the window shorter"

@@ -86,6 +86,8 @@ class InjectNoise(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Every fit starts the noise anew; a checkpoint is loaded after this."""
+        if stage != "fit":
+            return
         self._rank = trainer.global_rank
         self._generator.manual_seed(self.seed)
         self._own.manual_seed(self.seed + 1 + self._rank)

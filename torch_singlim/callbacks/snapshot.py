@@ -93,8 +93,10 @@ def snapshot_of_checkpoint(
     """
     step, weights = int(state["global_step"]), space.weights()
     injected = [own for key, own in state.get("callbacks", {}).items() if key.startswith("InjectNoise")]
-    transient = [own["transient"] for own in injected if own["transient"] is not None]
-    perturbation = space.flatten(transient) if transient else None
+    transient = [own["transient"] for own in injected if own.get("transient") is not None]
+    # of a part of the weights it is not known of which
+    whole = sum(len(part) for part in transient) == len(weights)
+    perturbation = space.flatten(transient) if whole else None
     optimizers = state.get("optimizer_states") or []
     if len(optimizers) != 1:
         reason = (

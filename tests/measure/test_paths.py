@@ -267,12 +267,13 @@ def test_a_step_that_did_not_move_is_not_judged():
 
 def test_tensors_on_a_graph_and_wrapped_steps_can_be_copied():
     net = network()
-    net.kept = net(torch.randn(3, 4).double())  # as auxiliary losses are kept
+    net.kept = {"losses": [net(torch.randn(3, 4).double())]}  # as auxiliary losses are kept
     optimizer = sgd(net)
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     path = Path(net, optimizer)
     assert "step" not in vars(path.optimizer)
-    assert path.module.kept.grad_fn is None
+    assert path.module.kept["losses"][0].grad_fn is None
+    assert net.kept["losses"][0].grad_fn is not None
     assert {id(p) for p in path.parameters} == {id(p) for p in path.module.parameters()}
     assert not {id(p) for p in path.parameters} & {id(p) for p in net.parameters()}
 

@@ -392,7 +392,8 @@ class Engine:
             raise ValueError(f"a window of {len(window['iterate'])} weights for {self.problem.num_weights} weights")
         opened = None if window is None else OpenWindow.from_state(window, self.problem)
         history = {step: dict(point) for step, point in state["history"].items()}
-        reasons = [Reason.from_state(each) for each in state["reasons"]]
+        noted = [Reason.from_state(each) for each in state["reasons"]]
+        reasons = [*self.reasons, *(each for each in noted if each not in self.reasons)]
         noise = self.noise
         if orders is not None and len(orders) == len(parts(noise)):  # as measured when the run began
             known = zip(parts(noise), orders, strict=True)

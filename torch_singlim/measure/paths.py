@@ -12,7 +12,7 @@ again, from its weights, its state and its random numbers: where the result diff
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ __all__ = [
     "Path",
     "Replay",
     "Step",
+    "held_by",
     "is_affine",
     "replay",
 ]
@@ -83,9 +84,32 @@ class Step:
         return 1 / (self.divisor or len(self.batches))
 
 
+def held_by(tensor: Tensor, truth: Mapping[int, Tensor]) -> Tensor:
+    """What a tensor holds outside a training step: what `truth` has under its id, or what it holds."""
+    found = truth.get(id(tensor))
+    return tensor.detach() if found is None else found
+
+
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """One vector, in float64  ``[P]``."""
     return torch.cat([t.detach().double().reshape(-1) for t in tensors])
+
+
+def _no_closure() -> float:
+    """For optimizers that call their closure once: the gradient is there already."""
+    return 0.0
+
+
+def _on_a_graph(kept: Any) -> Iterator[Tensor]:
+    """Tensors with a graph in nested lists, tuples, sets and dictionaries."""
+    if isinstance(kept, Tensor):
+        if kept.grad_fn is not None:
+            yield kept
+    elif isinstance(kept, Mapping):
+        yield from _on_a_graph(list(kept.values()))
+    elif isinstance(kept, list | tuple | set):
+        for each in kept:
+            yield from _on_a_graph(each)
 
 
 class Path:
@@ -98,11 +122,10 @@ class Path:
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, *, shared: Sequence[object] = ()) -> None:
+        # results kept on the module may hang on a graph, which deepcopy refuses
+        results = _on_a_graph([vars(part) for part in module.modules()])
         memo: dict[int, Any] = {id(each): each for each in shared}
-        for part in module.modules():
-            # results kept as attributes may hang on a graph, which deepcopy refuses
-            kept = [v for v in vars(part).values() if isinstance(v, Tensor) and v.grad_fn is not None]
-            memo |= {id(v): v.detach().clone() for v in kept}
+        memo |= {id(result): result.detach().clone() for result in results}
         # in one copy, so that the optimizer's parameters are the module's
         self.module, self.optimizer = copy.deepcopy((module, optimizer), memo)
         vars(self.optimizer).pop("step", None)  # a scheduler's, which counts the run's steps
@@ -123,7 +146,7 @@ class Path:
         """Clip the gradients as the run does, and step."""
         if step.clip is not None:
             step.clip(self.parameters)
-        self.optimizer.step()
+        self.optimizer.step(_no_closure)
 
     def descend(self, gradient: Gradient, step: Step, seeds: Sequence[int]) -> None:
         """Make the step with the mean gradient of independent draws, one for each seed; none: with the noise off."""
@@ -237,10 +260,21 @@ class Before:
     random: RandomState = field(repr=False)
 
     @classmethod
-    def of(cls, module: nn.Module, optimizer: torch.optim.Optimizer) -> Before:
-        """At present, copied."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    def of(
+        cls, module: nn.Module, optimizer: torch.optim.Optimizer, truth: Mapping[int, Tensor] | None = None
+    ) -> Before:
+        """At present, copied.
+
+        Args:
+            module: that is trained.
+            optimizer: its optimizer.
+            truth: id of a parameter -> what it holds outside a training step, where that is something else at present.
+        """
+        known = truth or {}
+        parameters = [held_by(p, known) for group in optimizer.param_groups for p in group["params"]]
+        tensors: dict[str, Tensor] = {**module.state_dict(), **dict(module.named_parameters(remove_duplicate=False))}
+        held = {name: held_by(tensors[name], known) for name in module.state_dict()}
+        state = {name: tensor.clone() for name, tensor in held.items()}
         return cls(_flat(parameters), state, copy.deepcopy(optimizer.state_dict()), RandomState.now())
 
 
@@ -304,7 +338,7 @@ def is_affine(module: nn.Module, optimizer: torch.optim.Optimizer, *, generator:
         for _ in range(2):
             for p, g in zip(path.parameters, gradients, strict=True):
                 p.grad = g.clone()
-            path.optimizer.step()
+            path.optimizer.step(_no_closure)
         moved.append(path.weights() - start)
     a, b, mean = moved
     size = torch.linalg.vector_norm(a - b).item() + torch.linalg.vector_norm(mean).item()

@@ -169,7 +169,7 @@ def test_the_order_of_a_custom_noise_is_measured(tmp_path):
     noise = CustomNoise(nudge, std=0.01)
 
     def make():
-        return Net(dropout=0.0)
+        return Net(dropout=0.0, hidden=12)
 
     files = saved(tmp_path, make, InjectNoise(noise))
     found = measured(make(), files, noise=noise)

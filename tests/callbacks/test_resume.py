@@ -1,19 +1,24 @@
 """A run that is stopped and goes on from a checkpoint: same weights, same series as one that never stopped."""
 
 import random
+import re
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
 
-from tests.callbacks.test_monitor import Net, Recorder, data, seeded, weights
-from torch_singlim import AntiCorrelated, CustomNoise, InjectNoise, SingularLimitMonitor
+from tests.zoo import Recorder, Trace, assert_identical, fit, monitor_of, scheduled, seeded, weights, with_optimizer
+from torch_singlim import AntiCorrelated, CustomNoise, InjectNoise
+from torch_singlim.measure import Code
 
 STEPS = 40
-# wall time, and what is worth it, are not the same twice
-TIMED = "singlim/cost/overhead"
+# wall time is not the same twice
+TIMED = "cost/overhead"
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`", "ignore:You're resuming from"
+)
 
 
 class Reseed(L.Callback):
@@ -23,18 +28,8 @@ class Reseed(L.Callback):
         torch.manual_seed(trainer.global_step)
 
 
-class Heavy(Net):
-    """With dropout, momentum and a schedule."""
-
-    def __init__(self):
-        super().__init__(momentum=0.5)
-
-    def configure_optimizers(self):
-        optimizer = super().configure_optimizers()
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9), "interval": "step"},
-        }
+# with dropout, momentum and a schedule
+Heavy = with_optimizer(lambda module: scheduled(torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.5)))
 
 
 def nudge(loss, w, x, y, eta):
@@ -48,90 +43,129 @@ NOISES = {
 }
 
 
-def run(folder, *, noise, checkpoint=None, stop=STEPS, watched=True):
-    """Weights, monitor and what was logged, from the start or from a checkpoint; stopped at a step."""
-    monitor, recorder = SingularLimitMonitor(max_overhead=None, window=8, replicas=2), Recorder()
-    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+class Stop(L.Callback):
+    def __init__(self, step):
+        self.step = step
 
-    class Stop(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.global_step == stop:
-                trainer.should_stop = True
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step == self.step
 
-    trainer = L.Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Reseed(), *NOISES[noise](), *([monitor] if watched else []), saver, Stop()],
-        logger=recorder,
-        log_every_n_steps=1,
-    )
-    model = seeded(Heavy)
+
+def run(folder, *monitors, noise, checkpoint=None, stop=STEPS):
+    """Weights and what was logged, from the start or from a checkpoint; stopped at a step."""
+    recorder, saver = Recorder(), ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [Reseed(), *NOISES[noise](), *monitors, saver, Stop(stop)]
+    # the order of a custom noise takes draws for every weight
+    net = seeded(lambda: Heavy(hidden=12 if noise == "custom" else 32))
     # one batch an epoch: Lightning does not put a loader back to where it was within one
-    trainer.fit(model, DataLoader(data(), batch_size=20), ckpt_path=checkpoint)
-    return weights(model), monitor, recorder
+    model, _ = fit(net, *callbacks, steps=STEPS, batch_size=20, shuffle=False, logger=recorder, ckpt_path=checkpoint)
+    return weights(model), dict(recorder.of_monitor())
 
 
-def series(recorder):
-    return {
-        (step, tag): value
-        for step, metrics in recorder.points
-        for tag, value in metrics.items()
-        if tag.startswith("singlim/") and tag != TIMED
-    }
+def untimed(history):
+    return {step: {tag: value for tag, value in point.items() if tag != TIMED} for step, point in history.items()}
 
 
-# ModelCheckpoint, of its own folder
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def watching():
+    return monitor_of(window=8, replicas=2)
+
+
 @pytest.mark.parametrize("noise", [pytest.param("dropout", marks=pytest.mark.slow), *list(NOISES)[1:]])
 def test_interrupted_and_resumed(tmp_path, noise):
-    whole, monitor, recorder = run(tmp_path / "whole", noise=noise)
-    expected = series(recorder)
+    monitor = watching()
+    whole, logged = run(tmp_path / "whole", monitor, noise=noise)
     # random steps, inside windows and at their ends
     steps = random.Random(0).sample(range(1, STEPS), 10) if noise == "dropout" else [11, 16]
     for step in steps:
-        at = tmp_path / "whole" / f"step={step}.ckpt"
-        resumed, again, rest = run(tmp_path / f"again {step}", noise=noise, checkpoint=at)
+        at, again = tmp_path / "whole" / f"step={step}.ckpt", watching()
+        resumed, rest = run(tmp_path / f"again {step}", again, noise=noise, checkpoint=at)
         assert torch.equal(resumed, whole)
-        later = {key: value for key, value in expected.items() if key[0] > step}
-        assert series(rest) == later, f"resumed at {step}"
+        later = {k: point for k, point in logged.items() if k > step}
+        assert untimed(rest) == untimed(later), f"resumed at {step}"
+        assert untimed(again.history) == untimed(monitor.history)
         assert list(again.history) == list(monitor.history)
-        assert [h.keys() for h in again.history.values()] == [h.keys() for h in monitor.history.values()]
         assert again.verdict == monitor.verdict
+        assert list(again.reasons) == list(monitor.reasons) == []
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`")
-def test_resumed_without_the_monitor_the_weights_are_the_same(tmp_path):
-    at = tmp_path / "part" / "step=12.ckpt"
-    run(tmp_path / "part", noise="anti-correlated", stop=12)
-    with_it, monitor, _ = run(tmp_path / "with", noise="anti-correlated", checkpoint=at)
-    without, _, _ = run(tmp_path / "without", noise="anti-correlated", checkpoint=at, watched=False)
-    assert monitor.history
+@pytest.fixture(scope="module")
+def part(tmp_path_factory):
+    """The checkpoint of a run that was stopped within a window."""
+    folder = tmp_path_factory.mktemp("part")
+    run(folder, watching(), noise="anti-correlated", stop=12)
+    return folder / "step=12.ckpt"
+
+
+def test_resumed_without_the_monitor_the_weights_are_the_same(part, tmp_path):
+    monitor = watching()
+    with_it, _ = run(tmp_path / "with", monitor, noise="anti-correlated", checkpoint=part)
+    without, _ = run(tmp_path / "without", noise="anti-correlated", checkpoint=part)
+    assert max(monitor.history) == STEPS
     assert torch.equal(with_it, without)
 
 
-def test_a_checkpoint_holds_tensors_and_numbers_alone(tmp_path):
-    run(tmp_path, noise="anti-correlated", stop=12)
-    state = torch.load(tmp_path / "step=12.ckpt", weights_only=True)["callbacks"]
+def test_a_checkpoint_holds_tensors_and_plain_values(part):
+    state = torch.load(part, weights_only=True)["callbacks"]
     (own,) = [value for key, value in state.items() if key.startswith("SingularLimitMonitor")]
-    assert own["open"]["start"] == 8
-    assert own["open"]["forecast"]["point"].shape == (323,)
+    assert own["engine"]["window"]["start"] == 8
+    assert own["engine"]["window"]["forecast"]["point"].shape == (323,)
+    assert own["steps"]["lr"] == pytest.approx(4 * 0.2 + 4 * 0.1 + 4 * 0.05)
 
 
 def test_a_checkpoint_of_a_run_without_the_monitor(tmp_path):
     """It begins where it is, as in a new run."""
-    trainer = L.Trainer(
-        max_steps=8,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=False,
-        enable_checkpointing=False,
-    )
-    model = seeded(Heavy)
-    trainer.fit(model, DataLoader(data(), batch_size=20))
+    _, trainer = fit(seeded(Heavy), steps=8, batch_size=20)
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    _, monitor, _ = run(tmp_path / "new", noise="dropout", checkpoint=tmp_path / "plain.ckpt")
+    monitor = watching()
+    run(tmp_path / "new", monitor, noise="dropout", checkpoint=tmp_path / "plain.ckpt")
     assert min(monitor.history) == 8
     assert max(monitor.history) == STEPS
+    assert list(monitor.reasons) == []
+
+
+FOREIGN = {
+    "of another edition": (
+        lambda own: own.update(open=own.pop("engine"), clipped=own.pop("steps")),
+        "missing: engine, steps; unknown: clipped, open",
+    ),
+    "no steps": (lambda own: own.pop("steps"), "missing: steps"),
+    "part of the steps": (lambda own: own["steps"].pop("alpha"), "missing: alpha"),
+    "steps that are none": (lambda own: own.update(steps=None), "AttributeError"),
+    "no history": (lambda own: own["engine"].pop("history"), "missing: history"),
+    "more": (lambda own: own["engine"].update(extra=1), "unknown: extra"),
+    "another version": (lambda own: own["engine"].update(version=0), "version 1 was expected, got version 0"),
+    "a window of another network": (
+        lambda own: own["engine"]["window"].update(iterate=torch.zeros(3)),
+        "a window of 3 weights for 323 weights",
+    ),
+    "a window without a start": (lambda own: own["engine"]["window"].pop("start"), "TypeError.*start"),
+    "an unknown reason": (
+        lambda own: own["engine"]["reasons"].append({"code": "NOBODY", "step": 0, "values": {}}),
+        "KeyError.*NOBODY",
+    ),
+    "no generator": (lambda own: own["engine"].update(generator=torch.zeros(3)), "Error"),
+    "part of the budget": (lambda own: own["engine"]["budget"].pop("spent"), "missing: spent"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_state_that_is_foreign_or_not_whole_is_a_reason(name, part, tmp_path, caplog):
+    """The training goes on as it would, the monitor begins anew."""
+    change, message = FOREIGN[name]
+    checkpoint = torch.load(part, weights_only=True)
+    (own,) = [value for key, value in checkpoint["callbacks"].items() if key.startswith("SingularLimitMonitor")]
+    change(own)
+    torch.save(checkpoint, tmp_path / "foreign.ckpt")
+    monitor, plain, watched = monitor_of(max_overhead=0), Trace(), Trace()
+    options = {"steps": 20, "batch_size": 20, "shuffle": False, "ckpt_path": tmp_path / "foreign.ckpt"}
+    fit(seeded(Heavy), Reseed(), *NOISES["anti-correlated"](), plain, **options)
+    with caplog.at_level("WARNING"):
+        fit(seeded(Heavy), Reseed(), *NOISES["anti-correlated"](), monitor, watched, **options)
+    assert_identical(plain, watched)
+    (reason,) = monitor.reasons
+    assert reason.code is Code.STATE
+    assert re.search(message, str(reason))
+    assert caplog.text.count("the checkpoint's state of the monitor was not taken over") == 1
+    assert reason.sentence in monitor.verdict
+    assert (min(monitor.history), max(monitor.history)) == (12, 20)
+    assert monitor.history[20]["window/steps"] == 5

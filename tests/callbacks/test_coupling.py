@@ -1,0 +1,435 @@
+"""Coupled paths beside trainings of Lightning: what people do, each replayed, followed or found out."""
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from torch_singlim import AntiCorrelated, DropConnect, InjectNoise, InputNoise
+from torch_singlim.callbacks.recording import StepRecording, injections_of
+from torch_singlim.callbacks.twin import MicroBatch, TrainingStepGradient, make_twin
+from torch_singlim.measure.coupling import noise_ceiling_of
+from torch_singlim.measure.paths import CoupledPaths, Step, replay
+from torch_singlim.network import RandomState
+
+
+class Coupled(L.Callback):
+    """Opens a window after `start` steps and follows it to the end; replays its first steps and every tenth."""
+
+    def __init__(self, start, *, draws=4, replicas=1):
+        self.start, self.options = start, {"draws": draws, "replicas": replicas}
+        self.recording, self.replays, self.moved = None, [], []
+
+    def _open(self, trainer, module):
+        optimizer = trainer.optimizers[0]
+        self.recording = StepRecording(trainer, module, optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradient = TrainingStepGradient(
+            trainer.precision_plugin.train_step_context,
+            datamodule=trainer.datamodule,
+            injections=injections_of(trainer, parameters),
+        )
+
+        def path():
+            found = make_twin(module, optimizer)
+            for each in trainer.callbacks:
+                if isinstance(each, InjectNoise) and each.transient is not None:
+                    with torch.no_grad():
+                        for p, xi in zip(found.parameters, each.injection.split(each.transient), strict=True):
+                            p.sub_(xi)
+            return found
+
+        self.rehearsal = make_twin(module, optimizer)
+        self.paths = CoupledPaths(path, gradient, **self.options, generator=torch.Generator().manual_seed(0))
+        self.recording.install()
+        self.recording.keep_before = True
+        self.step = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.recording is not None:
+            self.recording.before_step()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.recording is None:
+            if trainer.global_step == self.start:
+                self._open(trainer, pl_module)
+            return
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        recorded = self.recording.finish()
+        self.moved.append(recorded.moved)
+        if recorded.before is not None:
+            self.replays.append(
+                replay(self.rehearsal, self.paths.gradient, recorded.step, recorded.before, recorded.after)
+            )
+        self.recording.keep_before = self.step - self.start < 2 or self.step % 10 == 9
+        self.paths.advance(recorded.step)
+        xi = [e.transient for e in trainer.callbacks if isinstance(e, InjectNoise) and e.transient is not None]
+        self.window = self.paths.window(recorded.after - (sum(xi).double() if xi else 0))
+
+    def on_train_end(self, trainer, pl_module):
+        self.recording.remove()
+
+
+class Digits(L.LightningModule):
+    """64-64-10, dropout .1, on 100 random prototypes: small, and near its zero-loss set within some hundred steps."""
+
+    def __init__(self, dropout=0.1, **optimizer):
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = nn.Sequential(nn.Linear(20, 64), nn.GELU(), nn.Dropout(dropout))
+        self.head = nn.Linear(64, 4)
+        self.options = {"lr": 0.5} | optimizer
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def loss(self, x, y):
+        return F.mse_loss(self(x), y)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(*batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), **self.options)
+
+
+def data(n=100):
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(n, 20, generator=generator), torch.randn(n, 4, generator=generator))
+
+
+def loader(dataset=None, batch_size=20, **options):
+    return DataLoader(data() if dataset is None else dataset, batch_size=batch_size, **{"shuffle": True} | options)
+
+
+def fit(model, *callbacks, steps=500, start=300, loaders=None, watch=True, **options):
+    L.seed_everything(0, verbose=False)
+    coupled = Coupled(start)
+    trainer = L.Trainer(
+        **{"max_steps": steps, "accelerator": "cpu", "logger": False} | options,
+        callbacks=[*callbacks, *([coupled] if watch else [])],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, loaders or loader())
+    return coupled, torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+# --- habits that paths follow ----------------------------------------------------------------------------------------
+
+
+class NoisyData(Dataset):
+    """Noise on inputs, in the data set, by its own generator; labels as they are."""
+
+    def __init__(self, std=0.2, *, labels=False):
+        self.data, self.std, self.labels = data(), std, labels
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        x, y = self.data[i]
+        noisy = y if self.labels else x
+        noisy = noisy + self.std * torch.randn(noisy.shape, generator=self.generator)
+        return (x, noisy) if self.labels else (noisy, y)
+
+
+def changed(**methods):
+    """Digits with some methods of another kind."""
+    return type("Changed", (Digits,), methods)
+
+
+def of_inputs(self, batch, batch_idx):
+    x, y = batch
+    return self.loss(x + 0.2 * torch.randn_like(x) if self.training else x, y)
+
+
+def of_labels(self, batch, batch_idx):
+    x, y = batch
+    return self.loss(x, y + 0.3 * torch.randn_like(y) if self.training else y)
+
+
+def mixup(self, batch, batch_idx):
+    x, y = batch
+    share, order = torch.distributions.Beta(0.2, 0.2).sample(), torch.randperm(len(x))
+    return self.loss(share * x + (1 - share) * x[order], share * y + (1 - share) * y[order])
+
+
+def penalised(self, batch, batch_idx):
+    return self.loss(*batch) + (1e-3 * self.head.weight.square().sum() if self.training else 0)
+
+
+def with_warm_up(self, batch, batch_idx):
+    return self.loss(*batch) + 1e-3 * min(self.global_step / 600, 1) * self.head.weight.square().sum()
+
+
+def r_drop(self, batch, batch_idx):
+    x, y = batch
+    a, b = self(x), self(x)
+    return 0.5 * (F.mse_loss(a, y) + F.mse_loss(b, y)) + 0.1 * F.mse_loss(a, b)
+
+
+def after_transfer(self, batch, dataloader_idx):
+    return batch[0] + 0.2 * torch.randn_like(batch[0]), batch[1]
+
+
+def every_50th(self, batch, batch_idx):
+    return self.loss(*batch) * (2.0 if self.global_step % 50 == 0 else 1.0)
+
+
+def keeps_lists(self, batch, batch_idx):
+    loss = self.loss(*batch)
+    self.kept = [*getattr(self, "kept", []), loss]
+    self.last = loss  # hangs on a graph
+    self.log("epoch", float(self.trainer.current_epoch))
+    return {"loss": loss, "outputs": None}
+
+
+def functional(self, x):
+    return self.head(F.dropout(self.body[1](self.body[0](x)), 0.1, self.training))
+
+
+def stochastic_depth(self, x):
+    h = self.body[1](self.body[0](x))
+    keep = torch.rand(len(x), 1) > 0.1 if self.training else torch.ones(len(x), 1)
+    return self.head(h * keep / (0.9 if self.training else 1.0))
+
+
+def frozen_in_evaluation(self, *args, **kwargs):
+    self.body.eval()
+
+
+def one_cycle(self):
+    optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=700)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def groups(self):
+    return torch.optim.SGD([{"params": self.body.parameters(), "lr": 0.2}, {"params": self.head.parameters()}], lr=0.5)
+
+
+def adamw(self):
+    return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def rmsprop(self):
+    return torch.optim.RMSprop(self.parameters(), lr=2e-4)
+
+
+def sampled(sampler):
+    return lambda: loader(shuffle=False, sampler=sampler(data()))
+
+
+def still():
+    return Digits(dropout=0.0, lr=0.1)
+
+
+class SignDescent(torch.optim.SGD):
+    """A rule of one's own."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad.sign())
+        return loss
+
+
+def sign_descent(self):
+    return SignDescent(self.parameters(), lr=2e-4)
+
+
+class Normed(Digits):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Dropout(0.1))
+
+
+FOLLOWED = {
+    "dropout alone": {},
+    "momentum, decay": {"make": lambda: Digits(momentum=0.9, lr=0.05, weight_decay=1e-3)},
+    "noise on inputs in the data set": {"loaders": lambda: loader(NoisyData())},
+    "noise on labels in the data set": {"loaders": lambda: loader(NoisyData(labels=True))},
+    "noise on inputs after transfer": {"make": changed(on_after_batch_transfer=after_transfer)},
+    "noise on inputs in the step": {"make": changed(training_step=of_inputs)},
+    "noise on labels in the step": {"make": changed(training_step=of_labels)},
+    "mixup": {"make": changed(training_step=mixup)},
+    "a subset of the data": {"loaders": sampled(lambda d: SubsetRandomSampler(range(50)))},
+    "weighted samples": {"loaders": sampled(lambda d: WeightedRandomSampler(torch.arange(1.0, 101), 100))},
+    "samples twice": {"loaders": sampled(lambda d: RandomSampler(d, replacement=True))},
+    "limited batches": {"options": {"limit_train_batches": 3}},
+    "overfitted batches": {"options": {"overfit_batches": 3}},
+    "accumulation": {"options": {"accumulate_grad_batches": 2}},
+    "one cycle with cycled momentum": {"make": changed(configure_optimizers=one_cycle)},
+    "clipping by the trainer": {"options": {"gradient_clip_val": 0.1}},
+    "clipping by value": {"options": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}},
+    "parameter groups": {"make": changed(configure_optimizers=groups)},
+    "adamw": {"make": changed(configure_optimizers=adamw)},
+    "rmsprop": {"make": changed(configure_optimizers=rmsprop)},
+    "an optimizer of one's own": {"make": changed(configure_optimizers=sign_descent)},
+    "functional dropout": {"make": changed(forward=functional)},
+    "stochastic depth": {"make": changed(forward=stochastic_depth)},
+    "a part in evaluation mode": {"make": changed(on_train_batch_start=frozen_in_evaluation, training_step=of_inputs)},
+    "a penalty under self.training": {"make": changed(training_step=penalised)},
+    "a penalty that is warmed up": {"make": changed(training_step=with_warm_up)},
+    "r-drop": {"make": changed(training_step=r_drop)},
+    "another loss at every 50th step": {"make": changed(training_step=every_50th)},
+    "lists and graphs that are kept": {"make": changed(training_step=keeps_lists)},
+    "batch normalisation": {"make": Normed},
+    "bf16": {"options": {"precision": "bf16-mixed"}},
+    "float64": {"options": {"precision": "64-true"}},
+    # with small steps: at larger ones fluctuations of the run add a drift that a path without them does not have
+    "injected input noise": {"make": still, "callbacks": [lambda: InjectNoise(InputNoise(0.1))]},
+    "injected weight noise": {"make": still, "callbacks": [lambda: InjectNoise(DropConnect(0.05))]},
+    "transient noise": {"make": still, "callbacks": [lambda: InjectNoise(AntiCorrelated(0.01))]},
+    "two injections": {
+        "make": still,
+        "callbacks": [lambda: InjectNoise(InputNoise(0.05)), lambda: InjectNoise(DropConnect(0.05))],
+    },
+}
+
+
+def run(case, *, watch=True, **more):
+    options = case.get("options", {}) | more
+    loaders = case["loaders"]() if "loaders" in case else None
+    callbacks = [make() for make in case.get("callbacks", ())]
+    return fit(case.get("make", Digits)(), *callbacks, loaders=loaders, watch=watch, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_habits_that_are_followed(name):
+    """Replayed to rounding, and right: direction at the ceiling, speed 1. And the training is the one without it."""
+    coupled, weights = run(FOLLOWED[name])
+    window, speed = coupled.window, coupled.window.speed
+    ceiling = noise_ceiling_of(window.cosines(relative=False))
+    worst = max(each.error for each in coupled.replays)
+    print(
+        f"{name}: rho {worst:.1e}, cosine {speed.cosine:.3f} of {ceiling:.3f}, speed {speed.ratio.mean:.3f}, ", end=""
+    )
+    print(f"baseline {window.baseline_cosine:.3f}, noise ratio {window.noise.ratio.mean:.3f}")
+    assert len(coupled.replays) > 15
+    assert all(each.passed for each in coupled.replays)
+    assert worst < 1e-5
+    assert max(coupled.moved) == 0.0
+    assert speed.cosine > 0.9 * ceiling
+    assert abs(speed.ratio.mean - 1) < 0.15
+    assert torch.equal(weights, run(FOLLOWED[name], watch=False)[1])
+
+
+# --- habits that are found out ---------------------------------------------------------------------------------------
+
+
+def clips_in_a_hook(self):
+    nn.utils.clip_grad_norm_(self.parameters(), 0.02)
+
+
+def noise_on_gradients(self):
+    for p in self.parameters():
+        p.grad.add_(0.01 * torch.randn_like(p))
+
+
+def projects(self, *args, **kwargs):
+    with torch.no_grad():
+        self.head.weight.clamp_(-0.05, 0.05)
+
+
+def schedules_dropout(self, *args, **kwargs):
+    self.body[2].p = 0.05 + 0.0002 * self.global_step
+
+
+def own_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+    self.clip_gradients(optimizer, gradient_clip_val=0.02, gradient_clip_algorithm="norm")
+
+
+class Ema(L.Callback):
+    """Lookahead: every tenth step the weights go half of the way back."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step % 10 == 0:
+            now = [p.detach().clone() for p in pl_module.parameters()]
+            with torch.no_grad():
+                for p, slow in zip(pl_module.parameters(), getattr(self, "slow", now), strict=True):
+                    p.lerp_(slow, 0.5)
+            self.slow = [p.detach().clone() for p in pl_module.parameters()]
+
+
+FOUND_OUT = {
+    "clipping in a hook": {"make": changed(on_after_backward=clips_in_a_hook)},
+    "noise on gradients in a hook": {"make": changed(on_after_backward=noise_on_gradients)},
+    "a projection after the step": {"make": changed(on_train_batch_end=projects)},
+    "a scheduled dropout rate": {"make": changed(on_train_batch_start=schedules_dropout)},
+    "clipping of one's own": {"make": changed(configure_gradient_clipping=own_clipping)},
+    "lookahead": {"callbacks": [Ema]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FOUND_OUT)
+def test_habits_that_are_found_out(name):
+    """A replay fails, or the weights were moved between two steps; the training goes on as without it."""
+    coupled, weights = run(FOUND_OUT[name])
+    failed = [each.error for each in coupled.replays if not each.passed]
+    print(f"{name}: {len(failed)} of {len(coupled.replays)} replays failed, moved {max(coupled.moved):.2g}")
+    assert failed or max(coupled.moved) > 1e-4
+    assert torch.equal(weights, run(FOUND_OUT[name], watch=False)[1])
+
+
+def needs_a_strategy(self, batch, batch_idx):
+    return self.loss(*batch) / self.trainer.strategy.root_device.index
+
+
+def test_what_a_copy_cannot_have_is_said():
+    model = changed(training_step=needs_a_strategy)()
+    optimizer = model.configure_optimizers()
+    path = make_twin(model, optimizer)
+    batch = data()[:4]
+    step = Step.of(model, optimizer, [MicroBatch((batch, 0), {}, {"global_step": 0}, RandomState.now())])
+    with pytest.raises(
+        AttributeError, match=r"trainer\.strategy is not available to a training step that runs on a copy"
+    ):
+        path.descend(TrainingStepGradient(), step, [0])
+
+
+def test_a_copy_keeps_nothing_and_logs_nothing():
+    """What training_step appends, logs and keeps is put back; data sets are shared."""
+    model = changed(training_step=keeps_lists)()
+    model.data = data()
+    optimizer = model.configure_optimizers()
+    path = make_twin(model, optimizer)
+    values = {"global_step": 0, "current_epoch": 3}
+    step = Step.of(model, optimizer, [MicroBatch((data()[:4], 0), {}, values, RandomState.now())])
+    before = model.head.weight.detach().clone()
+    for _ in range(3):
+        path.descend(TrainingStepGradient(), step, [0])
+    assert not hasattr(path.module, "kept")
+    assert path.module.data is model.data
+    assert torch.equal(model.head.weight, before)
+    assert not torch.equal(path.module.head.weight, before)
+    assert model._trainer is None
+
+
+def test_the_wrapper_is_taken_off_again():
+    model = Digits()
+    coupled, _ = fit(model, steps=12, start=4)
+    assert "training_step" not in vars(model)
+    assert len(coupled.moved) == 8

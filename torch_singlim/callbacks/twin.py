@@ -1,0 +1,262 @@
+"""Copies of a LightningModule whose training_step runs beside the training, and changes nothing of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from torch_singlim.callbacks.detect import BatchToProblem, as_pair
+from torch_singlim.callbacks.injection import Injection
+from torch_singlim.measure.paths import Before, Path, Step
+from torch_singlim.network import RandomState, noise_off
+from torch_singlim.noise import NoiseSystem
+
+__all__ = [
+    "InjectionOf",
+    "MicroBatch",
+    "StandIn",
+    "TrainingStepGradient",
+    "copy_batch",
+    "make_twin",
+    "trainer_values",
+]
+
+# what a training step may read of its trainer: as it was when the run made that step
+_READ = (
+    "global_step",
+    "current_epoch",
+    "max_epochs",
+    "max_steps",
+    "num_training_batches",
+    "accumulate_grad_batches",
+    "log_every_n_steps",
+    "world_size",
+    "global_rank",
+    "local_rank",
+    "node_rank",
+    "num_devices",
+    "is_global_zero",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "training",
+    "validating",
+    "sanity_checking",
+    "fast_dev_run",
+)
+
+
+def trainer_values(trainer: Trainer) -> dict[str, Any]:
+    """What a training step may read of its trainer, at present."""
+    return {name: getattr(trainer, name) for name in _READ if hasattr(trainer, name)}
+
+
+class StandIn:
+    """Stands where a copy of a module looks for its trainer: some values can be read, nothing can be changed.
+
+    Args:
+        values: name -> value, as they were when the run made the step.
+        optimizer: the copy's own.
+        datamodule: the run's.
+
+    >>> StandIn({"global_step": 3}).global_step
+    3
+    >>> StandIn({}).strategy
+    Traceback (most recent call last):
+    ...
+    AttributeError: trainer.strategy is not available to a training step that runs on a copy of the module
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        optimizer: torch.optim.Optimizer | None = None,
+        datamodule: LightningDataModule | None = None,
+    ) -> None:
+        self.optimizers = [] if optimizer is None else [optimizer]
+        self.datamodule, self.logger, self.loggers = datamodule, DummyLogger(), [DummyLogger()]
+        self.callback_metrics: dict[str, Any] = {}
+        self.logged_metrics: dict[str, Any] = {}
+        vars(self).update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"trainer.{name} is not available to a training step that runs on a copy of the module")
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """What a copy logs."""
+
+
+def _data_sets(module: nn.Module) -> list[object]:
+    """Data sets and loaders that a module keeps, which are not copied."""
+    kept = [value for part in module.modules() for value in vars(part).values()]
+    return [each for each in kept if isinstance(each, Dataset | DataLoader | LightningDataModule)]
+
+
+def make_twin(module: LightningModule, optimizer: torch.optim.Optimizer) -> Path:
+    """A copy of a module in training, with its optimizer, whose training_step can be called.
+
+    Data sets are shared. Hooks are kept; what they do outside the module they do for the copy, too.
+    """
+    path = Path(module, optimizer, shared=_data_sets(module))
+    twin = path.module
+    vars(twin).pop("training_step", None)  # one that was put on the instance belongs to the run
+    for part in twin.modules():
+        if isinstance(part, LightningModule):
+            part.log = part.log_dict = _ignore  # type: ignore[method-assign]
+    return path
+
+
+def copy_batch(batch: Any) -> Any:
+    """The same containers with copies of the tensors."""
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the run's training_step was called with.
+
+    Args:
+        args: its arguments, their tensors copied.
+        kwargs: likewise.
+        trainer: what it may have read of its trainer.
+        random: the global random state at the call.
+        etas: of each injection that was at work, for each of its parts.
+        transients: of each injection, the transient perturbation before the optimizer step and after it.
+    """
+
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: Mapping[str, Any] = field(repr=False)
+    trainer: Mapping[str, Any] = field(repr=False)
+    random: RandomState = field(repr=False)
+    etas: tuple[tuple[Tensor, ...], ...] = field(default=(), repr=False)
+    transients: tuple[tuple[Tensor | None, Tensor | None], ...] = field(default=(), repr=False)
+
+
+@contextmanager
+def _plain_attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Lists, dictionaries and other attributes that a training step keeps on the module are put back."""
+    owned = ("_parameters", "_buffers", "_modules")
+
+    def shallow(value: Any) -> Any:
+        return copy.copy(value) if isinstance(value, list | dict | set) else value
+
+    before = [(part, {k: shallow(v) for k, v in vars(part).items() if k not in owned}) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, kept in before:
+            for name in vars(part).keys() - kept.keys() - set(owned):
+                del vars(part)[name]
+            vars(part).update(kept)
+
+
+@dataclass(frozen=True)
+class InjectionOf:
+    """One injection of the run, as paths make it.
+
+    Args:
+        noise: the system.
+        num_outputs: C, where it needs it.
+        batch_to_problem: a batch -> (inputs, targets).
+        indices: positions of its weights among the path's parameters.
+    """
+
+    noise: NoiseSystem
+    num_outputs: int
+    batch_to_problem: BatchToProblem | None
+    indices: tuple[int, ...]
+
+    def on(self, path: Path, *, transient_in_forward: bool) -> Injection:
+        """The injection on a path's weights."""
+        parameters = [path.parameters[i] for i in self.indices]
+        return Injection(self.noise, parameters, self.num_outputs, transient_in_forward=transient_in_forward)
+
+
+class TrainingStepGradient:
+    """The gradient of a LightningModule's own training_step on a path.
+
+    Args:
+        context: makes that under which the trainer's precision runs a training step.
+        datamodule: the run's.
+        injections: what the run's callbacks inject.
+    """
+
+    def __init__(
+        self,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        *,
+        datamodule: LightningDataModule | None = None,
+        injections: Sequence[InjectionOf] = (),
+    ) -> None:
+        self._context = context
+        self.datamodule, self.injections = datamodule, tuple(injections)
+
+    def _backward(self, path: Path, step: Step, batch: MicroBatch, args: tuple[Any, ...]) -> None:
+        module = path.module
+        assert isinstance(module, LightningModule)
+        module._trainer = StandIn(batch.trainer, path.optimizer, self.datamodule)  # type: ignore[assignment]
+        with torch.enable_grad():
+            with self._context(), _plain_attributes_restored(module):
+                out = module.training_step(*args, **batch.kwargs)
+            loss = out.get("loss") if isinstance(out, Mapping) else out
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"training_step returned no loss on a copy of the module, but {type(out).__name__}")
+            (loss * step.share).backward()
+
+    def _accumulate(self, path: Path, step: Step, seed: int) -> None:
+        """One draw of all the noise, from a seed; the weights are those of the recursion."""
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        injections = [each.on(path, transient_in_forward=True) for each in self.injections]
+        shared: list[dict[int, Tensor]] = [{} for _ in injections]
+        for batch in step.batches:
+            args = copy_batch(batch.args)
+            for own, injection, drawn in zip(self.injections, injections, shared, strict=True):
+                x, y = as_pair(args[0], own.batch_to_problem)
+                etas = injection.draw(x, drawn, generator=generator, per_sample=generator)
+                injection.perturb(x, y, etas)
+            self._backward(path, step, batch, args)
+            for injection in reversed(injections):
+                injection.put_weights_back()
+        for injection, drawn in zip(injections, shared, strict=True):
+            injection.correct_gradients(drawn)
+
+    def noisy(self, path: Path, step: Step, seed: int) -> None:
+        """With noise drawn from this seed."""
+        self._accumulate(path, step, seed)
+
+    def quiet(self, path: Path, step: Step) -> None:
+        """With the noise off: nothing is injected, and every layer but normalisation is in evaluation mode."""
+        with noise_off(path.module):
+            for batch in step.batches:
+                self._backward(path, step, batch, copy_batch(batch.args))
+
+    def again(self, path: Path, step: Step, before: Before) -> None:
+        """With the random numbers that the run had, injected noise included."""
+        injections = [each.on(path, transient_in_forward=False) for each in self.injections]
+        shared: list[dict[int, Tensor]] = [{} for _ in injections]
+        for batch in step.batches:
+            args = copy_batch(batch.args)
+            for k, (own, injection) in enumerate(zip(self.injections, injections, strict=True)):
+                x, y = as_pair(args[0], own.batch_to_problem)
+                etas = batch.etas[k]
+                shared[k] |= {j: eta for j, eta in enumerate(etas) if not injection.forward[j].per_sample}
+                injection.perturb(x, y, etas)
+            batch.random.restore()
+            self._backward(path, step, batch, args)
+            for injection in reversed(injections):
+                injection.put_weights_back()
+        transients = step.batches[-1].transients
+        for injection, drawn, (old, new) in zip(injections, shared, transients, strict=True):
+            injection.correct_gradients(drawn)
+            injection.exchange_transient(old, new)

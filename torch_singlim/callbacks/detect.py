@@ -1,4 +1,4 @@
-"""The samples and the loss of a Trainer's training, detected without asking the user."""
+"""Detect the samples and the loss of a Trainer's training."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ BatchToProblem = Callable[[Any], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples that are measured, and how many the training set has (None: a stream, not known).
+    """The samples that are measured, and the size of the training set (None: a stream of unknown length).
 
-    `batch` gives some of them as a training step sees them.
+    `batch` returns a slice of them in the form in which a training step gets a batch.
     """
 
     inputs: Tensor
@@ -84,15 +84,15 @@ def _train_loader(trainer: Trainer) -> DataLoader:
 
 
 def read_samples(trainer: Trainer, num_samples: int, *, batch_to_problem: BatchToProblem | None = None) -> Samples:
-    """The first `num_samples` training samples, collated as the loader collates them.
+    """The first `num_samples` training samples, collated in the way of the loader.
 
     Args:
         trainer: with its train loader.
-        num_samples: at most so many; of an iterable dataset the first that it gives.
-        batch_to_problem: a batch -> (inputs ``[n, ...]``, targets ``[n, ...]``), where batches are something else.
+        num_samples: maximum number of samples.
+        batch_to_problem: a batch -> (inputs ``[n, ...]``, targets ``[n, ...]``), for batches of another form.
 
     Raises:
-        ValueError: no such loader, batches that are not (inputs, targets), an empty dataset, or items that change
+        ValueError: not one DataLoader, batches that are not (inputs, targets), an empty dataset, or items that change
             when they are read again (random augmentation).
     """
     loader = _train_loader(trainer)
@@ -119,7 +119,7 @@ def read_samples(trainer: Trainer, num_samples: int, *, batch_to_problem: BatchT
 
 
 def as_pair(batch: Any, batch_to_problem: BatchToProblem | None) -> tuple[Tensor, Tensor]:
-    """(inputs, targets) of a batch; ValueError where it is something else."""
+    """(inputs, targets) of a batch; ValueError if the batch has another form."""
     pair = batch if batch_to_problem is None else batch_to_problem(batch)
     if isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(each, Tensor) for each in pair):
         return pair[0], pair[1]
@@ -127,21 +127,21 @@ def as_pair(batch: Any, batch_to_problem: BatchToProblem | None) -> tuple[Tensor
     if batch_to_problem is not None:
         raise ValueError(f"batch_to_problem must return (inputs, targets), two tensors, got {got}")
     raise ValueError(
-        f"batches must be (inputs, targets), two tensors, got {got}; say how to read them: "
-        "batch_to_problem=function, of SingularLimitMonitor and of InjectNoise; a monitor takes the samples, too: "
+        f"batches must be (inputs, targets), two tensors, got {got}; pass a function that reads them, "
+        "batch_to_problem=function, to SingularLimitMonitor and to InjectNoise, or pass the samples to the monitor: "
         "data=(inputs, targets)"
     )
 
 
 def given_samples(trainer: Trainer, inputs: Tensor, targets: Tensor) -> Samples:
-    """The samples that were passed; a subset, where the training set is known to be larger."""
+    """The samples that were passed; they are a subset if the training set is known to be larger."""
     dataset = getattr(trainer.train_dataloader, "dataset", None)
     size = len(dataset) if isinstance(dataset, Sized) else 0
     return Samples(inputs, targets, max(size, len(inputs)), lambda part: (inputs[part], targets[part]))
 
 
 def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.dtype) -> list[float] | None:
-    """What training_step of an evaluation-mode copy returns on each batch; None where it needs a running trainer."""
+    """The loss that training_step of a copy in evaluation mode returns for each batch; None if the call fails."""
     twin: Any = in_precision(structural_copy(module), dtype).eval()
     twin.log = twin.log_dict = lambda *args, **kwargs: None  # a copy has no logger
     losses = []
@@ -152,13 +152,13 @@ def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.d
                 out = twin.training_step(batch, 0)
                 value = out["loss"] if isinstance(out, dict) else out
                 losses.append(float(value))
-    except Exception:  # a user's training step may need anything of a trainer; the caller says what to pass instead
+    except Exception:  # a training step may need a running trainer; the caller tells the user what to pass instead
         return None
     return losses
 
 
 def _as_targets(loss: SampleLoss, targets: Tensor, outputs: Tensor) -> Tensor:
-    """Targets as the loss takes them: class labels become one-hot where it is mse."""
+    """Targets in the form that the loss takes: class labels become one-hot for mse."""
     if isinstance(loss, MeanSquaredError) and not targets.is_floating_point() and targets.ndim == 1:
         classes = outputs.shape[1]
         if int(targets.min()) < 0 or int(targets.max()) >= classes:
@@ -171,7 +171,7 @@ def _as_targets(loss: SampleLoss, targets: Tensor, outputs: Tensor) -> Tensor:
 
 
 def _candidates(f: Tensor, targets: Tensor, value: float) -> list[SampleLoss]:
-    """Losses that could have given `value` on outputs f ``[n, C]``."""
+    """Losses that may have the value `value` at outputs f ``[n, C]``."""
     if targets.is_floating_point():
         if targets.reshape(len(targets), -1).shape != f.shape:
             return []
@@ -184,14 +184,14 @@ def _candidates(f: Tensor, targets: Tensor, value: float) -> list[SampleLoss]:
     if targets.ndim != 1 or int(targets.max()) >= f.shape[1] or int(targets.min()) < 0:
         return []
     hard, uniform = F.cross_entropy(f, targets.long()).item(), -F.log_softmax(f, 1).mean().item()
-    # the cross-entropy is linear in its label smoothing: one value tells it
+    # the cross-entropy is linear in its label smoothing, which one value therefore determines
     smoothing = round((value - hard) / (uniform - hard), 4) if uniform != hard else 0.0
     smoothed = [SoftCrossEntropy(smoothing)] if 0 < smoothing < 1 else []
     return [MeanSquaredError(), *smoothed, SoftCrossEntropy()]
 
 
 def _mean_loss(loss: SampleLoss, f: Tensor, targets: Tensor) -> float:
-    """The loss as training has it: with the infimum that `value` subtracts, and hard labels let through."""
+    """The training loss: with the infimum that `value` subtracts, and also for hard labels."""
     if loss == SoftCrossEntropy() and not targets.is_floating_point():
         return F.cross_entropy(f, targets.long()).item()
     y = loss.prepare(_as_targets(loss, targets, f), f)
@@ -200,19 +200,19 @@ def _mean_loss(loss: SampleLoss, f: Tensor, targets: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Trials:
-    """The loss of training_step on two small batches (None where it could not be run), and the outputs there."""
+    """The loss of training_step on two small batches (None if it could not be run), and the outputs there."""
 
     batches: list[tuple[Tensor, Tensor]]
     outputs: list[Tensor]
     losses: list[float] | None
 
     def fit(self, candidate: SampleLoss, which: int) -> tuple[float, float]:
-        """What a candidate gives on one of the batches, and what training_step gives."""
+        """The values of a candidate and of training_step on one of the batches."""
         assert self.losses is not None
         return _mean_loss(candidate, self.outputs[which], self.batches[which][1]), self.losses[which]
 
     def recognised(self) -> SampleLoss | None:
-        """The loss that agrees with training_step on both batches, if there is one."""
+        """The loss that agrees with training_step on both batches; None if there is none."""
         if self.losses is None:
             return None
 
@@ -228,7 +228,7 @@ def _close(value: float, target: float) -> bool:
 
 
 def _cast(data: Any, function: FunctionalModule) -> Any:
-    """Data on the function's device, in its precision, as Lightning hands it to a module of that precision."""
+    """Data on the function's device and in its precision, as Lightning passes it to a module of that precision."""
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(function.device, function.dtype if tensor.is_floating_point() else None)
@@ -239,7 +239,7 @@ def _cast(data: Any, function: FunctionalModule) -> Any:
 def _try_training_step(module: LightningModule, samples: Samples) -> _Trials:
     check_samples(samples.inputs, samples.targets)
     dtype = next((p.dtype for p in module.parameters() if p.requires_grad), torch.float32)
-    dtype = torch.promote_types(dtype, torch.float32)  # losses in half precision tell too little
+    dtype = torch.promote_types(dtype, torch.float32)  # losses in half precision are too inaccurate
     function = FunctionalModule(module, dtype=dtype)
     function.check_deterministic(_cast(samples.inputs[:2], function))
     half = min(max(len(samples.inputs) // 2, 1), 64)
@@ -253,9 +253,9 @@ def _try_training_step(module: LightningModule, samples: Samples) -> _Trials:
 
 
 def recognise_loss(module: LightningModule, samples: Samples) -> tuple[SampleLoss | None, int]:
-    """The loss of ``training_step``, recognised by its value (None: it was not), and the number of outputs C.
+    """The loss of ``training_step``, recognised by its value (None: not recognised), and the number of outputs C.
 
-    Hard labels with cross-entropy give ``SoftCrossEntropy()``.
+    For cross-entropy with hard labels this is ``SoftCrossEntropy()``.
     """
     trials = _try_training_step(module, samples)
     return trials.recognised(), trials.outputs[0].shape[1]
@@ -272,17 +272,17 @@ def detect_problem(
     step_ratios: Mapping[str, float],
     process_group: ProcessGroup,
 ) -> ZeroLossProblem:
-    """The zero-loss problem that this module trains, its loss checked against ``training_step`` on a few samples.
+    """The zero-loss problem of a module; the loss is checked against ``training_step`` on a few samples.
 
-    The loss is recognised by its value: mse (on targets as they are or one-hot), cross-entropy with soft targets, or
-    with any label smoothing, which two values determine. Cross-entropy on hard labels is no such problem, unless the
-    noise that is injected flips the labels: their mean is then label smoothing.
+    The loss is recognised by its value: mse (with the targets themselves or with one-hot targets), cross-entropy with
+    soft targets, or cross-entropy with any label smoothing. Cross-entropy with hard labels is not a zero-loss problem,
+    unless the injected noise flips the labels: the mean of the labels is then smoothed.
 
     Args:
-        module: what is trained.
-        samples: to measure.
-        loss: what ``training_step`` computes; None: it is recognised.
-        noise: what is injected, or given.
+        module: the module that is trained.
+        samples: the samples to measure.
+        loss: the loss that ``training_step`` computes; None: it is recognised.
+        noise: the noise that is injected, or given.
         dtype: see `ZeroLossProblem`.
         batch_size: see there.
         step_ratios: see there.
@@ -344,7 +344,7 @@ def find_problem(
     batch_size: int | None,
     step_ratios: Mapping[str, float],
 ) -> tuple[ZeroLossProblem | Reason, Reason | None]:
-    """The problem with its samples, or the reason why there is none; and, if it has a part of the samples, that.
+    """The problem, or the reason why there is none; and a reason if only a subset of the samples is measured.
 
     The arguments are those of the monitor.
     """
@@ -367,7 +367,7 @@ def find_problem(
             )
     except ValueError as error:
         return Code.NO_PROBLEM(why=str(error)), None
-    except Exception as error:  # data sets and modules may raise anything where they are used in another way
+    except Exception as error:  # data sets and modules may raise anything if they are used in an unexpected way
         _log.debug("samples and loss were not found", exc_info=error)
         return Code.NO_PROBLEM(why=f"samples and loss were not found: {type(error).__name__}: {error}"), None
     for warning in caught if trainer.is_global_zero else ():

@@ -18,27 +18,27 @@ __all__ = ["InjectNoise", "injected_noise"]
 
 
 class InjectNoise(Callback):
-    """Train under a noise system: the weights, batch or gradient of every step perturbed by its eta.
+    """Train with a noise system: its eta perturbs the weights, the batch or the gradient of every step.
 
         w <- w - alpha grad_w Lhat(w, eta)
 
-    Noise on the weights follows the chain rule: for `DropConnect` the gradient is that of w -> L(w * (1 + eta)).
-    eta is drawn once for an optimizer step, accumulated batches included, the same on all processes; or once for each
-    sample. Checkpoints hold the generators' state and the transient perturbation. The
-    `SingularLimitMonitor` beside it finds the noise and predicts from it.
+    Noise on the weights follows the chain rule: for `DropConnect` the gradient is that of w -> L(w * (1 + eta)). It is
+    drawn once for each optimizer step, including accumulated batches, and is the same on all processes; noise on
+    samples is drawn for each sample. Checkpoints contain the state of the generators and the transient perturbation. A
+    `SingularLimitMonitor` of the same trainer detects the noise and uses it for its prediction.
 
-    Weights are here the trainable parameters that the optimizer holds. The tensors that a training step sees are
-    perturbed for that step and put back after it.
+    The weights are the trainable parameters that the optimizer holds. Weights and batch are perturbed during a training
+    step only, and restored after it.
 
     Args:
-        noise: the system, or a sum. Dropout layers, minibatches and weight decay are in the training already.
-        batch_to_problem: a batch -> (inputs, targets), two of its own tensors, for batches of another form.
+        noise: the system, or a sum. Dropout layers, minibatches and weight decay are part of the training already.
+        batch_to_problem: a batch -> (inputs, targets), two tensors of the batch itself, for batches of another form.
         seed: of the noise.
 
     Raises:
-        ValueError: at the start of training, where the noise does not fit it: `LabelNoise` without floating point
-            targets and mse, `LabelFlips` without class labels and cross-entropy, a custom noise with
-            Lhat(w, 0) != L(w), manual optimization, the same kind of noise twice.
+        ValueError: at the start of training, if the noise does not fit: `LabelNoise` without floating point targets and
+            mse, `LabelFlips` without class labels and cross-entropy, a custom noise with Lhat(w, 0) != L(w), manual
+            optimization, the same kind of noise twice.
 
     >>> from torch_singlim.noise import LabelNoise
     >>> InjectNoise(LabelNoise(std=0.1)).noise
@@ -51,14 +51,14 @@ class InjectNoise(Callback):
                 raise ValueError(f"{type(part).__name__} is not to be injected: {part.done_by}")
         self.noise, self.batch_to_problem = noise, batch_to_problem
         self.seed = seed
-        # one for what all processes draw alike, one for what each draws for its own samples
+        # the first generator draws the same noise on all processes, the second one the noise on this process's samples
         self._generator, self._own = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
         self.transient: Tensor | None = None
-        """The transient perturbation that is in the weights at present ``[P]``; None: there is none."""
+        """The transient perturbation that the weights contain at present ``[P]``; None: there is none."""
         self.injection: Injection | None = None
-        """What it does to the network in training."""
+        """Applies the noise to the network in training."""
         self.etas: list[Tensor] = []
-        """Of the batch in progress, for each part that enters the loss."""
+        """The noise of the batch in progress, for each part that enters the loss."""
         self._rank = 0
         self._shared: dict[int, Tensor] = {}  # part -> eta of the optimizer step in progress
 
@@ -78,14 +78,14 @@ class InjectNoise(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._generator.set_state(state_dict["generator"])
-        if self._rank == 0:  # whose state it is; the others begin anew, still independent
+        if self._rank == 0:  # the checkpoint has the state of the first process; the others start new sequences
             self._own.set_state(state_dict["own"])
         self.transient = state_dict["transient"]
 
     # --- set-up ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Every fit starts the noise anew; a checkpoint is loaded after this."""
+        """Reset the noise at the start of every fit; a checkpoint is loaded after this."""
         if stage != "fit":
             return
         self._rank = trainer.global_rank
@@ -114,7 +114,7 @@ class InjectNoise(Callback):
             self._check_quiet(self.injection, samples.inputs[:2], samples.targets[:2])
 
     def _check_quiet(self, injection: Injection, x: Tensor, y: Tensor) -> None:
-        """Without noise nothing is perturbed; a custom noise uses the loss once, so that it can be injected."""
+        """Check that eta = 0 perturbs nothing, and that a custom noise evaluates the loss once."""
         system = injection.system
         w = torch.cat([p.detach().reshape(-1) for p in injection.parameters])
         x, y = x.to(w.device), y.to(w.device)
@@ -131,7 +131,7 @@ class InjectNoise(Callback):
     # --- one step --------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Perturb what this training step will see."""
+        """Perturb weights and batch for this training step."""
         assert self.injection is not None
         x, y = as_pair(batch, self.batch_to_problem)
         if self.batch_to_problem is not None:
@@ -139,21 +139,21 @@ class InjectNoise(Callback):
             apply_to_collection(batch, Tensor, lambda tensor: held.append(id(tensor)))
             if not {id(x), id(y)} <= set(held):
                 raise ValueError(
-                    "InjectNoise perturbs the batch's own tensors, and batch_to_problem returned others: return "
-                    "tensors of the batch as they are, and let the dataset do what is done to them"
+                    "InjectNoise perturbs the batch's own tensors, but batch_to_problem returned others: return "
+                    "tensors of the batch unchanged, and transform them in the dataset"
                 )
         self.etas = self.injection.draw(x, self._shared, generator=self._generator, per_sample=self._own)
         self.injection.perturb(x, y, self.etas)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The gradient has been taken: the weights are themselves again."""
-        # in the reverse order of their swaps, whichever callback is called first
+        """Restore the weights: the gradient has been computed."""
+        # in the reverse order of the perturbations, whichever callback is called first
         for each in reversed(_injectors(trainer)):
             if each.injection is not None:
                 each.injection.put_weights_back()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Apply the chain rule of w -> w', add the noise's own terms; exchange the transient perturbation."""
+        """Apply the chain rule of w -> w', add the gradient of additive terms, exchange the transient perturbation."""
         assert self.injection is not None
         self.injection.correct_gradients(self._shared)
         transient = self.injection.draw_transient(self._generator)
@@ -164,17 +164,17 @@ class InjectNoise(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The batch is itself again; so are the weights where the step was skipped."""
+        """Restore the batch, and also the weights if the step was skipped."""
         for each in reversed(_injectors(trainer)):
             each.put_back()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no perturbed weights behind."""
+        """Restore weights and batch."""
         for each in reversed(_injectors(trainer)):
             each.put_back()
 
     def put_back(self) -> None:
-        """Weights and batch are themselves again."""
+        """Restore weights and batch."""
         if self.injection is not None:
             self.injection.put_batch_back()
             self.injection.put_weights_back()
@@ -185,7 +185,7 @@ def _injectors(trainer: Trainer) -> list[InjectNoise]:
 
 
 def injected_noise(trainer: Trainer) -> NoiseSystem | None:
-    """The sum of what the trainer's `InjectNoise` callbacks inject; None without any.
+    """The sum of the noises that the trainer's `InjectNoise` callbacks inject; None if there are none.
 
     Args:
         trainer: with its callbacks.

@@ -1,4 +1,4 @@
-"""What an injected noise does to the tensors of one network and its batches, for draws that are given."""
+"""Apply an injected noise to the tensors of one network and its batches, for given draws."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ StepNoise = dict[int, Tensor]
 
 @dataclass
 class _Space:
-    """What there is to perturb in one training step."""
+    """The quantities that can be perturbed in one training step."""
 
     num_weights: int
     num_outputs: int
@@ -34,16 +34,16 @@ class Injection:
 
         w <- w - alpha grad_w Lhat(w, eta)
 
-    Noise on the weights follows the chain rule: for `DropConnect` the gradient is that of w -> L(w * (1 + eta)). The
-    tensors that a training step sees hold other numbers while it runs; nothing is written to their memory, which others
-    may share.
+    Noise on the weights follows the chain rule: for `DropConnect` the gradient is that of w -> L(w * (1 + eta)). During
+    a training step, the tensors of weights and batch have other data; their memory, which may be shared, is not
+    written to.
 
     Args:
         noise: the system.
         parameters: the weights.
-        num_outputs: C, where the noise needs it; else 0.
-        transient_in_forward: whether a transient perturbation enters as L(w + xi), so that the weights are those of the
-            recursion; else they have xi in them, and `exchange_transient` moves them.
+        num_outputs: C if the noise needs it; else 0.
+        transient_in_forward: a transient perturbation enters as L(w + xi), so that the parameters are the weights of
+            the recursion; otherwise the parameters contain xi, and `exchange_transient` changes them.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class Injection:
         self.parameters, self.num_outputs = list(parameters), num_outputs
         self.forward = tuple(part for part in parts(noise) if transient_in_forward or not part.transient)
         self.transients = tuple(part for part in parts(noise) if part.transient and not transient_in_forward)
-        # what enters through the arguments of the loss: all but new labels
+        # the parts that enter through the arguments of the loss: all but those that redraw labels
         self.system = Sum(tuple(part for part in self.forward if not part.relabels))
-        self._batch: list[tuple[Tensor, Tensor]] = []  # tensor, what it holds otherwise
+        self._batch: list[tuple[Tensor, Tensor]] = []  # tensor, its data without perturbation
         self._weights: list[tuple[Tensor, Tensor]] = []
 
     # --- draws -----------------------------------------------------------------------------------------------------
 
     def space(self, x: Tensor) -> _Space:
-        """What there is to perturb with a batch of inputs x."""
+        """The quantities that can be perturbed, for a batch of inputs x."""
         first = self.parameters[0]
         count = sum(p.numel() for p in self.parameters)
         return _Space(count, self.num_outputs, x.shape[1:], first.dtype, first.device)
@@ -73,13 +73,13 @@ class Injection:
     def draw(
         self, x: Tensor, shared: StepNoise, *, generator: torch.Generator, per_sample: torch.Generator
     ) -> list[Tensor]:
-        """eta for each part: of this batch, or of the optimizer step that it belongs to.
+        """eta for each part, either of this batch, or of the optimizer step that the batch belongs to.
 
         Args:
             x: inputs of the batch.
-            shared: eta of this optimizer step so far; what is drawn for the step is added.
-            generator: of what is drawn once for a step.
-            per_sample: of what is drawn for each sample.
+            shared: the eta of this optimizer step that were drawn so far; new ones are added.
+            generator: of noise that is drawn once for a step.
+            per_sample: generator of noise that is drawn for each sample.
         """
         space, etas = self.space(x), []
         for i, part in enumerate(self.forward):
@@ -95,7 +95,7 @@ class Injection:
     # --- one batch -------------------------------------------------------------------------------------------------
 
     def perturb(self, x: Tensor, y: Tensor, etas: Sequence[Tensor]) -> None:
-        """Weights, inputs and targets hold what the noisy loss sees, until they are put back."""
+        """Replace the data of weights, inputs and targets by the perturbed ones, until they are restored."""
         with torch.no_grad():
             w = torch.cat([p.reshape(-1) for p in self.parameters])
             targets = y
@@ -112,21 +112,21 @@ class Injection:
                 self._swap(self._batch, y, shifted)
 
     def put_weights_back(self) -> None:
-        """The weights are themselves again."""
+        """Restore the weights."""
         self._put_back(self._weights)
 
     def put_batch_back(self) -> None:
-        """The batch is itself again."""
+        """Restore the batch."""
         self._put_back(self._batch)
 
     def unperturbed(self) -> Mapping[int, Tensor]:
-        """id of each tensor that is perturbed at present -> what it holds otherwise."""
+        """id of each tensor that is perturbed at present -> its data without perturbation."""
         return {id(tensor): truth for tensor, truth in (*self._weights, *self._batch)}
 
     # --- one optimizer step ----------------------------------------------------------------------------------------
 
     def correct_gradients(self, shared: StepNoise) -> None:
-        """Apply the chain rule of w -> w' to the gradients, and add those of the noise's own terms."""
+        """Apply the chain rule of w -> w' to the gradients, and add the gradients of additive terms."""
         through = tuple(part for part in parts(self.system) if not part.per_sample)
         if not through:
             return
@@ -138,14 +138,14 @@ class Injection:
             p.grad = piece.clone()
 
     def draw_transient(self, generator: torch.Generator) -> Tensor | None:
-        """The next transient perturbation ``[P]``; None where the noise has none."""
+        """The next transient perturbation ``[P]``; None if the noise has none."""
         for part in self.transients:
             (eta,) = draw_noise(part, self.space(torch.zeros(1, 1)), 1, generator=generator)
             return eta
         return None
 
     def exchange_transient(self, old: Tensor | None, new: Tensor | None) -> None:
-        """w += xi_{k+1} - xi_k; the step that follows subtracts alpha grad L(w_k)."""
+        """w += xi_{k+1} - xi_k; the optimizer step after this subtracts alpha grad L(w_k)."""
         if new is None:
             return
         change = new if old is None else new - old.to(new)
@@ -181,7 +181,7 @@ def _grad(p: nn.Parameter) -> Tensor:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What a noisy loss does to the arguments of the loss: Lhat(w, eta) = factor * L(w', x', y' + shift) + rest."""
+    """The arguments of the loss within the noisy loss: Lhat(w, eta) = factor * L(w', x', y' + shift) + rest."""
 
     weights: Tensor
     inputs: Tensor
@@ -192,7 +192,7 @@ class Perturbation:
 
     @classmethod
     def of(cls, system: NoiseSystem, w: Tensor, x: Tensor, y: Tensor, etas: Sequence[Tensor]) -> Perturbation:
-        """Read off from one call, with a stand-in for the loss that notes its arguments."""
+        """From one call of the noisy loss, with a function instead of the loss that records its arguments."""
         calls: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         with torch.enable_grad():
             value = w.new_zeros((), requires_grad=True)

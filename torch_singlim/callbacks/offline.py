@@ -24,12 +24,12 @@ __all__ = ["CheckpointMeasurements", "measure_checkpoints"]
 
 @dataclass(frozen=True)
 class CheckpointMeasurements:
-    """What was measured on the checkpoints of a run.
+    """The results of measurements on the checkpoints of a run.
 
     Args:
-        history: step -> tag -> value, as a monitor's.
-        reasons: why the rest was not.
-        verdict: all of it in words.
+        history: step -> tag -> value, like a monitor's `history`.
+        reasons: why something is not measured or not predicted.
+        verdict: all of this in words.
     """
 
     history: Mapping[int, Mapping[str, float]]
@@ -51,27 +51,28 @@ def measure_checkpoints(
     dtype: Literal["float64", "float32"] = "float64",
     seed: int = 0,
 ) -> CheckpointMeasurements:
-    """Distance at each checkpoint, displacement from one to the next, and what theory predicts for these steps.
+    """The distance at each checkpoint, the displacement from one to the next, and the prediction for these steps.
 
-    The `SingularLimitMonitor`'s measurements, by the same engine; the module is put back as it was. Learning rate,
-    momentum and weight decay are those in the checkpoint; between two the later one's. The prediction takes all the
-    steps between two checkpoints: choose them as far apart as a window may be.
+    These are the measurements of a `SingularLimitMonitor`, by the same engine. The module's weights are restored at the
+    end. Learning rate, momentum and weight decay are read from the checkpoints; for the steps between two checkpoints
+    those of the later one are used. A prediction covers all steps between two checkpoints, so that these should be no
+    further apart than the length of a window.
 
     Args:
-        module: of the class that was trained; each checkpoint is loaded into it.
+        module: a module of the class that was trained; each checkpoint is loaded into it.
         data: all samples that were trained on, (inputs, targets).
         checkpoints: files that Lightning wrote, in any order.
         batch_size: samples of one optimizer step; None: all.
-        loss: what ``training_step`` computes, if it is not recognised.
-        noise: what was injected besides the module's dropout layers and the weight decay.
-        num_draws: as the monitor's, and so are the others.
+        loss: the loss that ``training_step`` computes, if it is not recognised.
+        noise: the noise that was injected, besides the module's dropout layers and the weight decay.
+        num_draws: see `SingularLimitMonitor`.
         relaxed_after: see there.
         replicas: see there.
         dtype: see there.
         seed: see there.
 
     Raises:
-        ValueError: no checkpoint, one that cannot be read or is of another module, two of one step.
+        ValueError: no checkpoints, one that cannot be read or belongs to another module, two of the same step.
     """
     states = sorted(((_read(Path(path)), Path(path)) for path in checkpoints), key=lambda pair: pair[0]["global_step"])
     if not states:
@@ -127,14 +128,14 @@ def _engine(
     schedule: Schedule,
     seed: int,
 ) -> Engine:
-    """The engine for the run that the first checkpoint is of."""
+    """The engine for the run of the first checkpoint."""
     training = training_of(problem, given=None, weight_decay=first.weight_decay, injected=noise, reasons=first.reasons)
     return Engine(problem, training, options, schedule, Budget(None), torch.Generator().manual_seed(seed))
 
 
 @contextmanager
 def _restored(module: LightningModule) -> Iterator[None]:
-    """The module's weights and buffers are put back at the end."""
+    """Restore the module's weights and buffers at the end."""
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     try:
         yield
@@ -143,12 +144,12 @@ def _restored(module: LightningModule) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, tensors and numbers alone."""
+    """The content of a checkpoint, if it consists of tensors and plain values."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"no checkpoint {path}") from error
-    except Exception as error:  # whatever a damaged file makes of unpickling
+    except Exception as error:  # unpickling a damaged file may raise anything
         raise ValueError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
     if not isinstance(state, dict) or not {"state_dict", "global_step"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of Lightning: it has no state_dict and global_step")
@@ -156,7 +157,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _load(module: LightningModule, state: dict[str, Any], path: Path) -> None:
-    """A checkpoint's weights and buffers into the module."""
+    """Load the weights and buffers of a checkpoint into the module."""
     try:
         module.load_state_dict(state["state_dict"])
     except RuntimeError as error:

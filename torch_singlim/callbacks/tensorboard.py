@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a monitor: a layout of charts, cards, figures, hyperparameters."""
+"""A monitor in TensorBoard: the layout of charts, cards, figures, hyperparameters."""
 
 from __future__ import annotations
 
@@ -57,22 +57,22 @@ Layout = dict[str, dict[str, Chart]]
 
 
 def writers(trainer: Trainer) -> Iterator[SummaryWriter]:
-    """The trainer's TensorBoard writers, on the process that writes."""
+    """The trainer's TensorBoard writers; none on processes other than the first."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if isinstance(logger, TensorBoardLogger):
             yield logger.experiment
 
 
 def has_board(trainer: Trainer) -> bool:
-    """Whether the trainer logs to TensorBoard, asked on any process."""
+    """Whether the trainer logs to TensorBoard; the same on all processes."""
     return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
 
 
 def layout(monitors: Mapping[str, frozenset[Need]]) -> Layout:
-    """The charts of all monitors: group -> title with unit -> what is drawn.
+    """The charts of all monitors: group -> title with unit -> type of chart and tags.
 
     Args:
-        monitors: name of each -> what its series can count on.
+        monitors: name of each -> the conditions of series that are fulfilled.
 
     >>> layout({"singlim": frozenset()})["Distance"]["Excess loss [loss]"]
     ['Multiline', ['^singlim/excess_loss$']]
@@ -88,7 +88,7 @@ def layout(monitors: Mapping[str, frozenset[Need]]) -> Layout:
 
 
 def _charts(name: str, tags: Sequence[Tag], expected: frozenset[Need]) -> dict[str, Chart]:
-    """The charts of one group whose series can be expected."""
+    """The charts of one group, without those whose series will not be logged."""
     there = [tag for tag in tags if tag.needs <= expected]
     charts: dict[str, Chart] = {}
     for title in dict.fromkeys(tag.chart for tag in there if tag.chart):
@@ -101,11 +101,11 @@ def _charts(name: str, tags: Sequence[Tag], expected: frozenset[Need]) -> dict[s
 
 
 def settings(engine: Engine, snapshot: Snapshot, *, window: int) -> dict[str, str | float]:
-    """What was found of network, loss, data, noise and optimizer, and the time scales that follow, in steps.
+    """What was detected of network, loss, data, noise and optimizer, and the resulting time scales in steps.
 
     Args:
-        engine: at the first snapshot.
-        snapshot: the first.
+        engine: after the first snapshot was measured.
+        snapshot: the first one.
         window: steps over which drift is measured.
     """
     problem, noise, sgd = engine.problem, engine.noise, snapshot.sgd
@@ -133,7 +133,7 @@ def settings(engine: Engine, snapshot: Snapshot, *, window: int) -> dict[str, st
 
 
 def card(settings: Mapping[str, str | float], reasons: Sequence[Reason]) -> str:
-    """What was found at the start, as markdown.
+    """What was detected at the start, as markdown.
 
     >>> print(card({"weights": 10}, []))
     | found | |
@@ -152,7 +152,7 @@ class Spectrum:
 
     Args:
         eigenvalues: descending  ``[rank]``.
-        level: from which a mode counts as relaxed; infinite: none does; None: not known.
+        level: from which on a mode counts as relaxed; infinite: none does; None: unknown.
         step: of the measurement.
     """
 
@@ -162,7 +162,7 @@ class Spectrum:
 
     @classmethod
     def of(cls, distance: DistanceMeasurement, sgd: SGDSettings | None, relaxed_after: float) -> Spectrum:
-        """From a distance measurement; by products, where H is not decomposed."""
+        """From a measurement of the distance; by products if H is not decomposed."""
         step, level = distance.step, None
         if sgd is not None:
             level = relaxation_level(sgd.effective_lr, step, relaxed_after)
@@ -170,7 +170,7 @@ class Spectrum:
 
 
 def figures(history: History, window: Window | None, spectrum: Spectrum | None) -> dict[str, Figure]:
-    """Name -> figure, of what there is to draw so far."""
+    """Name -> figure, for what was measured so far."""
     drawn = {"1_time_scales": time_scales_figure(history)}
     if window is not None and window.comparisons:
         drawn |= {"2_agreement": agreement_figure(history), "3_speed": speed_figure({"": history})}
@@ -182,7 +182,7 @@ def figures(history: History, window: Window | None, spectrum: Spectrum | None) 
 
 
 def draw(trainer: Trainer, name: str, engine: Engine, sgd: SGDSettings | None) -> None:
-    """Write the figures of a monitor of this name; every process takes part in what they are drawn of."""
+    """Write the figures of the monitor with this name; every process takes part in computing what they show."""
     seen = engine.last_distance
     spectrum = None if seen is None else Spectrum.of(seen, sgd, engine.options.relaxed_after)
     for writer in writers(trainer):
@@ -199,15 +199,15 @@ def open_board(
     first: bool,
     complete: bool,
 ) -> None:
-    """Write the card of what a monitor found, the run's hyperparameters, the layout of the charts.
+    """Write the card of what a monitor detected, the run's hyperparameters and the layout of the charts.
 
     Args:
         trainer: with its loggers.
         name: of the monitor.
-        running: the engines of all monitors that have begun.
-        found: its settings.
-        first: whether it is the trainer's first, which writes the hyperparameters.
-        complete: whether all have begun: the charts can be laid out.
+        running: the engines of all monitors that have started.
+        found: settings of the monitor's training.
+        first: whether this is the trainer's first monitor, which writes the hyperparameters.
+        complete: whether all monitors have started, so that the layout of the charts can be written.
     """
     for writer in writers(trainer):
         if first and not module_hyperparameters(trainer):
@@ -218,24 +218,24 @@ def open_board(
 
 
 def module_hyperparameters(trainer: Trainer) -> dict[str, Any]:
-    """Those that module and data module have saved, which Lightning logs when training starts; empty: none."""
+    """Hyperparameters that module and data module have saved, which Lightning logs at the start; empty: none."""
     holders = (trainer.lightning_module, getattr(trainer, "datamodule", None))
     saved = [each.hparams_initial for each in holders if each is not None and each._log_hyperparams]
     return {key: value for each in saved for key, value in each.items() if key != "_class_path"}
 
 
 def begin_hyperparameters(writer: SummaryWriter, settings: Mapping[str, Any], names: Sequence[str]) -> None:
-    """The run as a row of the HPARAMS tab: its settings, and which tags it is judged by, once they are logged.
+    """Write the run as a row of the HPARAMS tab: its settings, and the tags that will be its metrics.
 
-    TensorBoard takes the first such record of a run alone, and Lightning writes one for a module with hyperparameters.
+    TensorBoard reads only the first such record of a run, and Lightning writes one for a module with hyperparameters.
     """
     plain = {key: value for key, value in settings.items() if isinstance(value, bool | str | float | int)}
-    # the names count, no value is kept
+    # only the names matter, the values are not used
     metrics = {f"{name}/{tag.name}": 0.0 for name in names for tag in shown_in(Place.FINAL)}
     for summary in hparams(plain, metrics)[:2]:
         writer._get_file_writer().add_summary(summary)
 
 
 def end_hyperparameters(writer: SummaryWriter) -> None:
-    """The run is finished: its metrics are the last values that were logged."""
+    """Mark the run as finished: its metrics are the last values that were logged."""
     writer._get_file_writer().add_summary(hparams({}, {})[2])

@@ -24,7 +24,7 @@ from torch_singlim.theory import (
     simulate,
 )
 
-__all__ = ["compare_window"]
+__all__ = ["compare_window", "unusable"]
 
 # optimizer steps up to which unit-step integration costs less than long steps with their error estimate
 _SHORT = 200
@@ -134,7 +134,7 @@ def compare_window(
         stop,
         measured,
         comparisons,
-        reason=_unusable(drift, start, stop),
+        reason=unusable(drift, start, stop),
         scatter=jackknife(path, list(drift.path)),
         noise_ratio=noise_ratio(runs, drift.displacement, baseline),
         noise_share=compare(drift.displacement, baseline).residual,
@@ -154,7 +154,7 @@ def _against_limit(forecast: Forecast, measured: Tensor, steps: int) -> tuple[Co
     return Comparison(predicted, agreement), Spread(agreement.measured, along)
 
 
-def _unusable(prediction: WindowPrediction, start: int, stop: int) -> Reason | None:
+def unusable(prediction: WindowPrediction, start: int, stop: int) -> Reason | None:
     """Why a prediction is not given, where it was tried in vain."""
     size, off = torch.linalg.vector_norm(prediction.displacement).item(), prediction.error
     if math.hypot(off, prediction.stderr) > _BLIND * size and off > 0:

@@ -16,6 +16,7 @@ from torch_singlim import (
     LabelNoise,
     Langevin,
     Minibatch,
+    NoiseSystem,
     SGDSettings,
     ZeroLossProblem,
     degeneracy,
@@ -23,7 +24,6 @@ from torch_singlim import (
     singular_limit,
     tangent_space,
 )
-from torch_singlim.theory import NoiseSystem
 
 CASES = ["tanh_scalar", "gelu_vector", "tanh_smoothed_ce"]
 DTYPE = torch.float64
@@ -50,13 +50,13 @@ def test_geometry(name):
     reference, problem, w = load(name)
     torch.testing.assert_close(problem.weights(), w, rtol=0, atol=0)
     assert problem.loss(w).item() == pytest.approx(reference["loss"], rel=1e-8)
-    foot = nearest_point(problem, w, rtol=1e-9)
-    assert foot.converged
-    assert foot.linearised_distance == pytest.approx(reference["linearised_distance"], rel=1e-8)
-    assert foot.distance == pytest.approx(reference["nearest_distance"], rel=1e-8)
+    nearest = nearest_point(problem, w, rtol=1e-9)
+    assert nearest.converged
+    assert nearest.linearised_distance == pytest.approx(reference["linearised_distance"], rel=1e-8)
+    assert nearest.distance == pytest.approx(reference["nearest_distance"], rel=1e-8)
     point = torch.tensor(reference["nearest_point"], dtype=DTYPE)
-    torch.testing.assert_close(foot.point, point, rtol=0, atol=1e-6)
-    T = tangent_space(problem, foot.point)
+    torch.testing.assert_close(nearest.point, point, rtol=0, atol=1e-6)
+    T = tangent_space(problem, nearest.point)
     spectrum = torch.tensor(reference["nonzero_eigenvalues_at_nearest"], dtype=DTYPE).flip(0)
     assert (T.rank, problem.num_weights) == (reference["rank"], reference["num_parameters"])
     torch.testing.assert_close(T.spectrum(), spectrum, rtol=1e-6, atol=0)

@@ -23,10 +23,13 @@ from torch_singlim import (
     WeightDecay,
     ZeroLossProblem,
     degeneracy,
+    gauss_newton,
+    linearize,
     singular_limit,
 )
-from torch_singlim.network.functional import FunctionalModule
-from torch_singlim.theory import draw_noise, noisy_loss, potential, time_scale
+from torch_singlim.network import FunctionalModule
+from torch_singlim.noise import draw_noise, noisy_loss
+from torch_singlim.theory import potential, time_scale, with_measured_order
 from torch_singlim.theory.gradient_noise import gradient_noise, noise_factor, output_noise
 
 SMOOTHING = 0.2
@@ -143,13 +146,13 @@ def test_covariances_in_closed_form_are_the_generic_ones(batch):
         )
     flips, v = smoothed()
     F = noise_factor(LabelFlips(SMOOTHING), flips, v, batch_size=batch)
-    B = flips.linearize(v).operator
+    B = linearize(flips, v).operator
     H = torch.stack([B.rmatvec(B.matvec(e)) for e in torch.eye(len(v), dtype=DTYPE)])
     torch.testing.assert_close(F.T @ F, H / batch, atol=1e-12, rtol=0)
     for noise in (Dropout(), InputNoise(0.3)):
         F = noise_factor(noise, problem, w, batch_size=batch)
         G = torch.block_diag(*output_noise(noise, problem, w)) / batch
-        B = torch.stack([problem.linearize(w).operator.rmatvec(e) for e in torch.eye(len(G), dtype=DTYPE)])
+        B = torch.stack([linearize(problem, w).operator.rmatvec(e) for e in torch.eye(len(G), dtype=DTYPE)])
         torch.testing.assert_close(F.T @ F, B.T @ G @ B, atol=1e-12, rtol=0)
     for noise in (DropConnect(0.3), AntiCorrelated(0.3)):  # H (sigma w)^2 H and sigma^2 H^2
         F = noise_factor(noise, problem, w, batch_size=batch)
@@ -183,8 +186,8 @@ def test_a_users_own_noise_gives_what_the_named_system_gives(name, kind):
     assert torch.linalg.vector_norm(found.drift - expected.drift) <= 1e-8 * size + 1e-16
     assert found.diffusion == pytest.approx(expected.diffusion, abs=1e-20)
     assert found.mean_offset_norm == pytest.approx(expected.mean_offset_norm, rel=1e-8, abs=1e-12)
-    if kind == "anti_correlated":  # the function does not tell that the weights carry xi: r sigma^2 more
-        rank = dense.problem.gauss_newton(w).rank
+    if kind == "anti_correlated":  # the function does not say that xi is among the weights: r sigma^2 more
+        rank = gauss_newton(dense.problem, w).rank
         assert found.normal_variance.mean == pytest.approx(expected.normal_variance.mean - rank * 0.09, rel=1e-8)
     else:
         assert found.normal_variance.mean == pytest.approx(expected.normal_variance.mean, rel=1e-8, abs=1e-20)
@@ -205,7 +208,7 @@ def test_an_anisotropic_noise_of_order_two_against_the_dense_formula():
     assert limit.diffusion == pytest.approx(0.02**2 * torch.trace(kernel.T @ S @ kernel).item() / kernel.shape[1])
 
 
-def test_a_measured_order_carries_its_standard_error():
+def test_a_measured_order_has_its_standard_error():
     dense, w = make("two_layers")
     P = len(w)
     generator = torch.Generator().manual_seed(0)
@@ -214,32 +217,24 @@ def test_a_measured_order_carries_its_standard_error():
     assert (exact.order, exact.resolved, exact.tangential.stderr) == (1, True, 0.0)
     assert 0 < many.tangential.stderr < few.tangential.stderr
     assert abs(many.tangential.mean - exact.tangential.mean) < 4 * many.tangential.stderr
-    # too few draws to tell is said, not decided
+    # too few draws are reported, and decide nothing
     assert not few.resolved
     # and more are taken until it is clear
     own = CustomNoise(CUSTOM["drop_connect"][1], std=0.3)
     assert singular_limit(dense.problem, w, own, SGDSettings(lr=0.1), num_draws=4, generator=generator).order == 1
 
 
-def test_an_order_that_no_draws_tell_is_refused(monkeypatch):
-    monkeypatch.setattr("torch_singlim.theory.order._MOST_DRAWS", 4)
+def test_an_order_that_no_draws_decide_is_refused():
     dense, w = make("two_layers")
-    own = CustomNoise(CUSTOM["drop_connect"][1], std=0.3)
+    own, generator = CustomNoise(CUSTOM["drop_connect"][1], std=0.3), torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match=r"4 draws do not tell the order.*raise num_draws"):
-        singular_limit(
-            dense.problem,
-            w,
-            own,
-            SGDSettings(lr=0.1),
-            num_draws=4,
-            generator=torch.Generator().manual_seed(0),
-        )
+        with_measured_order(own, dense.problem, w, num_draws=4, most_draws=4, generator=generator)
     assert degeneracy(dense.problem, w, Minibatch()).order is None
 
 
 def test_sampled_gradient_noise_agrees_with_the_basis():
     dense, w = make("two_layers")
-    hessian = dense.problem.gauss_newton(w)
+    hessian = gauss_newton(dense.problem, w)
     generator = torch.Generator().manual_seed(0)
     exact = gradient_noise(DropConnect(0.3), dense.problem, w, batch_size=2, num_draws=1000)
     sampled = gradient_noise(DropConnect(0.3), dense.problem, w, batch_size=2, num_draws=40, generator=generator)

@@ -14,8 +14,8 @@ from torch_singlim import (
     Langevin,
     Minibatch,
     ZeroLossProblem,
-    functional,
 )
+from torch_singlim.network.layers import DecomposedLayerNorm
 from torch_singlim.theory import check_derivatives, potential
 from torch_singlim.theory.derivatives import _central, _mismatch
 
@@ -84,20 +84,21 @@ def test_a_kink_close_by_spoils_nothing():
     assert _mismatch(torch.tensor([-1.1], dtype=torch.float64), difference, 1e-9) > 0.05
 
 
-def test_a_wrong_layer_among_in_place_ones_is_refused(monkeypatch):
-    monkeypatch.setattr(functional, "_DecomposedLayerNorm", lambda layer: layer)
+class Fused(nn.LayerNorm):
+    """As it is in torch: of the class itself a copy made of elementary operations is evaluated."""
+
+
+def test_a_wrong_layer_among_in_place_ones_is_refused():
     torch.manual_seed(0)
     before = nn.Sequential(nn.Linear(6, 8), nn.SiLU(inplace=True), nn.Dropout(0.2), nn.Linear(8, 8))
-    net = nn.Sequential(*before, nn.LayerNorm(8), nn.ELU(inplace=True), nn.Linear(8, 2))
-    with pytest.raises(ValueError, match="is LayerNorm"):
+    net = nn.Sequential(*before, Fused(8), nn.ELU(inplace=True), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="is Fused"):
         check_derivatives(ZeroLossProblem(net, "mse", torch.randn(3, 6), torch.randn(3, 2)), Dropout())
 
 
-def test_a_fused_layer_norm_is_refused_by_name(monkeypatch):
-    """Without its decomposition torch's LayerNorm is there as it is."""
-    monkeypatch.setattr(functional, "_DecomposedLayerNorm", lambda layer: layer)
-    with pytest.raises(ValueError, match=r"torch differentiates this network wrongly.*is LayerNorm: replace it"):
-        check_derivatives(flat(nn.LayerNorm(8)), Dropout())
+def test_a_fused_layer_norm_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"torch differentiates this network wrongly.*is Fused: replace it"):
+        check_derivatives(flat(Fused(8)), Dropout())
 
 
 def test_a_fused_function_is_refused():
@@ -151,7 +152,7 @@ def test_the_decomposed_layer_norm_is_the_layer(affine):
     if affine:
         nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
     x = torch.randn(5, 3, 4, 8, dtype=DTYPE)
-    torch.testing.assert_close(functional._DecomposedLayerNorm(layer)(x), layer(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(DecomposedLayerNorm(layer)(x), layer(x), rtol=1e-12, atol=1e-12)
 
 
 def test_the_guard_leaves_everything_alone():

@@ -1,13 +1,25 @@
 """(1/2) D^2 Phi[Sigma]: against the dense formula, against differences of the gradient flow's limit, closed forms."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.problems import DTYPE, NAMES, chain, make
-from torch_singlim import LabelFlips, LabelNoise, Langevin, SGDSettings, ZeroLossProblem, singular_limit
-from torch_singlim.theory import Covariance, covariance_potential, ito_drift
+from torch_singlim import (
+    LabelFlips,
+    LabelNoise,
+    Langevin,
+    SGDSettings,
+    ZeroLossProblem,
+    gauss_newton,
+    linearize,
+    singular_limit,
+)
+from torch_singlim.linalg import CholeskyFactored
+from torch_singlim.noise import Covariance
+from torch_singlim.theory import covariance_potential, ito_drift
 from torch_singlim.theory.second_order import log_pseudo_determinant, trace
 
 
@@ -51,7 +63,7 @@ def test_general_term_against_the_dense_formula(name):
     dense, w = make(name)
     F = factors(dense)
     truth = dense_ito(dense, w, F.T @ F)
-    ours = ito_drift(dense.problem, w, F, dense.problem.gauss_newton(w))
+    ours = ito_drift(dense.problem, w, F, gauss_newton(dense.problem, w))
     assert torch.linalg.vector_norm(ours - truth) < 1e-8 * torch.linalg.vector_norm(truth)
 
 
@@ -64,7 +76,7 @@ def test_general_term_against_differences_of_the_gradient_flow(name, step, time)
     ends = flow_limit(dense, torch.cat([w + h * F, w - h * F, w[None]]), step, time)
     forth, back, at = ends[:2], ends[2:4], ends[4]
     truth = 0.5 * (forth - 2 * at + back).sum(0) / h**2
-    ours = ito_drift(dense.problem, w, F, dense.problem.gauss_newton(w))
+    ours = ito_drift(dense.problem, w, F, gauss_newton(dense.problem, w))
     assert torch.linalg.vector_norm(ours - truth) < 1e-3 * torch.linalg.vector_norm(truth)
 
 
@@ -73,7 +85,7 @@ def test_closed_forms_are_the_general_term(name):
     """Sigma = H has -grad tr H / 4, Sigma = I has -grad log pdet H / 4, along Gamma."""
     dense, w = make(name)
     problem = dense.problem
-    hessian = problem.gauss_newton(w)
+    hessian = gauss_newton(problem, w)
     # F with F^T F = H, and the identity
     root = torch.stack([hessian.operator.rmatvec(e) for e in torch.eye(problem.num_residuals, dtype=DTYPE)])
     for covariance, factor in ((Covariance(hessian=1.0), root), (Covariance(identity=1.0), torch.eye(len(w)).to(w))):
@@ -92,7 +104,7 @@ def test_gradients_of_trace_and_log_pseudo_determinant(name):
     """Against differences of the dense values; tr H along Gamma alone, log pdet H with its normal part."""
     dense, w = make(name)
     problem = dense.problem
-    rank = problem.gauss_newton(w).rank
+    rank = gauss_newton(problem, w).rank
 
     def values(v):
         spectrum = torch.linalg.eigvalsh(dense.gauss_newton(v))[-rank:]
@@ -106,10 +118,10 @@ def test_gradients_of_trace_and_log_pseudo_determinant(name):
         ]
     ).T
     tr = trace(problem, w, num_draws=1000)
-    logs = log_pseudo_determinant(problem, w, problem.gauss_newton(w), num_draws=1000)
+    logs = log_pseudo_determinant(problem, w, gauss_newton(problem, w), num_draws=1000)
     for found, value in zip((tr, logs), values(w), strict=True):
         assert found.value.mean == pytest.approx(value.item(), rel=1e-9)
-    along = problem.gauss_newton(w).project_kernel
+    along = gauss_newton(problem, w).project_kernel
     for error, size in ((along(tr.gradient.mean - slopes[0]), slopes[0]), (logs.gradient.mean - slopes[1], slopes[1])):
         assert torch.linalg.vector_norm(error) < 1e-6 * torch.linalg.vector_norm(size)
 
@@ -120,7 +132,7 @@ def test_sampled_potentials_are_unbiased_and_their_error_is_honest(which):
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=DTYPE)
     problem = ZeroLossProblem(net, "mse", x, net.eval()(x).detach())
     w, generator = problem.weights(), torch.Generator().manual_seed(0)
-    hessian = problem.gauss_newton(w)
+    hessian = gauss_newton(problem, w)
 
     def estimate(draws):
         if which == "trace":
@@ -137,13 +149,14 @@ def test_sampled_potentials_are_unbiased_and_their_error_is_honest(which):
 
 
 @pytest.mark.parametrize("cheap", [True, False])
-def test_krylov_gives_the_same_potential_and_refuses_the_dense_term(cheap, monkeypatch):
-    monkeypatch.setattr("torch_singlim.network.problem.worth_factoring", lambda problem: cheap)
+def test_krylov_gives_the_same_potential_and_refuses_the_dense_term(cheap):
     dense, w = make("two_layers")
     problem = dense.problem
-    krylov = problem.gauss_newton(w, max_dense=0, rtol=1e-12)
+    at = replace(linearize(problem, w), cheap_gram=cheap)
+    krylov = gauss_newton(problem, w, at=at, max_dense=0, rtol=1e-12)
+    assert isinstance(krylov, CholeskyFactored) == cheap
     for covariance in (Covariance(hessian=1.0), Covariance(identity=1.0)):
-        exact = covariance_potential(covariance, problem, w, problem.gauss_newton(w), num_draws=1000)
+        exact = covariance_potential(covariance, problem, w, gauss_newton(problem, w), num_draws=1000)
         other = covariance_potential(covariance, problem, w, krylov, num_draws=1000)
         assert other.value.mean == pytest.approx(exact.value.mean, rel=1e-6)
         torch.testing.assert_close(other.gradient.mean, exact.gradient.mean, rtol=0, atol=1e-6)
@@ -162,7 +175,7 @@ def test_order_two_settings_enter_as_the_formulas_say():
     assert label.time_scale == pytest.approx(1 / (0.02**2 * 0.09))
     langevin = singular_limit(problem, w, Langevin(0.3), sgd, num_draws=1000)
     assert langevin.diffusion == pytest.approx((0.02 * 0.3) ** 2)
-    assert langevin.dimension == len(w) - problem.gauss_newton(w).rank
+    assert langevin.dimension == len(w) - gauss_newton(problem, w).rank
     assert langevin.spread(100) == pytest.approx(math.sqrt(100 * langevin.diffusion * langevin.dimension))
     both = singular_limit(problem, w, LabelNoise(0.3) + Langevin(0.3), sgd, num_draws=1000)
     torch.testing.assert_close(both.drift, label.drift + langevin.drift)

@@ -1,4 +1,4 @@
-"""The descent settings against torch.optim.SGD."""
+"""The settings of SGD against torch.optim.SGD."""
 
 import pytest
 import torch

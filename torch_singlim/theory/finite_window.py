@@ -41,6 +41,7 @@ class _SubStep:
         origin: the starting point  ``[P]``.
         descent: u.
         length: h.
+        size: norm of u(h).
         sampled: norm of the sampling error of u(h).
         local: estimated norm of the integration error of u(h).
         gradients: number of gradients over all samples that were computed.
@@ -50,6 +51,7 @@ class _SubStep:
     origin: Tensor = field(repr=False)
     descent: LinearDescent = field(repr=False)
     length: float
+    size: float = 0.0
     sampled: float = 0.0
     local: float = 0.0
     gradients: float = 0.0
@@ -82,8 +84,8 @@ def _sub_step(effective: EffectiveLoss, at: Tensor, last: _SubStep, h: float, st
     local = descent_norm(B, bend.sub_(B.normal_product(2 * (at - middle) + u)), time=h) / 6
     # two products for the offset and the bend, three gradients for the bend, two short Lanczos runs
     cost = cost + descent.products + 2 + 3 + 2 * 3.5
-    finite = math.isfinite(torch.linalg.vector_norm(u).item() + local)
-    return _SubStep(at, descent, h, sampled, local, cost, finite)
+    size = torch.linalg.vector_norm(u).item()
+    return _SubStep(at, descent, h, size, sampled, local, cost, math.isfinite(size + local))
 
 
 def finite_window(
@@ -162,18 +164,17 @@ def finite_window(
 
     # to begin with, a sub-step of length 0, linearised about w itself
     mean, cost = _block_mean(effective, at, strata())
-    descent = linear_descent(linearize(problem, at).operator, mean, time=h / 2, rtol=_KRYLOV)
-    last = _SubStep(at, descent, 0.0)
-    gradients += cost + descent.products
+    last = _SubStep(at, linear_descent(linearize(problem, at).operator, mean, time=h / 2, rtol=_KRYLOV), 0.0)
+    gradients += cost + last.descent.products
+    del mean
     while time < total * (1 - 1e-9):
         h = (total - time) / math.ceil((total - time) / h * (1 - 1e-9))  # avoids a short last sub-step
         step = _sub_step(effective, at, last, h, strata())
         gradients += step.gradients
         if not step.finite:
             return failed(Result.DIVERGED)
-        u = step.descent.at(h)
         # there is no use in an integration error far below the sampling error
-        allowed = max(rtol * torch.linalg.vector_norm(u).item(), step.sampled / 2)
+        allowed = max(rtol * step.size, step.sampled / 2)
         # the error is zero on Gamma without noise
         change = 0.9 * math.sqrt(allowed / step.local) if step.local > 0 else math.inf
         wanted = max(alpha, h * min(_GROW, max(_SHRINK, change)))
@@ -191,5 +192,5 @@ def finite_window(
                 path[i] = at + step.descent.at(since) - w
                 if lag:  # w = z + c v, and v = -(z_k - z_{k-1})/lr
                     path[i] -= lag / sgd.lr * (step.descent.at(since) - step.descent.at(since - min(alpha, since)))
-        last, at, time, h = step, at + u, time + h, wanted
+        last, at, time, h = step, at + step.descent.at(h), time + h, wanted
     return WindowPrediction(path, math.sqrt(variance), error, round(gradients), Result.SUCCESSFUL)

@@ -18,7 +18,6 @@ __all__ = ["Degeneracy", "degeneracy", "with_measured_order"]
 
 _SIGMAS = 4.0  # a tangential gradient longer than so many standard errors is not zero
 _NEGLIGIBLE = 0.05  # a tangential part that is certainly smaller than this share of |grad V| counts as zero
-_MOST_DRAWS = 1000  # the number of draws is increased until the order is decided, up to about this number
 _DRAWS = 4  # of the gradient noise, to find out whether it vanishes on Gamma
 
 
@@ -100,6 +99,7 @@ def with_measured_order(
     point: Tensor,
     *,
     num_draws: int = 64,
+    most_draws: int = 1000,
     hessian: FactoredOperator | None = None,
     generator: torch.Generator | None = None,
 ) -> NoiseSystem:
@@ -110,7 +110,8 @@ def with_measured_order(
         problem: loss and samples.
         point: weights on Gamma ``[P]``.
         num_draws: number of directions for the trace in V; if these do not decide, it is multiplied by four until they
-            do, up to about a thousand.
+            do.
+        most_draws: it is not increased from here on.
         hessian: ``gauss_newton(problem, point)``, if it was computed already.
         generator: of the directions.
 
@@ -124,7 +125,7 @@ def with_measured_order(
             return part
         draws = num_draws
         found = degeneracy(problem, point, part, num_draws=draws, hessian=hessian, generator=generator)
-        while not found.resolved and draws < _MOST_DRAWS:
+        while not found.resolved and draws < most_draws:
             draws *= 4
             found = degeneracy(problem, point, part, num_draws=draws, hessian=hessian, generator=generator)
         if not found.resolved:

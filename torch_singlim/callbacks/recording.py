@@ -1,4 +1,4 @@
-"""What each optimizer step of a run was: its micro-batches, settings, modes and random numbers."""
+"""Record each optimizer step of a run: its micro-batches, settings, modes and random numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Recorded", "StepRecording", "clip_of", "injections_of"]
 
 
 def clip_of(trainer: Trainer) -> Clip | None:
-    """What the trainer does to gradients before a step; None: nothing."""
+    """The gradient clipping of the trainer; None: there is none."""
     bound = trainer.gradient_clip_val
     if not bound:
         return None
@@ -35,7 +35,7 @@ def _injectors(trainer: Trainer) -> list[InjectNoise]:
 
 
 def injections_of(trainer: Trainer, parameters: Sequence[nn.Parameter]) -> list[InjectionOf]:
-    """What the trainer's callbacks inject, for paths whose parameters are in this order."""
+    """The noise that the trainer's callbacks inject, for paths whose parameters are in this order."""
     positions = {id(p): i for i, p in enumerate(parameters)}
     found = []
     for each in _injectors(trainer):
@@ -50,10 +50,10 @@ class Recorded:
     """One optimizer step of the run.
 
     Args:
-        step: as paths make it.
-        before: from before it, where that was to be kept.
-        after: the weights after it, transient perturbations included  ``[P]``.
-        moved: how far something else than the optimizer had moved the weights since the step before.
+        step: the step, for paths to repeat.
+        before: the state before the step; None unless it was to be kept.
+        after: the weights after the step, including transient perturbations  ``[P]``.
+        moved: how far the weights had been moved since the last step by anything other than the optimizer.
     """
 
     step: Step
@@ -63,11 +63,11 @@ class Recorded:
 
 
 class StepRecording:
-    """Wraps the module's training_step while a window is open, and keeps what it is called with.
+    """Wraps the module's training_step during a window, and records the arguments of its calls.
 
     Args:
         trainer: with its callbacks.
-        module: that it trains.
+        module: the module that is trained.
         optimizer: its optimizer.
     """
 
@@ -84,7 +84,7 @@ class StepRecording:
         self._last: list[Tensor] = []  # the weights after the last step
         self._moved = 0.0
         self.keep_before = False
-        """Whether all that the next step depends on is to be kept."""
+        """Whether the state before the next step is to be kept."""
 
     def install(self) -> None:
         """Wrap training_step on the instance."""
@@ -99,7 +99,7 @@ class StepRecording:
         self._module.training_step = training_step  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        """Take the wrapper off again."""
+        """Remove the wrapper."""
         if self._original is None:
             return
         if self._own:
@@ -110,7 +110,7 @@ class StepRecording:
         self._last = []
 
     def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what a call of training_step gets; the random state is left alone."""
+        """Record the arguments of a call of training_step, without changing the random state."""
         injectors = _injectors(self._trainer)
         truth: dict[int, Tensor] = {}
         for each in reversed(injectors):
@@ -138,12 +138,12 @@ class StepRecording:
         )
 
     def before_step(self) -> None:
-        """Take the settings that this optimizer step uses."""
+        """Record the settings of this optimizer step."""
         divisor = self._trainer.accumulate_grad_batches
         self._settings = Step.of(self._module, self._optimizer, (), divisor=divisor, clip=clip_of(self._trainer))
 
     def finish(self) -> Recorded | None:
-        """The step that the optimizer has made; None where nothing was recorded of it."""
+        """The step that the optimizer has made; None if nothing was recorded."""
         batches, settings, before = self._batches, self._settings, self._before
         self._batches, self._settings, self._before = [], None, None
         if not batches or settings is None:

@@ -1,4 +1,4 @@
-"""Copies of a LightningModule whose training_step runs beside the training, and changes nothing of it."""
+"""Copies of a LightningModule whose training_step can be called without changing the training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
     "trainer_values",
 ]
 
-# what a training step may read of its trainer: as it was when the run made that step
+# attributes of the trainer that a training step may read, with their values at that step of the run
 _READ = (
     "global_step",
     "current_epoch",
@@ -56,17 +56,17 @@ _READ = (
 
 
 def trainer_values(trainer: Trainer) -> dict[str, Any]:
-    """What a training step may read of its trainer, at present."""
+    """The present values of the trainer's attributes that a training step may read."""
     return {name: getattr(trainer, name) for name in _READ if hasattr(trainer, name)}
 
 
 class StandIn:
-    """Stands where a copy of a module looks for its trainer: some values can be read, nothing can be changed.
+    """Replaces the trainer of a copy of a module: some attributes can be read, nothing can be changed.
 
     Args:
-        values: name -> value, as they were when the run made the step.
-        optimizer: the copy's own.
-        datamodule: the run's.
+        values: name -> value at the step of the run.
+        optimizer: that of the copy.
+        datamodule: that of the run.
 
     >>> StandIn({"global_step": 3}).global_step
     3
@@ -93,23 +93,23 @@ class StandIn:
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """What a copy logs."""
+    """Replaces the logging methods of a copy."""
 
 
 def _data_sets(module: nn.Module) -> list[object]:
-    """Data sets and loaders that a module keeps, which are not copied."""
+    """Data sets and loaders that are attributes of a module; they are not copied."""
     kept = [value for part in module.modules() for value in vars(part).values()]
     return [each for each in kept if isinstance(each, Dataset | DataLoader | LightningDataModule)]
 
 
 def make_twin(module: LightningModule, optimizer: torch.optim.Optimizer) -> Path:
-    """A copy of a module in training, with its optimizer, whose training_step can be called.
+    """A copy of a module in training and its optimizer; the training_step of the copy can be called.
 
-    Data sets are shared. Hooks are kept; what they do outside the module they do for the copy, too.
+    Data sets are shared. Hooks are copied, so that their effects outside the module also occur for the copy.
     """
     path = Path(module, optimizer, shared=_data_sets(module))
     twin = path.module
-    vars(twin).pop("training_step", None)  # one that was put on the instance belongs to the run
+    vars(twin).pop("training_step", None)  # a function that was set on the instance belongs to the run
     for part in twin.modules():
         if isinstance(part, LightningModule):
             part.log = part.log_dict = _ignore  # type: ignore[method-assign]
@@ -123,15 +123,15 @@ def copy_batch(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What the run's training_step was called with.
+    """A call of the run's training_step.
 
     Args:
-        args: its arguments, their tensors copied.
-        kwargs: likewise.
-        trainer: what it may have read of its trainer.
+        args: positional arguments, with copies of the tensors.
+        kwargs: keyword arguments, with copies of the tensors.
+        trainer: values of the trainer's attributes that it may have read.
         random: the global random state at the call.
-        etas: of each injection that was at work, for each of its parts.
-        transients: of each injection, the transient perturbation before the optimizer step and after it.
+        etas: noise of each injection, for each of its parts.
+        transients: transient perturbation of each injection, before the optimizer step and after it.
     """
 
     args: tuple[Any, ...] = field(repr=False)
@@ -144,7 +144,7 @@ class MicroBatch:
 
 @contextmanager
 def _plain_attributes_restored(module: nn.Module) -> Iterator[None]:
-    """Lists, dictionaries and other attributes that a training step keeps on the module are put back."""
+    """Restore lists, dictionaries and other attributes of the module that a training step may change."""
     owned = ("_parameters", "_buffers", "_modules")
 
     def shallow(value: Any) -> Any:
@@ -162,13 +162,13 @@ def _plain_attributes_restored(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class InjectionOf:
-    """One injection of the run, as paths make it.
+    """One injection of the run, for use on paths.
 
     Args:
         noise: the system.
-        num_outputs: C, where it needs it.
+        num_outputs: C if the noise needs it.
         batch_to_problem: a batch -> (inputs, targets).
-        indices: positions of its weights among the path's parameters.
+        indices: positions of the injection's weights among the parameters of a path.
     """
 
     noise: NoiseSystem
@@ -177,7 +177,7 @@ class InjectionOf:
     indices: tuple[int, ...]
 
     def on(self, path: Path, *, transient_in_forward: bool) -> Injection:
-        """The injection on a path's weights."""
+        """The injection for the weights of a path."""
         parameters = [path.parameters[i] for i in self.indices]
         return Injection(self.noise, parameters, self.num_outputs, transient_in_forward=transient_in_forward)
 
@@ -186,9 +186,9 @@ class TrainingStepGradient:
     """The gradient of a LightningModule's own training_step on a path.
 
     Args:
-        context: makes that under which the trainer's precision runs a training step.
-        datamodule: the run's.
-        injections: what the run's callbacks inject.
+        context: returns the context in which the trainer's precision plugin runs a training step.
+        datamodule: that of the run.
+        injections: the noise that the run's callbacks inject.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class TrainingStepGradient:
             (loss * step.share).backward()
 
     def _accumulate(self, path: Path, step: Step, seed: int) -> None:
-        """One draw of all the noise, from a seed; the weights are those of the recursion."""
+        """The gradient with one draw of all noise, from a seed; the weights are those of the recursion."""
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         injections = [each.on(path, transient_in_forward=True) for each in self.injections]
@@ -236,13 +236,13 @@ class TrainingStepGradient:
         self._accumulate(path, step, seed)
 
     def quiet(self, path: Path, step: Step) -> None:
-        """With the noise off: nothing is injected, and every layer but normalisation is in evaluation mode."""
+        """Without noise: nothing is injected, and all layers except for normalisation are in evaluation mode."""
         with noise_off(path.module):
             for batch in step.batches:
                 self._backward(path, step, batch, copy_batch(batch.args))
 
     def again(self, path: Path, step: Step, before: Before) -> None:
-        """With the random numbers that the run had, injected noise included."""
+        """With the random numbers of the run, including injected noise."""
         injections = [each.on(path, transient_in_forward=False) for each in self.injections]
         shared: list[dict[int, Tensor]] = [{} for _ in injections]
         for batch in step.batches:

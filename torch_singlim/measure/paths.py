@@ -1,12 +1,12 @@
-"""Other paths beside a training, from the same weights, on the very batches that it uses; and replays of its steps.
+"""Paths that start at the weights of a training and use the same batches; and replays of single steps of the training.
 
-    run        w <- w - alpha M grad Lhat(w; batch, eta)              what is trained, never touched
-    baseline   n <- n - alpha M grad L(n; batch)                      the noise switched off
-    averaged   a <- a - alpha M E_eta grad Lhat(a; batch, eta)        m fresh draws a step
-    replica    r <- r - alpha M grad Lhat(r; batch, eta')             noise of its own
+    run        w <- w - alpha M grad Lhat(w; batch, eta)              the training itself, which is not changed
+    baseline   n <- n - alpha M grad L(n; batch)                      the noise is switched off
+    averaged   a <- a - alpha M E_eta grad Lhat(a; batch, eta)        the mean over m new draws in each step
+    replica    r <- r - alpha M grad Lhat(r; batch, eta')             with independent noise
 
-M is the optimizer's own rule, with momentum and other state of each path's own. A replay makes one step of the run
-again, from its weights, its state and its random numbers: where the result differs, paths do not follow this training.
+M stands for the optimizer's rule; each path has momentum and other state of its own. A replay repeats one step of the
+run, from the same weights, state and random numbers: if the result differs, paths cannot reproduce this training.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ __all__ = [
 
 # loss of one micro-batch on a copy of the module
 Loss = Callable[[nn.Module, Any], Tensor]
-# what is done to the gradients of parameters between backward and step, in place
+# changes the gradients of parameters between backward and step, in place
 Clip = Callable[[list[nn.Parameter]], object]
 
-# a replay passes within this share of the step, and so many roundings of the weights
+# tolerance of a replay: a share of the step, and a multiple of the rounding error of the weights
 _REPLAY_RTOL, _ROUNDINGS = 1e-3, 4.0
-# an update counts as affine in the gradient up to this
+# relative tolerance for an update to count as affine in the gradient
 _AFFINE = 1e-5
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step of the run, as far as paths make it, too.
+    """One optimizer step of the run, with everything that paths need to make it, too.
 
     Args:
         batches: its micro-batches, in order.
@@ -74,18 +74,18 @@ class Step:
         divisor: int | None = None,
         clip: Clip | None = None,
     ) -> Step:
-        """From a module and an optimizer that are about to make it."""
+        """The step that a module and an optimizer are about to make."""
         groups = tuple({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups)
         return cls(tuple(batches), groups, tuple(part.training for part in module.modules()), divisor, clip)
 
     @property
     def share(self) -> float:
-        """Of each micro-batch's loss in the step's."""
+        """The factor of each micro-batch's loss in the loss of the step."""
         return 1 / (self.divisor or len(self.batches))
 
 
 def held_by(tensor: Tensor, truth: Mapping[int, Tensor]) -> Tensor:
-    """What a tensor holds outside a training step: what `truth` has under its id, or what it holds."""
+    """The data of a tensor without perturbation: those in `truth` under its id, if there are any, else its own."""
     found = truth.get(id(tensor))
     return tensor.detach() if found is None else found
 
@@ -96,7 +96,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _no_closure() -> float:
-    """For optimizers that call their closure once: the gradient is there already."""
+    """A closure for optimizers that call it once, when the gradient has been computed already."""
     return 0.0
 
 
@@ -113,22 +113,22 @@ def _on_a_graph(kept: Any) -> Iterator[Tensor]:
 
 
 class Path:
-    """A copy of a module with its optimizer, whose weights go their own way.
+    """A copy of a module and its optimizer, whose weights move independently of the run.
 
     Args:
-        module: as the run has it.
-        optimizer: of its parameters. The copy shares nothing with the run but what `shared` lists.
+        module: the module of the run.
+        optimizer: its optimizer. The copies share nothing with the run except for the objects in `shared`.
         shared: objects that are not copied, such as data sets.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, *, shared: Sequence[object] = ()) -> None:
-        # results kept on the module may hang on a graph, which deepcopy refuses
+        # tensors kept on the module may be part of a graph, and deepcopy cannot copy those
         results = _on_a_graph([vars(part) for part in module.modules()])
         memo: dict[int, Any] = {id(each): each for each in shared}
         memo |= {id(result): result.detach().clone() for result in results}
-        # in one copy, so that the optimizer's parameters are the module's
+        # copied together, so that the optimizer's parameters are those of the module
         self.module, self.optimizer = copy.deepcopy((module, optimizer), memo)
-        vars(self.optimizer).pop("step", None)  # a scheduler's, which counts the run's steps
+        vars(self.optimizer).pop("step", None)  # a scheduler replaces it by a method that counts the steps of the run
         self.parameters: list[nn.Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def weights(self) -> Tensor:
@@ -136,20 +136,20 @@ class Path:
         return _flat(self.parameters)
 
     def take_settings(self, step: Step) -> None:
-        """The modes and the optimizer's settings of a step of the run."""
+        """Set the modes and the optimizer's settings to those of a step of the run."""
         for part, mode in zip(self.module.modules(), step.modes, strict=True):
             part.training = mode
         for group, settings in zip(self.optimizer.param_groups, step.groups, strict=True):
             group.update(settings)
 
     def update(self, step: Step) -> None:
-        """Clip the gradients as the run does, and step."""
+        """Clip the gradients as in the run, and make an optimizer step."""
         if step.clip is not None:
             step.clip(self.parameters)
         self.optimizer.step(_no_closure)
 
     def descend(self, gradient: Gradient, step: Step, seeds: Sequence[int]) -> None:
-        """Make the step with the mean gradient of independent draws, one for each seed; none: with the noise off."""
+        """Make the step with the mean gradient over independent draws, one for each seed; no seeds: without noise."""
         self.take_settings(step)
         self.optimizer.zero_grad()
         if not seeds:
@@ -173,9 +173,9 @@ class Path:
     def descend_by_updates(
         self, gradient: Gradient, step: Step, seeds: Sequence[int], optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:
-        """Make the step with the mean update of several optimizers on shared weights, one draw for each.
+        """Make the step with the mean update of several optimizers with the same weights, with one draw for each.
 
-        For a rule that is not affine in the gradient, where the update of the mean gradient is another one.
+        For rules that are not affine in the gradient: the mean update then differs from that of the mean gradient.
         """
         start = [p.detach().clone() for p in self.parameters]
         totals = [torch.zeros_like(p) for p in self.parameters]
@@ -194,30 +194,30 @@ class Path:
                 p.add_(total, alpha=1 / len(seeds))
 
     def twin_optimizers(self, count: int) -> list[torch.optim.Optimizer]:
-        """Copies of the optimizer, with state of their own, of the same parameters."""
+        """Copies of the optimizer for the same parameters, each with its own state."""
         shared = {id(p): p for p in self.parameters}
         return [copy.deepcopy(self.optimizer, dict(shared)) for _ in range(count)]
 
 
 class Gradient(Protocol):
-    """How the gradient of a step's loss comes about on a path: each method adds it to ``p.grad``."""
+    """Computes the gradient of a step's loss on a path; each method adds the gradient to ``p.grad``."""
 
     def noisy(self, path: Path, step: Step, seed: int) -> None:
         """With noise drawn from this seed."""
         ...
 
     def quiet(self, path: Path, step: Step) -> None:
-        """With the noise off."""
+        """Without noise."""
         ...
 
     def again(self, path: Path, step: Step, before: Before) -> None:
-        """With the random numbers that the run had."""
+        """With the random numbers of the run."""
         ...
 
 
 @dataclass(frozen=True)
 class LossGradient:
-    """The gradient of a loss that takes a module and a micro-batch, random in training mode alone.
+    """The gradient of a loss that takes a module and a micro-batch, and is random in training mode only.
 
     Args:
         loss: of one micro-batch.
@@ -245,12 +245,12 @@ class LossGradient:
 
 @dataclass(frozen=True)
 class Before:
-    """All that a step of the run depends on, from before it.
+    """The state of the run before a step, on which the step depends.
 
     Args:
         weights: the optimizer's parameters.
-        state: of the module, buffers included.
-        optimizer: its state.
+        state: of the module, including buffers.
+        optimizer: the optimizer's state.
         random: the global random state.
     """
 
@@ -263,12 +263,12 @@ class Before:
     def of(
         cls, module: nn.Module, optimizer: torch.optim.Optimizer, truth: Mapping[int, Tensor] | None = None
     ) -> Before:
-        """At present, copied.
+        """A copy of the present state.
 
         Args:
-            module: that is trained.
+            module: the module that is trained.
             optimizer: its optimizer.
-            truth: id of a parameter -> what it holds outside a training step, where that is something else at present.
+            truth: id of each parameter that is perturbed at present -> its data without perturbation.
         """
         known = truth or {}
         parameters = [held_by(p, known) for group in optimizer.param_groups for p in group["params"]]
@@ -280,11 +280,11 @@ class Before:
 
 @dataclass(frozen=True)
 class Replay:
-    """A step of the run made again.
+    """The result of repeating a step of the run.
 
     Args:
-        error: rho = |w_replayed - w_{k+1}| / |w_{k+1} - w_k|; 0 where the run did not move.
-        passed: |w_replayed - w_{k+1}| <= 1e-3 |w_{k+1} - w_k| + 4 eps |w|; a step that did not move is not judged.
+        error: rho = |w_replayed - w_{k+1}| / |w_{k+1} - w_k|; 0 if the run did not move.
+        passed: |w_replayed - w_{k+1}| <= 1e-3 |w_{k+1} - w_k| + 4 eps |w|, or the run did not move.
     """
 
     error: float
@@ -292,14 +292,14 @@ class Replay:
 
 
 def replay(path: Path, gradient: Gradient, step: Step, before: Before, after: Tensor) -> Replay:
-    """Make a step of the run again on a path, which is overwritten.
+    """Repeat a step of the run on a path, whose state is overwritten.
 
     Args:
         path: a copy of the run.
-        gradient: of the step.
-        step: what the run did.
-        before: from before it.
-        after: the run's weights after it  ``[P]``.
+        gradient: computes the gradient of the step.
+        step: the step of the run.
+        before: the state of the run before the step.
+        after: the run's weights after the step  ``[P]``.
     """
     path.module.load_state_dict(dict(before.state))
     path.optimizer.load_state_dict(copy.deepcopy(dict(before.optimizer)))
@@ -316,7 +316,7 @@ def replay(path: Path, gradient: Gradient, step: Step, before: Before, after: Te
 
 
 def is_affine(module: nn.Module, optimizer: torch.optim.Optimizer, *, generator: torch.Generator) -> bool:
-    """Whether two steps of the optimizer are an affine function of their gradients, tried on copies.
+    """Whether two steps of the optimizer are an affine function of the gradients, by a test on copies.
 
     >>> net = nn.Linear(3, 1)
     >>> generator = torch.Generator().manual_seed(0)
@@ -346,12 +346,12 @@ def is_affine(module: nn.Module, optimizer: torch.optim.Optimizer, *, generator:
 
 
 class CoupledPaths:
-    """Baseline, averaged paths and replicas of one training, from where it is now.
+    """Baseline, averaged paths and replicas of one training, from its present state on.
 
     Args:
-        make_path: a copy of the run as it is now.
-        gradient: of a step on a copy.
-        draws: m, noise draws a step of both averaged paths together, even.
+        make_path: returns a copy of the run in its present state.
+        gradient: computes the gradient of a step on a copy.
+        draws: m, number of noise draws per step in both averaged paths together; even.
         replicas: R.
         generator: of all seeds.
 
@@ -376,19 +376,19 @@ class CoupledPaths:
         self.replicas = tuple(make_path() for _ in range(replicas))
         self.start = self.baseline.weights()
         self.affine = is_affine(self.baseline.module, self.baseline.optimizer, generator=generator)
-        """Whether gradients are averaged; else updates are."""
+        """Whether gradients are averaged; otherwise updates are."""
         self._optimizers: list[list[torch.optim.Optimizer]] = [[], []]
 
     def _seeds(self, count: int) -> list[int]:
         return torch.randint(2**62, (count,), generator=self.generator).tolist()
 
     def advance(self, step: Step) -> None:
-        """Follow one step of the run."""
+        """Make one step of the run on all paths."""
         with RandomState.isolated():
             self.baseline.descend(self.gradient, step, ())
             for i, path in enumerate(self.averaged):
                 seeds = self._seeds(self.draws // 2)
-                # clipping makes any rule one that is not affine
+                # with clipping, no rule is affine
                 if self.affine and step.clip is None:
                     path.descend(self.gradient, step, seeds)
                     continue
@@ -399,7 +399,7 @@ class CoupledPaths:
                 path.descend(self.gradient, step, self._seeds(1))
 
     def window(self, weights: Tensor) -> CoupledWindow:
-        """The motion so far, of a run that is now at these weights  ``[P]``."""
+        """The motion of run and paths so far; `weights` are the present ones of the run  ``[P]``."""
         return CoupledWindow.of(
             weights - self.start,
             *(path.weights() - self.start for path in self.averaged),

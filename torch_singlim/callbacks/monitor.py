@@ -1,4 +1,4 @@
-"""The monitor: distance to the zero-loss set and drift along it during training, beside the theory."""
+"""The monitor: measures distance to the zero-loss set and drift along it during training, and compares with theory."""
 
 from __future__ import annotations
 
@@ -50,59 +50,61 @@ from torch_singlim.noise import NoiseSystem
 
 __all__ = ["SingularLimitMonitor"]
 
-# strategies that hold a part of the weights in each process
+# strategies with which each process has only a part of the weights
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
 class SingularLimitMonitor(Callback):
-    """Measure how far the weights are from the zero-loss set and how they drift along it, beside the theory.
+    """Measure how far the weights are from the zero-loss set and how they drift along it, and compare with theory.
 
-    Works with no arguments on a LightningModule whose forward maps inputs to outputs, whose batches are (inputs,
-    targets) and whose loss is mse or label-smoothed cross-entropy; what of another training cannot be measured is a
-    reason in the verdict, not an error. For a measurement the weights are copied; everything else happens on the copy.
-    Training with and without the monitor gives the same weights to the last bit.
+    The monitor works without arguments for a LightningModule whose forward maps inputs to outputs, whose batches are
+    (inputs, targets), and whose loss is mse or label-smoothed cross-entropy. If a part of another training cannot be
+    measured, this is not an error: the verdict gives the reason. Measurements are made on a copy of the weights:
+    training with and without the monitor gives the same weights, to the last bit.
 
     A measurement opens a window of optimizer steps; at its end the displacement of the weights is compared with descent
-    on the effective loss (the reference), with descent on the loss alone (the baseline) and with the singular limit.
-    Scalars go to every logger of the trainer under ``singlim/``, where `EarlyStopping` and `ModelCheckpoint` find them,
-    too, and stay on `history` (step -> tag -> value, tags without the name); the last records, with their vectors, on
-    `last_distance` and `last_window`. Checkpoints hold what a resumed run needs to go on as if it had never stopped. A
-    verdict is written at the end, to the log, as `verdict`, and to TensorBoard as text.
+    on the effective loss (the effective flow), with descent on the loss alone (the baseline) and with the singular
+    limit. Scalars are sent to every logger of the trainer under ``singlim/``, where `EarlyStopping` and
+    `ModelCheckpoint` find them, and are kept in `history` (step -> tag -> value, tags without the name). The last
+    records, with their vectors, are `last_distance` and `last_window`. A run that is resumed from a checkpoint logs
+    what it would have logged without interruption. At the end a verdict is written to the log, to `verdict`, and to
+    TensorBoard.
 
     Args:
-        loss: what ``training_step`` computes, if it is not recognised: see `ZeroLossProblem`.
+        loss: the loss that ``training_step`` computes, if it is not recognised: see `ZeroLossProblem`.
         data: the samples ``(inputs, targets)``; default: the first `num_samples` of the training set.
-        batch_to_problem: a batch -> (inputs, targets), for batches that are something else: a plain function, which a
-            configuration file can name.
-        num_samples: most samples to measure, of an iterable dataset the first. With fewer than the training set the
-            distance is a lower bound and the drift is not predicted.
+        batch_to_problem: a batch -> (inputs, targets), for batches of another form. A named function can be given in a
+            configuration file.
+        num_samples: maximum number of samples to measure. With fewer than the training set has, the distance is a lower
+            bound and the drift is not predicted.
         parameters: the trainable parameters to measure, by shell patterns of their names; default: all. The others
-            count as held fixed; where the optimizer moves them, the drift is not predicted.
-        noise: what training does; default: the module's dropout layers, the optimizer's weight decay, and what
-            `InjectNoise` callbacks inject.
-        every_n_steps: measure every so many optimizer steps, whatever it costs; default: at `window` times powers of
-            two, and so that a last window ends with the run, as far as `max_overhead` allows.
+            count as held fixed; if the optimizer moves them, the drift is not predicted.
+        noise: the noise of the training; default: the module's dropout layers, the optimizer's weight decay, and the
+            noise that `InjectNoise` callbacks inject.
+        every_n_steps: measure every so many optimizer steps, without limit for the time; default: measure at `window`
+            times powers of two, and such that the last window ends with the run, as far as `max_overhead` allows.
         max_overhead: share of the wall time that measurements may take; None: no limit; 0: the excess loss alone. What
             does not fit is skipped in this order: the figures, unit-step integration of a window where long steps are
             inaccurate, the limit's prediction with the expected distance, the nearest point, the drift over a window,
             the linearised distance. The excess loss is always logged.
-        window: optimizer steps over which drift is measured; at most `every_n_steps`.
-        replicas: independent copies of each window to run for the noise ceiling; 0: none. Costs as many windows of
-            training again.
-        reference: also integrate the effective flow by unit steps, at the cost of two windows in gradients of all
-            samples: what `finite_window`, the default prediction, approximates.
-        num_draws: random directions for the limit's potential; at least the noise components of one sample: exact.
-        relaxed_after: a normal mode counts as relaxed once lr * eigenvalue * steps reaches this: its first deviation
+        window: number of optimizer steps over which the drift is measured; at most `every_n_steps`.
+        replicas: number of independent copies of each window for the noise ceiling, the best cosine that a
+            deterministic prediction can have; 0: none. They cost as many windows of training.
+        reference: also integrate the effective flow by unit steps, which costs two gradients of all samples per step.
+            The default prediction, `finite_window`, approximates it.
+        num_draws: number of random directions for the limit's potential, which is exact with at least as many as there
+            are noise components of one sample.
+        relaxed_after: a normal mode counts as relaxed once lr * eigenvalue * steps reaches this: its initial deviation
             has then decayed to exp(-relaxed_after).
-        dtype: of the measurement; float64 resolves small eigenvalues.
+        dtype: of the measurements; float64 resolves small eigenvalues.
         batch_size: samples evaluated at once; default: as many as fit into half of the free memory.
         prog_bar: show excess loss and distance in the progress bar.
-        name: what the tags begin with; a second monitor of the same trainer needs another one.
-        seed: of the monitor's own generator.
+        name: the beginning of all tags; a second monitor of the same trainer needs another name.
+        seed: of the monitor's generator.
 
     Raises:
-        ValueError: options that contradict one another, or, when training starts, the training: a noise that is given
-            twice or does not fit, names of parameters that do not exist.
+        ValueError: arguments that contradict one another; at the start of training, a noise that is given twice or does
+            not fit, or patterns of names that match no parameters.
 
     >>> SingularLimitMonitor(window=500).window
     500
@@ -149,10 +151,10 @@ class SingularLimitMonitor(Callback):
         self.prog_bar, self.name, self.seed = prog_bar, name, seed
         self.options = Options(replicas=replicas, reference=reference, num_draws=num_draws, relaxed_after=relaxed_after)
         self.engine: Engine | None = None
-        """What measures, from the start of training on."""
+        """The engine, which makes the measurements; None before the start of training."""
         self.verdict = ""
-        self._subject: Subject | None = None  # what it takes snapshots of, likewise
-        self._reasons: tuple[Reason, ...] = ()  # where nothing is measured
+        self._subject: Subject | None = None  # of the snapshots; None before the start of training
+        self._reasons: tuple[Reason, ...] = ()  # if nothing is measured
         self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until training starts
         self._step_before = 0  # at the end of the last batch
         self._figures_at = 0  # the step at which figures were drawn last
@@ -183,7 +185,7 @@ class SingularLimitMonitor(Callback):
 
     @property
     def visibility(self) -> Visibility | None:
-        """Whether the effect of the noise stood out in the last window."""
+        """Whether the effect of the noise is visible in the last window."""
         return None if self.engine is None else self.engine.visibility
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -194,17 +196,17 @@ class SingularLimitMonitor(Callback):
         return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The engine's state and the sums over the optimizer's steps: tensors and plain values alone."""
+        """The engine's state and the sums over the optimizer's steps, as tensors and plain values."""
         if self.engine is None or self._subject is None:
             return {}
         return state_of(self.engine, self._subject.recorder, self._figures_at)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until training starts: the network is not on its device before."""
+        """Keep the state until training starts, since the network is not on its device before."""
         self._resumed = state_dict or None
 
     def _resume(self, trainer: Trainer, engine: Engine, subject: Subject, state: Mapping[str, Any]) -> bool:
-        """Go on with what a checkpoint holds; False: it could not be taken over."""
+        """Continue from the state in a checkpoint; False: this failed, and the reason was noted."""
         try:
             self._figures_at = take_over(state, engine, subject.recorder, subject.space.device)
         except ValueError as error:
@@ -217,18 +219,18 @@ class SingularLimitMonitor(Callback):
     # --- the course of a training ----------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Every fit starts anew; a checkpoint is loaded after this."""
+        """Reset the monitor at the start of every fit; a checkpoint is loaded after this."""
         if stage == "fit":
             self.engine, self._reasons = None, ()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The row of hyperparameters of the module's own gets the metrics, before Lightning writes it."""
+        """Add the monitor's metrics to the hyperparameters of the module, before Lightning writes these."""
         found, monitors = module_hyperparameters(trainer), _monitors(trainer)
         for writer in writers(trainer) if found and monitors[0] is self else ():
             begin_hyperparameters(writer, found, [each.name for each in monitors])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find what is trained, and how; measure the first weights, or go on from a checkpoint."""
+        """Detect what is trained, and how; measure the initial weights, or continue from a checkpoint."""
         resumed, self._resumed, self.engine, self._subject = self._resumed, None, None, None
         self.verdict, self._failed, self._figures_at = "", False, 0
         self._step_before = trainer.global_step
@@ -255,12 +257,12 @@ class SingularLimitMonitor(Callback):
     def _begin(
         self, trainer: Trainer, module: LightningModule, names: Sequence[str], budget: Budget
     ) -> tuple[Engine, Subject]:
-        """The engine for what this trainer trains, and what it takes snapshots of."""
+        """The engine for this training, and the subject of its snapshots."""
         injected = injected_noise(trainer)
         if injected is not None and self.noise is not None:
             raise ValueError(
                 f"the noise is given twice, by SingularLimitMonitor(noise={self.noise}) and by "
-                f"InjectNoise({injected}): leave it out of the monitor, which finds what is injected"
+                f"InjectNoise({injected}): do not pass it to the monitor, which detects injected noise"
             )
         optimizer = read_optimizer(trainer, module, names, step_batch_size(trainer))
         problem, subset = find_problem(
@@ -291,14 +293,14 @@ class SingularLimitMonitor(Callback):
         return engine, Subject(module, space, StepRecorder(optimizer))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Add the learning rate that this step uses."""
+        """Record the learning rate of this step."""
         if self._subject is not None:
             self._subject.recorder.before_step(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure what is due; between measurements nothing but comparisons of integers."""
+        """Measure what is due; between measurements only integers are compared."""
         engine, subject, step, before = self.engine, self._subject, trainer.global_step, self._step_before
         self._step_before = step
         if engine is None or subject is None:
@@ -327,7 +329,7 @@ class SingularLimitMonitor(Callback):
     # --- one measurement -------------------------------------------------------------------------------------------
 
     def _measure(self, trainer: Trainer, before: int) -> None:
-        """All that is due at this step; published, and drawn where the steps have doubled."""
+        """Measure and publish what is due at this step; draw figures if the number of steps has doubled."""
         engine, subject, step = self.engine, self._subject, trainer.global_step
         assert engine is not None
         assert subject is not None
@@ -345,9 +347,9 @@ class SingularLimitMonitor(Callback):
                 self._attempt(trainer, lambda: self._draw(trainer, engine))
 
     def _attempt(self, trainer: Trainer, what: Callable[[], object]) -> bool:
-        """Do it beside the training, which it may not end; whether it worked.
+        """Call a function that must not end the training; returns whether it succeeded.
 
-        Among several processes, which wait for one another, nothing can be skipped by one.
+        With several processes, which wait for one another, a failure of one of them ends the job.
         """
         engine = self.engine
         assert engine is not None
@@ -365,10 +367,10 @@ class SingularLimitMonitor(Callback):
             if trainer.world_size > 1:
                 raise RuntimeError(
                     f"torch_singlim: the measurement at step {trainer.global_step} failed on rank "
-                    f"{trainer.global_rank}, and the others wait for it: {words}; leave the monitor out, or train on "
-                    "one device, where a measurement that fails is skipped"
+                    f"{trainer.global_rank}, and the others wait for it: {words}; remove the monitor, or train on one "
+                    "device, where a measurement that fails is skipped"
                 ) from error
-            if not self._failed:  # the first one is reported
+            if not self._failed:  # only the first failure is reported
                 engine.note(Code.FAILED(step=trainer.global_step, error=words))
             self._failed = True
 
@@ -379,7 +381,7 @@ class SingularLimitMonitor(Callback):
         return worked
 
     def _publish(self, trainer: Trainer, measurement: Measurement) -> None:
-        """To loggers, to callbacks that monitor a metric, to the progress bar."""
+        """Send a measurement to loggers, to callbacks that monitor a metric, and to the progress bar."""
         point = scalars(measurement)
         if point:
             log_point(trainer, self.name, measurement.step, point)
@@ -388,7 +390,7 @@ class SingularLimitMonitor(Callback):
     # --- TensorBoard -----------------------------------------------------------------------------------------------
 
     def _open_dashboard(self, trainer: Trainer, engine: Engine) -> None:
-        """The card of what was found; by the last monitor to start, the layout of the charts of all."""
+        """Write the card of what was detected; the last monitor that starts also writes the layout of all charts."""
         monitors = _monitors(trainer)
         running = {each.name: each.engine for each in monitors if each.engine is not None}
         if has_board(trainer) and self._subject is not None:
@@ -397,7 +399,7 @@ class SingularLimitMonitor(Callback):
             open_board(trainer, self.name, running, found, first=first, complete=complete)
 
     def _draw(self, trainer: Trainer, engine: Engine) -> None:
-        """Figures, if there is time for them; every process takes part in what they are drawn of."""
+        """Write figures if there is time; every process takes part in computing what they show."""
         if has_board(trainer) and self._subject is not None and engine.affords("figures"):
             self._figures_at = trainer.global_step
             with engine.budget.timed("figures"):

@@ -1,4 +1,4 @@
-"""A window held against models that need gradients of all samples at every step."""
+"""Compare a window with models of the motion that need gradients of all samples."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from torch_singlim.theory import (
 
 __all__ = ["compare_window", "unusable"]
 
-# optimizer steps up to which unit-step integration costs less than long steps with their error estimate
+# number of steps up to which unit-step integration costs less than long steps with their error estimate
 _SHORT = 200
-# estimated error of a prediction, relative to the displacement, that is acceptable: 2 % of the cosine
+# largest acceptable error of a prediction, relative to the displacement; it changes the cosine by 2 %
 _ACCURATE = 0.2
-# the same from which long steps say nothing
+# relative error from which on a prediction by long steps is useless
 _BLIND = 0.5
 
 
@@ -51,23 +51,23 @@ def compare_window(
     velocity: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Window:
-    """Compare where the weights went with where the effective flow, descent on L alone and the limit would go.
+    """Compare the motion of the weights over a window with the effective flow, with descent on L alone, with the limit.
 
     Args:
-        problem: loss and samples, all that training uses.
-        origin: the iterate at the window's beginning ``[P]``.
-        end: at its end ``[P]``.
+        problem: loss and samples: all samples that training uses.
+        origin: the iterate at the beginning of the window ``[P]``.
+        end: the iterate at the end ``[P]``.
         start: optimizer steps at the beginning.
-        stop: at the end.
+        stop: optimizer steps at the end.
         noise: the system.
-        sgd: settings over the window (lr: its mean, under a schedule).
-        forecast: the limit's, from the weights at the beginning; None: without it.
-        replicas: independent runs of the window for the noise ceiling; 0: none.
+        sgd: settings over the window (under a schedule, lr is the mean).
+        forecast: the motion that the limit predicts from the beginning of the window; None: do not compare with it.
+        replicas: number of independent runs of the window for the noise ceiling; 0: none.
         reference: integrate the effective flow by unit steps, too.
-        accurate: integrate by unit steps where the long steps of `finite_window` are estimated to be off by more than a
-            fifth; else their error is only reported.
-        between: the iterate at some steps in between, step -> ``[P]``, for standard errors.
-        velocity: the optimizer's momentum at the start ``[P]``.
+        accurate: integrate by unit steps if the estimated error of `finite_window` exceeds a fifth of the displacement;
+            otherwise this error is only reported.
+        between: the iterate at some steps within the window, step -> ``[P]``, for standard errors.
+        velocity: the optimizer's momentum at the beginning ``[P]``.
         generator: of noise and batches.
     """
     steps, measured = stop - start, end - origin
@@ -147,7 +147,7 @@ def compare_window(
 
 
 def _against_limit(forecast: Forecast, measured: Tensor, steps: int) -> tuple[Comparison, Spread]:
-    """The tangential part of the motion against K times the limit's drift, and both lengths."""
+    """Compare the tangential part of the motion with K times the limit's drift; both lengths."""
     predicted = WindowPrediction((steps * forecast.drift)[None], 0.0, math.nan, 0, Result.SUCCESSFUL)
     agreement = compare(forecast.tangent.project(measured), predicted.displacement)
     along = math.hypot(agreement.predicted, math.sqrt(steps * forecast.diffusion * forecast.dimension))
@@ -155,7 +155,7 @@ def _against_limit(forecast: Forecast, measured: Tensor, steps: int) -> tuple[Co
 
 
 def unusable(prediction: WindowPrediction, start: int, stop: int) -> Reason | None:
-    """Why a prediction is not given, where it was tried in vain."""
+    """Why a prediction is invalidated; None: it is not."""
     size, off = torch.linalg.vector_norm(prediction.displacement).item(), prediction.error
     if math.hypot(off, prediction.stderr) > _BLIND * size and off > 0:
         return Code.UNCERTAIN(start=start, stop=stop)

@@ -111,7 +111,7 @@ def with_measured_order(
         point: weights on Gamma ``[P]``.
         num_draws: number of directions for the trace in V; if these do not decide, it is multiplied by four until they
             do.
-        most_draws: it is not increased from here on.
+        most_draws: the number of directions is not increased beyond about this number.
         hessian: ``gauss_newton(problem, point)``, if it was computed already.
         generator: of the directions.
 

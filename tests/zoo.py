@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from torch_singlim import SingularLimitMonitor
+from torch_singlim import InjectNoise, SingularLimitMonitor
 
 # --- data and modules ----------------------------------------------------------------------------------------------
 
@@ -211,6 +211,11 @@ def monitor_of(**options):
     return SingularLimitMonitor(**{"max_overhead": None, "window": 5, "num_draws": 2} | options)
 
 
+def injected(noise, **options):
+    """Callbacks, made anew for each training, that inject a noise."""
+    return lambda: [InjectNoise(noise, **options)]
+
+
 def tags_of(monitor):
     """All that it measured."""
     return {tag for point in monitor.history.values() for tag in point}
@@ -264,7 +269,7 @@ class Trace(L.Callback):
                 "modes": [m.training for m in module.modules()],
                 "torch": torch.get_rng_state(),
                 "random": random.getstate(),
-                "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002  # the legacy state is what must not change
+                "numpy": np.random.get_state()[1].tobytes(),  # noqa: NPY002  # the legacy state is what must not change
             }
         )
 

@@ -24,10 +24,11 @@ from tests.zoo import (
     Validated,
     data,
     groups,
+    injected,
     scheduled,
     with_optimizer,
 )
-from torch_singlim import AntiCorrelated, DropConnect, Dropout, InjectNoise, InputNoise, LabelNoise
+from torch_singlim import AntiCorrelated, DropConnect, Dropout, InputNoise, LabelNoise
 from torch_singlim.measure import Code
 
 # --- unusual data --------------------------------------------------------------------------------------------------
@@ -204,11 +205,6 @@ class Case:
     callbacks: Any = tuple
     code: Code | None = None
     message: str = ""
-
-
-def injected(noise, **options):
-    """The callbacks of a training under noise."""
-    return lambda: [InjectNoise(noise, **options)]
 
 
 # options that contradict each other, or the training

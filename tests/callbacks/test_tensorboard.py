@@ -1,34 +1,58 @@
 """What the monitor writes for TensorBoard, read back from its event files."""
 
+import functools
 import math
 import re
+from types import SimpleNamespace
 
-import lightning as L
 import pytest
-import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from tests.callbacks.test_monitor import Net, fit, seeded
-from torch_singlim import AntiCorrelated, InjectNoise, LabelFlips, Langevin, SingularLimitMonitor
-from torch_singlim.callbacks.tensorboard import Series, layout
+from tests.zoo import Adam, Hyper, Net, fit, injected, monitor_of, seeded
+from torch_singlim import AntiCorrelated, LabelFlips, Langevin
+from torch_singlim.callbacks.tensorboard import layout, writers
+from torch_singlim.measure import Code
 
 OPTIONS = {"every_n_steps": 5, "window": 5, "replicas": 2}
 
 
-class WithHyperparameters(Net):
-    def __init__(self, width=32):
-        super().__init__()
-        self.save_hyperparameters()
-
-
-def written(tmp_path, *monitors, make=Net, callbacks=(), steps=20, **logger):
-    board = TensorBoardLogger(tmp_path, name="run", **logger)
+def written(folder, *monitors, make=Net, callbacks=(), steps=20):
+    """The events of a training under monitors."""
+    board = TensorBoardLogger(folder, name="run")
     fit(seeded(make), *callbacks, *monitors, steps=steps, logger=board)
     events = EventAccumulator(board.log_dir, size_guidance={"tensors": 0, "images": 0, "scalars": 0})
-    events.Reload()
-    return events
+    return events.Reload()
+
+
+KINDS = {
+    "dropout": {},
+    "hyperparameters": {"make": Hyper},
+    "no replicas": {"replicas": 0},
+    "weak momentum": {"make": lambda: Net(momentum=0.5)},
+    "no noise": {"make": lambda: Net(dropout=0.0)},
+    "transient": {"make": lambda: Net(dropout=0.0), "callbacks": injected(AntiCorrelated(0.01))},
+    "diffusing": {"make": lambda: Net(dropout=0.0), "callbacks": injected(Langevin(0.01))},
+    "flips": {"make": lambda: Net("hard", dropout=0.0), "callbacks": injected(LabelFlips(0.2))},
+    "adam": {"make": Adam},
+    "no problem": {"make": lambda: Net("half")},
+}
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory):
+    """Of each kind of training, which is trained once."""
+
+    @functools.cache
+    def of(kind):
+        options = dict(KINDS[kind])
+        make, callbacks = options.pop("make", Net), options.pop("callbacks", tuple)
+        return written(
+            tmp_path_factory.mktemp("board"), monitor_of(**OPTIONS | options), make=make, callbacks=callbacks()
+        )
+
+    return of
 
 
 def charts(events):
@@ -42,33 +66,15 @@ def charts(events):
     return found
 
 
-CASES = {
-    "dropout": (Net, [], OPTIONS),
-    "no replicas": (Net, [], OPTIONS | {"replicas": 0}),
-    "weak momentum": (lambda: Net(momentum=0.5), [], OPTIONS),
-    "no noise": (lambda: Net(dropout=0.0), [], OPTIONS),
-    "carried": (lambda: Net(dropout=0.0), [lambda: InjectNoise(AntiCorrelated(0.01))], OPTIONS),
-    "diffusing": (lambda: Net(dropout=0.0), [lambda: InjectNoise(Langevin(0.01))], OPTIONS),
-    "flips": (lambda: Net("hard", dropout=0.0), [lambda: InjectNoise(LabelFlips(0.2))], OPTIONS),
-    "adam": (None, [], OPTIONS),
-}
+def text_of(events, tag):
+    return events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
-class Adam(Net):
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters())
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.filterwarnings("ignore:torch_singlim. drift not predicted", "ignore:.*not over-parameterised")
-def test_every_chart_of_the_layout_has_its_series(case, tmp_path):
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "no problem"])
+def test_every_chart_of_the_layout_has_its_series(kind, events):
     """Each tag is there with two points or more; a band has the steps of its series."""
-    make, callbacks, options = CASES[case]
-    events = written(
-        tmp_path, SingularLimitMonitor(**options), make=make or Adam, callbacks=[each() for each in callbacks]
-    )
-    scalars = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    found = charts(events)
+    found, read = charts(events(kind)), events(kind)
+    scalars = {tag: [event.step for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
     for category, titled in found.items():
         for title, (patterns, bands) in titled.items():
             for pattern in patterns:
@@ -78,75 +84,76 @@ def test_every_chart_of_the_layout_has_its_series(case, tmp_path):
             for series in bands:
                 assert len({tuple(scalars[tag]) for tag in series}) == 1, (category, title)
                 assert len(scalars[series[0]]) > 1
-    assert ("Drift" in found) == (case != "adam")
     assert next(iter(found)) == "Distance"
+    predicted = any("baseline" in title for title in found["Drift"])
+    assert predicted == (kind != "adam")
+    assert ("Noise-induced drift" in found) == (kind not in ("no noise", "no replicas", "diffusing", "adam"))
 
 
-def test_cards_figures_and_one_row_of_hyperparameters(tmp_path):
-    for make in (Net, WithHyperparameters):
-        events = written(tmp_path, SingularLimitMonitor(**OPTIONS), make=make)
-        tags = events.Tags()
-        card = events.Tensors("singlim/set-up/text_summary")[0].tensor_proto.string_val[0].decode()
-        assert "| noise | Dropout() |" in card
-        assert "| steps per unit of slow time | 20 |" in card
-        assert events.Tensors("singlim/verdict/text_summary")
-        names = ("1_time_scales", "2_agreement", "3_speed", "4_plane", "5_spectrum")
-        assert {f"singlim/figures/{name}" for name in names} <= set(tags["images"])
-        steps = [event.step for event in events.Images("singlim/figures/1_time_scales")]
-        assert steps == sorted(set(steps))
-        assert steps[-1] == 20
-        assert len(steps) < 5
-        experiment = events.summary_metadata["_hparams_/experiment"].plugin_data.content
-        assert b"singlim/drift/cosine" in experiment
-        assert (b"width" in experiment) == (make is WithHyperparameters)
+def test_a_training_without_a_problem_has_its_motion_and_the_reason(events):
+    read = events("no problem")
+    assert {"singlim/drift/measured", "singlim/window/steps"} <= set(read.Tags()["scalars"])
+    for tag in ("singlim/set-up", "singlim/verdict"):
+        assert "Unsupported: the loss of training_step" in text_of(read, tag)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "hyperparameters"])
+def test_cards_figures_and_one_row_of_hyperparameters(kind, events):
+    read = events(kind)
+    card = text_of(read, "singlim/set-up")
+    assert "| noise | Dropout() |" in card
+    assert "| steps per unit of slow time | 20 |" in card
+    assert "| 15-20 |" in text_of(read, "singlim/verdict")
+    names = ("1_time_scales", "2_agreement", "3_speed", "4_plane", "5_spectrum")
+    assert {f"singlim/figures/{name}" for name in names} <= set(read.Tags()["images"])
+    steps = [event.step for event in read.Images("singlim/figures/1_time_scales")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 20
+    assert len(steps) < 5
+    experiment = read.summary_metadata["_hparams_/experiment"].plugin_data.content
+    assert b"singlim/drift/cosine" in experiment
+    assert (b"width" in experiment) == (kind == "hyperparameters")
 
 
 def test_two_monitors_share_a_layout(tmp_path):
-    first = SingularLimitMonitor(**OPTIONS)
-    second = SingularLimitMonitor(**OPTIONS, name="other")
-    events = written(tmp_path, first, second, steps=10)
-    assert len(events.Tensors("custom_scalars__config__")) == 1
-    found = charts(events)
-    assert {"Distance (singlim)", "Distance (other)"} <= found.keys()
-    assert {"singlim/set-up/text_summary", "other/set-up/text_summary"} <= set(events.Tags()["tensors"])
+    read = written(tmp_path, monitor_of(**OPTIONS), monitor_of(**OPTIONS, name="other"), steps=10)
+    assert len(read.Tensors("custom_scalars__config__")) == 1
+    assert {"Distance (singlim)", "Distance (other)"} <= charts(read).keys()
+    assert {"singlim/set-up/text_summary", "other/set-up/text_summary"} <= set(read.Tags()["tensors"])
 
 
 def test_names_are_escaped():
-    nothing = Series(covered=False, flow=False, moves=False, diffuses=False, replicas=False, bands=False)
-    (charts,) = [layout({"my.net": nothing})["Distance"]]
-    (pattern,) = charts["Loss gap [loss]"][1]
-    assert re.match(pattern, "my.net/loss_gap")
-    assert not re.match(pattern, "my-net/loss_gap")
-    assert not re.match(pattern, "my.net/loss_gap_2")
+    (pattern,) = layout({"my.net": frozenset()})["Distance"]["Excess loss [loss]"][1]
+    assert re.match(pattern, "my.net/excess_loss")
+    assert not re.match(pattern, "my-net/excess_loss")
+    assert not re.match(pattern, "my.net/excess_loss_2")
 
 
-def test_a_figure_that_fails_does_not_end_the_training(tmp_path, monkeypatch):
+def test_a_figure_that_fails_ends_neither_training_nor_window(tmp_path, monkeypatch, caplog):
     def fail(*args):
         raise ArithmeticError("no ink")
 
-    monkeypatch.setattr("torch_singlim.callbacks.monitor.figures", fail)
-    monitor = SingularLimitMonitor(**OPTIONS)
-    with pytest.warns(UserWarning, match="failed and was left out, training goes on: ArithmeticError: no ink"):
+    monkeypatch.setattr("torch_singlim.callbacks.tensorboard.figures", fail)
+    monitor = monitor_of(**OPTIONS)
+    with caplog.at_level("WARNING"):
         written(tmp_path, monitor)
+    (reason,) = monitor.reasons
+    assert reason.code is Code.FAILED
+    assert "failed: ArithmeticError: no ink" in str(reason)
+    assert caplog.text.count("no ink") == 1
     assert max(monitor.history) == 20
     assert "| 15-20 |" in monitor.verdict
-    assert len([point for point in monitor.history.values() if "singlim/drift/cosine" in point]) == 4
+    assert len([point for point in monitor.history.values() if "drift/cosine" in point]) == 4
     assert all(math.isfinite(v) for point in monitor.history.values() for v in point.values())
 
 
 def test_no_process_but_the_first_writes():
-    class Second:
-        is_global_zero = False
-        loggers = (TensorBoardLogger("nowhere"),)
-
-    from torch_singlim.callbacks.tensorboard import writers
-
-    assert list(writers(Second())) == []
+    second = SimpleNamespace(is_global_zero=False, loggers=(TensorBoardLogger("nowhere"),))
+    assert list(writers(second)) == []
 
 
 def test_a_run_without_tensorboard_draws_nothing(tmp_path):
-    _, trainer = fit(
-        seeded(Net), SingularLimitMonitor(**OPTIONS), steps=10, logger=L.pytorch.loggers.CSVLogger(tmp_path)
-    )
+    _, trainer = fit(seeded(Net), monitor_of(**OPTIONS), steps=10, logger=CSVLogger(tmp_path))
+    assert list(tmp_path.rglob("metrics.csv"))
     assert not list(tmp_path.rglob("events*"))
     assert trainer.global_step == 10

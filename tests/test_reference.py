@@ -1,4 +1,4 @@
-"""Reference values of three small networks, computed elsewhere in float64 by dense brute force, and kept as data."""
+"""Reference values of three small networks, by dense brute force in float64 (`reference/make.py`), kept as data."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.reference import make
 from torch_singlim import (
     AntiCorrelated,
     DropConnect,
@@ -103,3 +104,11 @@ def test_every_system(name, kind):
         assert limit.distance == pytest.approx(truth["rms_distance"], rel=1e-7)
     diffusion = (spec["lr"] * spec["sigma"]) ** 2 if kind == "langevin" else 0.0
     assert limit.diffusion == pytest.approx(diffusion)
+
+
+@pytest.mark.parametrize("name", [CASES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CASES[1:])])
+def test_provenance(name):
+    """The stored values are those that the script computes, without the package."""
+    differences = make.compare(name)
+    assert len(differences) > 30
+    assert {key: value for key, value in differences.items() if not value < 1e-8} == {}

@@ -229,6 +229,9 @@ class StepRecorder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from these sums.
 
+        Args:
+            state: as returned by `state_dict`.
+
         Raises:
             ValueError: an incomplete state. Nothing has changed then.
         """

@@ -73,6 +73,9 @@ class Budget:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Add a state to the time since this budget was made.
 
+        Args:
+            state: as returned by `state_dict`.
+
         Raises:
             ValueError: an incomplete state. Nothing has changed then.
         """

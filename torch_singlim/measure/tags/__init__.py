@@ -1,4 +1,4 @@
-"""Every series that is logged, declared once; scalars, bands, charts, tables and the docs page derive from it."""
+"""The registry of all series that are logged; scalars, bands, charts, tables and the docs page are derived from it."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ __all__ = [
 # step -> tag -> value: all that was logged in a run, without the monitor's name
 History = Mapping[int, Mapping[str, float]]
 
-# in the order in which a reader meets them
+# in the order of the docs page
 TAGS: tuple[Tag, ...] = (
     EXCESS_LOSS,
     NEAREST,
@@ -150,7 +150,7 @@ GROUPS: tuple[str, ...] = tuple(dict.fromkeys(tag.group for tag in TAGS))
 
 
 def scalars(measurement: Measurement) -> dict[str, float]:
-    """Tag -> value, of what was measured and is finite; standard errors too.
+    """Tag -> value, for everything that was measured and is finite, including standard errors.
 
     >>> scalars(Measurement(3, excess_loss=0.5, overhead=0.1))
     {'excess_loss': 0.5, 'cost/overhead': 0.1}
@@ -165,7 +165,7 @@ def scalars(measurement: Measurement) -> dict[str, float]:
 
 
 def bands(point: Mapping[str, float]) -> dict[str, float]:
-    """Value minus and plus its standard error, for the charts that draw them.
+    """Values minus and plus their standard errors, for the charts that show these.
 
     >>> bands({"potential": 2.0, "potential_stderr": 0.5})
     {'potential_lower': 1.5, 'potential_upper': 2.5}
@@ -179,12 +179,12 @@ def bands(point: Mapping[str, float]) -> dict[str, float]:
 
 
 def shown_in(place: Place) -> tuple[Tag, ...]:
-    """The tags that appear in a place, in the order of their declaration."""
+    """The tags that appear in a place, in the order of the registry."""
     return tuple(tag for tag in TAGS if place in tag.shown)
 
 
 def series(history: History, tag: Tag) -> dict[int, float]:
-    """Step -> value, of all steps at which it was logged.
+    """Step -> value, for all steps at which the tag was logged.
 
     >>> series({0: {"excess_loss": 1.0}, 5: {}}, EXCESS_LOSS)
     {0: 1.0}
@@ -193,7 +193,7 @@ def series(history: History, tag: Tag) -> dict[int, float]:
 
 
 def last(history: History, name: str) -> float | None:
-    """The last value that was logged under a tag; None: none."""
+    """The last value that was logged under a tag; None if there is none."""
     return next((point[name] for _, point in sorted(history.items(), reverse=True) if name in point), None)
 
 

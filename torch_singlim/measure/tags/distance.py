@@ -26,10 +26,10 @@ EXCESS_LOSS = Tag(
     name="excess_loss",
     label="excess loss",
     unit="loss",
-    meaning="L(w) of the samples, dropout off: mean loss minus its infimum, zero exactly on Γ. Ten times per decade of "
-    "steps",
-    advice="Should fall by orders of magnitude; a floor above 0 means that the noise, or too few weights, keep it "
-    "there",
+    meaning="L(w) of the samples without dropout: mean loss minus its infimum, zero exactly on Γ. Logged ten times per "
+    "decade of steps",
+    advice="Should fall by orders of magnitude. If it stays above a positive value, the noise is strong, or there are "
+    "too few weights",
     group="Distance",
     chart="Excess loss [loss]",
     value=lambda m: m.excess_loss,
@@ -39,8 +39,8 @@ NEAREST = Tag(
     name="distance/nearest",
     label="distance",
     unit="weight norm",
-    meaning="to the nearest point of Γ; an upper bound where `quality/converged` is 0",
-    advice="Falls fast, then changes slowly; a star in the verdict: upper bound",
+    meaning="distance to the nearest point of Γ; an upper bound if `quality/converged` is 0",
+    advice="Falls fast at first, then changes slowly; a star in the verdict marks upper bounds",
     group="Distance",
     chart=_TO_SET,
     value=of_distance(lambda d: d.nearest.distance),
@@ -50,9 +50,9 @@ LINEARISED = Tag(
     name="distance/linearised",
     label="linearised",
     unit="weight norm",
-    meaning="\\|B⁺b\\|, the distance in the linear model at w, dominated by the smallest eigenvalues of H. Right to "
+    meaning="\\|B⁺b\\|, the distance in the linear model at w, dominated by the smallest eigenvalues of H. Correct to "
     "first order near Γ",
-    advice="Equal to `distance/nearest` near Γ; far apart: the linear model says little about the distance",
+    advice="Equal to `distance/nearest` near Γ; if they differ much, the linear model is not valid at this distance",
     group="Distance",
     chart=_TO_SET,
     value=_linearised,
@@ -62,7 +62,7 @@ RELAXED = Tag(
     name="distance/relaxed",
     label="relaxed part",
     unit="weight norm",
-    meaning="the part of the linearised distance, at w, along the relaxed modes, α λ · steps ≥ 3, by the filter "
+    meaning="the part of the linearised distance at w along the relaxed modes, α λ · steps ≥ 3, by the filter "
     "1/(1 + (3/(α λ · steps))⁴)",
     advice="Compare with `distance/relaxed_expected`",
     group="Distance",
@@ -75,9 +75,10 @@ RELAXED_EXPECTED = Tag(
     name="distance/relaxed_expected",
     label="expected",
     unit="weight norm",
-    meaning="root mean square of that part by theory: offset −H⁺g, g the noise's average gradient at w (α∇V at order "
-    "2), and normal fluctuation. The rest of the distance has no prediction",
-    advice="Within some 10 % of `distance/relaxed`; far off: large steps (α λ near 2), or modes that have just relaxed",
+    meaning="root mean square of that part by theory: offset −H⁺g, where g is the noise's average gradient at w (α∇V "
+    "at order 2), and normal fluctuation. There is no prediction for the rest of the distance",
+    advice="Usually within 10 % of `distance/relaxed`; otherwise the steps are large (α λ near 2), or modes have only "
+    "just relaxed",
     group="Distance",
     chart=_RELAXED,
     value=of_relaxed(lambda r: r.expected),
@@ -88,8 +89,8 @@ RELAXED_COSINE = Tag(
     name="distance/relaxed_cosine",
     label="cosine with the expected offset",
     unit="–",
-    meaning="between that part and the predicted offset; low where fluctuation leads, as at order 2",
-    advice="Near 1 at order 1: the offset is where theory has it",
+    meaning="cosine between that part and the predicted offset; low if the fluctuation dominates, as at order 2",
+    advice="Near 1 at order 1: the offset has the predicted direction",
     group="Distance",
     chart="",
     value=of_relaxed(lambda r: r.cosine),
@@ -99,9 +100,9 @@ RELAXED_SHARE = Tag(
     name="distance/relaxed_share",
     label="share of relaxed modes",
     unit="share",
-    meaning="relaxed modes among all normal modes; the theory's two time scales exist for these alone. Above 4,096 "
-    "residuals estimated, among all residuals",
-    advice="Low: the limit will not match, the effective flow may",
+    meaning="relaxed modes as a share of all normal modes; the theory's two time scales exist for relaxed modes only. "
+    "Above 4,096 residuals an estimate, as a share of all residuals",
+    advice="Low: the limit will not agree, but the effective flow may",
     group="Distance",
     chart="Relaxed modes [share]",
     value=of_distance(_relaxed_share),

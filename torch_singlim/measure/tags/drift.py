@@ -25,8 +25,8 @@ WINDOW_STEPS = Tag(
     name="window/steps",
     label="steps",
     unit="steps",
-    meaning="length of the window that ends here; what is logged with it belongs to that window",
-    advice="Longer windows show weaker drifts",
+    meaning="length of the window that ends here; the values for this window are logged at the same step",
+    advice="Weaker drifts are visible in longer windows",
     group="Drift",
     chart="",
     value=of_window(lambda w: float(w.steps)),
@@ -36,7 +36,7 @@ DRIFT_MEASURED = Tag(
     label="measured",
     unit="weight norm",
     meaning="displacement of the weights over the window, without transient perturbations",
-    advice="Measured for every training, whatever can be predicted of it",
+    advice="Measured for every training, also if the drift is not predicted",
     group="Drift",
     chart=_DISPLACEMENT,
     value=of_window(lambda w: torch.linalg.vector_norm(w.displacement).item()),
@@ -45,10 +45,10 @@ DRIFT_PREDICTED = Tag(
     name="drift/predicted",
     label="predicted",
     unit="weight norm",
-    meaning="displacement by descent on the effective loss E_η L(w, η), full batch, with α V added for noises of "
-    "order 2 (`finite_window`: a few exponential steps; unit-step integration in windows up to 200 steps, and where "
-    "the estimated error of the long steps is above a fifth). Langevin and custom noises of order 2 have none",
-    advice="As large as measured, times the cosine",
+    meaning="displacement by full-batch descent on the effective loss E_η L(w, η), plus α V for noises of order 2 "
+    "(`finite_window`: a few exponential steps; unit-step integration in windows up to 200 steps, and if the estimated "
+    "error of the long steps is above a fifth). Not available for Langevin noise and custom noises of order 2",
+    advice="Should be `drift/measured` times `drift/cosine`",
     group="Drift",
     chart=_DISPLACEMENT,
     value=of_drift(lambda c: c.agreement.predicted),
@@ -58,9 +58,9 @@ DRIFT_COSINE = Tag(
     name="drift/cosine",
     label="cosine",
     unit="–",
-    meaning="between those two displacements; to be read against `drift/ceiling` and `drift/baseline_cosine`",
-    advice="At the ceiling: as good as it can be. Well below: look at `quality/stderr` and `quality/error`, then at "
-    "what is unsupported",
+    meaning="cosine between those two displacements; compare it with `drift/ceiling` and `drift/baseline_cosine`",
+    advice="At the noise ceiling: as good as it can be. Well below: look at `quality/stderr` and `quality/error`, then "
+    "at the reasons in the verdict",
     group="Drift",
     chart=_COSINES,
     value=of_drift(lambda c: c.agreement.cosine),
@@ -75,7 +75,7 @@ DRIFT_CEILING = Tag(
     unit="–",
     meaning="the noise ceiling: the best cosine that any deterministic prediction can have with one noisy run "
     "(with `replicas`)",
-    advice="Low: longer windows; more `replicas` make it more precise",
+    advice="Low: use longer windows; more `replicas` make it more accurate",
     group="Drift",
     chart=_COSINES,
     value=of_window(lambda w: w.ceiling),
@@ -87,7 +87,7 @@ DRIFT_SPEED = Tag(
     label="speed",
     unit="–",
     meaning="⟨measured, predicted⟩/⟨predicted, predicted⟩; 1: as fast as predicted",
-    advice="0.9 to 1.1 is usual; off with a good cosine: step size near the edge of stability",
+    advice="Usually 0.9 to 1.1; otherwise, with a good cosine, the step size is near the edge of stability",
     group="Drift",
     chart="",
     value=of_drift(lambda c: c.agreement.speed),
@@ -100,9 +100,9 @@ DRIFT_BASELINE_COSINE = Tag(
     name="drift/baseline_cosine",
     label="baseline cosine",
     unit="–",
-    meaning="the same cosine for the baseline: descent on L alone, the noise switched off. It must be lower for the "
-    "noise to be seen",
-    advice="As high as the cosine: the loss alone explains the motion; train longer first",
+    meaning="the same cosine for the baseline, descent on L alone without noise. The effect of the noise is visible "
+    "only if it is lower than `drift/cosine`",
+    advice="As high as `drift/cosine`: the loss alone explains the motion; train longer first",
     group="Drift",
     chart=_COSINES,
     value=of_model(Model.BASELINE, lambda c: c.agreement.cosine),
@@ -113,8 +113,8 @@ DRIFT_RESIDUAL = Tag(
     name="drift/residual",
     label="residual",
     unit="–",
-    meaning="\\|measured − predicted\\|/\\|measured\\|: the share that is not explained",
-    advice="Compare with √(1 − ceiling²), its floor",
+    meaning="\\|measured − predicted\\|/\\|measured\\|, the share of the motion that is not explained",
+    advice="Compare with its smallest possible value, √(1 − ceiling²)",
     group="Drift",
     chart="",
     value=of_drift(lambda c: c.agreement.residual),
@@ -127,7 +127,7 @@ NOISE_RATIO = Tag(
     unit="–",
     meaning="the noise-induced drift, measured over predicted: ⟨measured − baseline, predicted − baseline⟩/"
     "\\|predicted − baseline\\|²; 1: as predicted. Standard error: scatter of independent runs (`replicas`)",
-    advice="1 within its error: the noise does what theory says",
+    advice="1 within its error: the noise has the predicted effect",
     group="Noise-induced drift",
     chart="",
     value=of_predicted_window(lambda w: w.noise_ratio.mean),
@@ -140,8 +140,8 @@ NOISE_SHARE = Tag(
     name="noise/share",
     label="noise share",
     unit="–",
-    meaning="how large the noise-induced drift is in the prediction: \\|predicted − baseline\\|/\\|predicted\\|. "
-    "Below a few percent other small effects hide it",
+    meaning="size of the noise-induced drift in the prediction, \\|predicted − baseline\\|/\\|predicted\\|; it can "
+    "exceed 1. Below a few percent, other small effects hide the noise",
     advice="Below 0.05 do not interpret `noise/ratio`",
     group="Noise-induced drift",
     chart="",
@@ -152,10 +152,10 @@ EXPANSION_COSINE = Tag(
     name="expansion/cosine",
     label="cosine of the expansion",
     unit="–",
-    meaning="between ∇V, the second-order expansion of the noise, and its average at finite size, "
-    "E_η ∇L(w, η) − ∇L, at w. Clearly off by more than 0.15, the limit's prediction, which rests on the expansion, is "
-    "invalidated",
-    advice="Near 1: the limit's premise holds",
+    meaning="cosine at w between ∇V, the second-order expansion of the noise, and the average over noise of finite "
+    "size, E_η ∇L(w, η) − ∇L. If it is significantly below 0.85, the prediction of the limit, which rests on the "
+    "expansion, is invalidated",
+    advice="Near 1: the assumption of the limit holds",
     group="Noise-induced drift",
     chart="",
     value=of_distance(lambda d: None if d.expansion is None else d.expansion.cosine),
@@ -166,8 +166,9 @@ EXPANSION_RATIO = Tag(
     name="expansion/ratio",
     label="norm of the expansion",
     unit="–",
-    meaning="\\|∇V\\| over the norm of that average",
-    advice="Near 1: the limit's premise holds",
+    meaning="\\|∇V\\| over the norm of that average; the prediction of the limit is invalidated if this differs "
+    "significantly from 1 by more than 0.15",
+    advice="Near 1: the assumption of the limit holds",
     group="Noise-induced drift",
     chart="",
     value=of_distance(lambda d: None if d.expansion is None else d.expansion.ratio),
@@ -181,8 +182,8 @@ LIMIT_FROZEN_COSINE = Tag(
     name="limit/frozen_cosine",
     label="limit cosine",
     unit="–",
-    meaning="between the tangential part of the motion and the singular limit −α^order P_T ∇V, frozen at the window's "
-    "start",
+    meaning="cosine between the tangential part of the motion and the singular limit −α^order P_T ∇V, frozen at the "
+    "start of the window",
     advice="Near 1 only where `distance/relaxed_share` is near 1",
     group="Singular limit",
     chart="",
@@ -194,7 +195,7 @@ LIMIT_FROZEN_SPEED = Tag(
     name="limit/frozen_speed",
     label="limit speed",
     unit="–",
-    meaning="the same motion over the limit's, as `drift/speed`",
+    meaning="speed of the same motion relative to the limit, defined like `drift/speed`",
     advice="Near 1 only where `distance/relaxed_share` is near 1",
     group="Singular limit",
     chart="",
@@ -218,8 +219,8 @@ SPREAD_PREDICTED = Tag(
     name="limit/spread_predicted",
     label="predicted length",
     unit="weight norm",
-    meaning="the same by the limit, drift and diffusion: √(\\|K drift\\|² + K · diffusion · dim Γ)",
-    advice="Equal within a few percent under Langevin noise, which diffuses; else see `limit/frozen_speed`",
+    meaning="the same length by the limit, from drift and diffusion: √(\\|K drift\\|² + K · diffusion · dim Γ)",
+    advice="Equal within a few percent under Langevin noise, which diffuses; for other noises see `limit/frozen_speed`",
     group="Singular limit",
     chart=_ALONG,
     value=of_window(lambda w: None if w.spread is None else w.spread.predicted),

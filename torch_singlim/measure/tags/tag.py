@@ -1,4 +1,4 @@
-"""What a series is: its name, unit and meaning, where it is shown, how it is read off a measurement."""
+"""The declaration of a series: name, unit, meaning, where it is shown, how its value is read from a measurement."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ Reader = Callable[[Measurement], float | None]
 
 
 class Need(Enum):
-    """What has to be there for a series to be logged."""
+    """A condition for a series to be logged."""
 
     DRIFT = auto()  # the drift is predicted
-    MOVES = auto()  # the noise moves the weights on one of the two clocks
-    FLOW = auto()  # it has an effective loss that can be descended
-    REPLICAS = auto()
-    MARKS = auto()  # iterates within windows
+    MOVES = auto()  # the noise causes a drift of order 1 or 2
+    FLOW = auto()  # the noise has an effective loss with a known gradient
+    REPLICAS = auto()  # there are replicas
+    MARKS = auto()  # iterates within windows are recorded
 
 
 class Place(Enum):
-    """Where a series is shown besides its chart."""
+    """Where a series is shown in addition to its chart."""
 
-    DISTANCES = auto()  # the verdict's table of measurements
-    WINDOWS = auto()  # its table of windows
-    LENGTHS = auto()  # its table of lengths, where the limit diffuses
+    DISTANCES = auto()  # the verdict's table of distances
+    WINDOWS = auto()  # the verdict's table of windows
+    LENGTHS = auto()  # the verdict's table of lengths, if the limit diffuses
     TERMINAL = auto()  # the line that is printed at a measurement
     PROGRESS = auto()  # the progress bar
     REPORT = auto()  # the report's table of last values
@@ -56,17 +56,17 @@ class Tag:
     """One series.
 
     Args:
-        name: the tag, below the monitor's name.
+        name: the tag, without the monitor's name.
         label: in tables and figures.
         unit: of its values; a dash: none.
         meaning: one sentence or two, with the formula.
         advice: how to act on it.
-        group: of charts, and of the page that explains them.
+        group: of charts, and of tables on the docs page.
         chart: title of the chart that shows it; several tags may share one. Empty: no chart.
-        value: reads it off a measurement.
-        stderr: reads its standard error, logged as the name with ``_stderr``; None: it has none.
+        value: reads the value from a measurement.
+        stderr: reads its standard error, which is logged as the name with ``_stderr``; None: it has none.
         band: title of the chart that shows it with its standard error. Empty: no such chart.
-        needs: what has to be there.
+        needs: conditions for it to be logged.
         shown: where else it appears.
     """
 
@@ -100,7 +100,7 @@ def of_distance(read: Callable[[DistanceMeasurement], float | None]) -> Reader:
 
 
 def of_relaxed(read: Callable[[RelaxedPart], float | None]) -> Reader:
-    """Of the relaxed part, where there is one: with no mode relaxed there is nothing to compare."""
+    """Read from the relaxed part, if at least one mode has relaxed."""
     return of_distance(lambda d: None if d.relaxed is None or not d.relaxed.count else read(d.relaxed))
 
 
@@ -115,12 +115,12 @@ def of_model(model: Model, read: Callable[[Comparison], float | None]) -> Reader
 
 
 def of_drift(read: Callable[[Comparison], float | None]) -> Reader:
-    """Read from the window's comparison with the noise-averaged loss, where it holds."""
+    """Read from the window's comparison with descent on the effective loss, unless it is invalidated."""
     return of_window(lambda w: None if w.drift is None else read(w.drift))
 
 
 def of_predicted_window(read: Callable[[Window], float | None]) -> Reader:
-    """Read from the window, where that comparison holds."""
+    """Read from the window, unless that comparison is invalidated."""
     return of_window(lambda w: None if w.drift is None else read(w))
 
 
@@ -130,7 +130,7 @@ def of_clock(read: Callable[[Clock], float | None]) -> Reader:
 
 
 def needs(*more: Need) -> frozenset[Need]:
-    """A prediction of the drift, and more."""
+    """The condition that the drift is predicted, and further ones."""
     return frozenset({Need.DRIFT, *more})
 
 

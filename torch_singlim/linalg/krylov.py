@@ -232,7 +232,7 @@ def preconditioned_solve(
         precondition: product with the approximate inverse, symmetric positive definite.
         rtol: stop when |K x - b| <= rtol |b|.
         max_steps: maximum number of products. The iteration stops after a quarter of them (at least 4) if the logarithm
-            of the residual has not covered a quarter of the way to that of the tolerance.
+            of the residual has not come a quarter of the way to that of the tolerance.
 
     >>> K = torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64))
     >>> preconditioned_solve(lambda v: K @ v, torch.ones(2).double(), lambda v: v, rtol=1e-12, max_steps=5).x

@@ -1,6 +1,4 @@
-"""Injected noise against the same training written out by hand: chain rule, batch, memory, accumulation, resuming."""
-
-import copy
+"""Injected noise against the same training written out by hand: chain rule, batch, transients, accumulation, resuming."""
 
 import lightning as L
 import pytest
@@ -8,9 +6,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from tests.callbacks.test_monitor import Recorder
+from tests.zoo import Trace, assert_identical, fit, loader_of, monitor_of, weights
 from torch_singlim import (
     AntiCorrelated,
     CustomNoise,
@@ -22,7 +20,6 @@ from torch_singlim import (
     LabelNoise,
     Langevin,
     Minibatch,
-    SingularLimitMonitor,
     WeightDecay,
 )
 
@@ -62,25 +59,10 @@ def labelled(n=N):
     return TensorDataset(real(n).tensors[0], torch.arange(n) % 3)
 
 
-def train(model, *callbacks, steps=4, dataset=None, batch_size=N, logger=False, ckpt_path=None, **options):
-    loader = DataLoader(dataset or real(), batch_size=batch_size, shuffle=False)
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=logger,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        **options,
-    )
-    trainer.fit(model, loader, ckpt_path=ckpt_path)
-    return trainer
-
-
-def flat(model):
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+def train(model, *callbacks, steps=4, dataset=None, **options):
+    """A copy of the model after full-batch steps in the order of the data, and its Trainer."""
+    full = {"batch_size": N, "shuffle": False} | options
+    return fit(model, *callbacks, steps=steps, dataset=dataset or real(), **full)
 
 
 def loss_of(model, w, x, y):
@@ -92,7 +74,7 @@ def loss_of(model, w, x, y):
 
 def by_hand(model, noisy, steps, draw):
     """w <- w - lr grad_w noisy(w, eta), full batch."""
-    w = flat(model)
+    w = weights(model)
     for _ in range(steps):
         eta = draw()
         v = w.clone().requires_grad_()
@@ -134,24 +116,25 @@ def test_training_follows_the_noisy_loss(kind):
     model = Net()
     # what belongs to the samples is drawn by a generator of the process's own
     draw = gaussian(std, *shape, seed=6 if noise.per_sample else 5)
-    truth = by_hand(copy.deepcopy(model), noisy(model), 6, draw)
-    train(model, InjectNoise(noise, seed=5), steps=6)
-    torch.testing.assert_close(flat(model), truth, rtol=0, atol=1e-13)
+    truth = by_hand(model, noisy(model), 6, draw)
+    trained, _ = train(model, InjectNoise(noise, seed=5), steps=6)
+    torch.testing.assert_close(weights(trained), truth, rtol=0, atol=1e-13)
 
 
 def test_anti_correlated_noise_is_taken_back_a_step_later():
     model, draw = Net(momentum=0.5), gaussian(0.2, 1, P)
-    reference = copy.deepcopy(model)
-    w, velocity, last = flat(reference), 0.0, 0.0
+    w, velocity, last = weights(model), 0.0, 0.0
     for _ in range(6):
         v = w.clone().requires_grad_()
-        (g,) = torch.autograd.grad(loss_of(reference, v, X, Y), v)
+        (g,) = torch.autograd.grad(loss_of(model, v, X, Y), v)
         velocity, xi = 0.5 * velocity + g, draw()
         w, last = w - LR * velocity + (xi - last), xi
     inject = InjectNoise(AntiCorrelated(0.2), seed=5)
-    train(model, inject, steps=6)
-    torch.testing.assert_close(flat(model), w, rtol=0, atol=1e-13)
-    torch.testing.assert_close(inject.memory, last)
+    trained, _ = train(model, inject, steps=6)
+    torch.testing.assert_close(weights(trained), w, rtol=0, atol=1e-13)
+    torch.testing.assert_close(inject.transient, last)
+    own = torch.cat([inject.perturbation[p].reshape(-1) for p in trained.parameters()])
+    torch.testing.assert_close(own, last)
 
 
 def test_flipped_labels():
@@ -169,9 +152,9 @@ def test_flipped_labels():
         flips.append((labels != y).float().mean())
         return loss_of(model, w, x, labels)
 
-    truth = by_hand(copy.deepcopy(model), noisy, 6, draw)
-    train(model, InjectNoise(noise, seed=5), steps=6, dataset=dataset)
-    torch.testing.assert_close(flat(model), truth, rtol=0, atol=1e-13)
+    truth = by_hand(model, noisy, 6, draw)
+    trained, _ = train(model, InjectNoise(noise, seed=5), steps=6, dataset=dataset)
+    torch.testing.assert_close(weights(trained), truth, rtol=0, atol=1e-13)
     assert 0 < sum(flips) / 6 < 0.6
     assert torch.equal(dataset.tensors[1], torch.arange(N) % 3)
 
@@ -182,102 +165,91 @@ SYSTEMS = [DropConnect(0.3), Langevin(0.3), AntiCorrelated(0.2), CustomNoise(cus
 @pytest.mark.parametrize("noise", [*SYSTEMS, InputNoise(0.2)], ids=lambda n: type(n).__name__)
 def test_accumulated_batches_are_one_step(noise):
     """Two halves accumulated are the whole batch: the step has one eta (or one for each sample)."""
-    whole, halves = Net(momentum=0.9), Net(momentum=0.9)
-    train(whole, InjectNoise(noise), steps=5)
-    train(halves, InjectNoise(noise), steps=5, batch_size=N // 2, accumulate_grad_batches=2)
-    torch.testing.assert_close(flat(whole), flat(halves), rtol=0, atol=1e-13)
+    model = Net(momentum=0.9)
+    whole, _ = train(model, InjectNoise(noise), steps=5)
+    halves, _ = train(model, InjectNoise(noise), steps=5, batch_size=N // 2, accumulate_grad_batches=2)
+    torch.testing.assert_close(weights(whole), weights(halves), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("noise", [DropConnect(0.3) + LabelNoise(0.1), AntiCorrelated(0.2)], ids=["sum", "memory"])
+@pytest.mark.parametrize("noise", [DropConnect(0.3) + LabelNoise(0.1), AntiCorrelated(0.2)], ids=["sum", "transient"])
 def test_resumed_training_is_the_same(noise, tmp_path):
-    """Generator and memory are in the checkpoint: stopped and resumed is bitwise what one run gives."""
-    through, first, second = Net(), Net(), Net()
-    train(through, InjectNoise(noise, seed=1), steps=10)
-    trainer = train(first, InjectNoise(noise, seed=1), steps=5)
+    """Generators and transient perturbation are in the checkpoint: stopped and resumed is bitwise what one run gives.
+
+    Also where the trainer has looked at other data before it was written.
+    """
+    model = Net()
+    through, _ = train(model, InjectNoise(noise, seed=1), steps=10)
+    first, trainer = train(model, InjectNoise(noise, seed=1), steps=5)
+    trainer.predict(first, loader_of(X, N, shuffle=False))
     trainer.save_checkpoint(tmp_path / "middle.ckpt")
-    train(second, InjectNoise(noise, seed=99), steps=10, ckpt_path=tmp_path / "middle.ckpt")
-    assert torch.equal(flat(second), flat(through))
+    second, _ = train(model, InjectNoise(noise, seed=99), steps=10, ckpt_path=tmp_path / "middle.ckpt")
+    assert torch.equal(weights(second), weights(through))
 
 
 def test_same_seed_same_noise_and_the_global_generator_is_left_alone():
-    runs, watches = [Net(), Net(), Net()], [Watch(), Watch(), Watch(), Watch()]
-    for model, seed, watch in zip(runs, (0, 0, 1), watches[:3], strict=True):
-        torch.manual_seed(0)
-        train(model, InjectNoise(DropConnect(0.1) + LabelNoise(0.1), seed=seed), watch)
-    quiet = Net()
-    torch.manual_seed(0)
-    train(quiet, watches[3])
-    for watch in watches[:3]:
-        assert all(torch.equal(a, b) for a, b in zip(watch.random, watches[3].random, strict=True))
-    assert torch.equal(flat(runs[0]), flat(runs[1]))
-    assert not torch.equal(flat(runs[0]), flat(runs[2]))
+    model, noise = Net(), DropConnect(0.1) + LabelNoise(0.1)
+    traces = [Trace() for _ in range(4)]
+    runs = [
+        train(model, InjectNoise(noise, seed=seed), trace)[0] for seed, trace in zip((0, 0, 1), traces, strict=False)
+    ]
+    train(model, traces[3])
+    for trace in traces[:3]:
+        for state, quiet in zip(trace.states, traces[3].states, strict=True):
+            assert torch.equal(state["torch"], quiet["torch"])
+    assert torch.equal(weights(runs[0]), weights(runs[1]))
+    assert not torch.equal(weights(runs[0]), weights(runs[2]))
 
 
 def test_a_callback_that_is_used_again_starts_anew():
-    inject, runs = InjectNoise(AntiCorrelated(0.1) + LabelNoise(0.1)), [Net(), Net()]
-    for model in runs:
-        train(model, inject)
-    assert torch.equal(flat(runs[0]), flat(runs[1]))
+    model, inject, traces = Net(), InjectNoise(AntiCorrelated(0.1) + LabelNoise(0.1)), [Trace(), Trace()]
+    for trace in traces:
+        train(model, inject, trace)
+    assert_identical(*traces)
 
 
 class Watch(L.Callback):
-    """What other callbacks see of weights and batch."""
+    """What other callbacks see of the weights."""
 
     def __init__(self):
-        self.seen, self.random = [], []
+        self.seen = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.seen.append(flat(pl_module))
+        self.seen.append(weights(pl_module))
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.random.append(torch.get_rng_state())
+
+class Whole(Dataset):
+    """Hands out its own tensors, as a tuple, which are not collated."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return X, Y
 
 
 def test_nobody_else_sees_perturbed_weights_and_data_are_left_alone():
-    """Also where the loader hands out the data set's own tensors, as a tuple, without collating."""
-
-    class Whole(torch.utils.data.Dataset):
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, i):
-            return X, Y
-
     before = [t.clone() for t in (X, Y)]
     model, watch = Net(), Watch()
     model.skip = (1,)
-    start = flat(model)
-    noise = DropConnect(0.3) + InputNoise(0.2)
-    loader = DataLoader(Whole(), batch_size=None)
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[watch, InjectNoise(noise)],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    noise = InjectNoise(DropConnect(0.3) + InputNoise(0.2))
     with pytest.warns(UserWarning, match="training_step` returned `None"):
-        trainer.fit(model, loader)
-    assert torch.equal(watch.seen[0], start)
+        train(model, watch, noise, steps=3, dataset=Whole(), batch_size=None)
+    assert torch.equal(watch.seen[0], weights(model))
     assert len(watch.seen) == 3
     assert torch.equal(X, before[0])
     assert torch.equal(Y, before[1])
 
 
-def test_an_exception_leaves_the_weights_unperturbed():
-    class Failing(Net):
-        def training_step(self, batch, batch_idx):
-            if self.trainer.training and not hasattr(self, "ready"):
-                raise RuntimeError("no")
-            return super().training_step(batch, batch_idx)
+class Failing(Net):
+    def training_step(self, batch, batch_idx):
+        raise RuntimeError("no")
 
-    model = Failing()
-    start = flat(model)
+
+def test_an_exception_leaves_the_weights_unperturbed():
+    model, trace = Failing(), Trace()
     with pytest.raises(RuntimeError, match="no"):
-        train(model, InjectNoise(DropConnect(0.3)))
-    assert torch.equal(flat(model), start)
+        train(model, InjectNoise(DropConnect(0.3)), trace)
+    assert torch.equal(trace.states[-1]["weights"], weights(model))
 
 
 REFUSED = [
@@ -301,7 +273,7 @@ def manual():
 
 UNFIT = [
     (lambda: Net("hard"), labelled, [LabelNoise(0.1)], r"LabelNoise is for mse.*use LabelFlips"),
-    (lambda: Net("smoothed"), labelled, [LabelFlips(0.1)], "label_smoothing=0.1 already"),
+    (lambda: Net("smoothed"), labelled, [LabelFlips(0.1)], "training_step already has label_smoothing=0.1"),
     (Net, real, [LabelFlips(0.1)], r"LabelFlips is for cross-entropy.*use LabelNoise"),
     (Net, real, [Langevin(0.1), Langevin(0.2)], "one each"),
     (Net, real, [CustomNoise(lambda loss, w, x, y, eta: loss(w + eta + 1, x, y), std=0.1)], r"Lhat\(w, 0\) = L\(w\)"),
@@ -318,34 +290,42 @@ UNFIT = [
 
 @pytest.mark.parametrize(("model", "dataset", "noises", "message"), UNFIT)
 def test_noise_that_does_not_fit_is_refused_before_training(model, dataset, noises, message):
-    module = model()
-    start = flat(module)
+    module, trace = model(), Trace()
     with pytest.raises(ValueError, match=message):
-        train(module, *(InjectNoise(noise) for noise in noises), dataset=dataset())
-    assert torch.equal(flat(module), start)
+        train(module, *(InjectNoise(noise) for noise in noises), trace, dataset=dataset())
+    (state,) = trace.states
+    assert torch.equal(state["weights"], weights(module))
+
+
+class Iterates(L.Callback):
+    """The weights without what is taken back a step later, after every step."""
+
+    def __init__(self, inject):
+        self.inject, self.after = inject, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        transient = self.inject.transient
+        self.after[trainer.global_step] = weights(pl_module) - (0.0 if transient is None else transient)
 
 
 @pytest.mark.parametrize("kind", ["drop_connect", "input_noise", "label_noise", "anti_correlated", "langevin", "flips"])
-@pytest.mark.filterwarnings("ignore:.*drift not predicted")
 def test_the_monitor_predicts_from_the_same_object(kind):
     noise = {"anti_correlated": AntiCorrelated(0.05), "flips": LabelFlips(0.3)}.get(kind) or HAND[kind][0]
-    model, recorder = Net("hard" if kind == "flips" else "mse"), Recorder()
-    monitor = SingularLimitMonitor(window=50, every_n_steps=50)
-    inject = InjectNoise(noise)
-    dataset = labelled() if kind == "flips" else real()
-    train(model, inject, monitor, steps=200, dataset=dataset, logger=recorder)
-    assert monitor._noise == noise
+    model, dataset = (Net("hard"), labelled()) if kind == "flips" else (Net(), real())
+    inject, monitor = InjectNoise(noise), monitor_of(window=50, every_n_steps=50, num_draws=16)
+    iterates = Iterates(inject)
+    train(model, inject, monitor, iterates, steps=200, dataset=dataset)
+    assert monitor.engine.noise == noise
     last = monitor.history[200]
     if kind == "langevin":
-        assert "singlim/drift/cosine" not in last
-        ratio = last["singlim/limit/spread_measured"] / last["singlim/limit/spread_predicted"]
+        assert "drift/cosine" not in last
+        ratio = last["limit/spread_measured"] / last["limit/spread_predicted"]
         assert ratio == pytest.approx(1, abs=0.2)  # chi with about 100 degrees of freedom
     else:
-        assert last["singlim/drift/cosine"] > 0.8
-    carried = 0.0 if inject.memory is None else inject.memory
-    torch.testing.assert_close(monitor.last_observation.drifting, flat(model) - carried)
+        assert last["drift/cosine"] > 0.8
+    torch.testing.assert_close(monitor.last_window.displacement, iterates.after[200] - iterates.after[150])
 
 
 def test_noise_said_twice():
     with pytest.raises(ValueError, match="the noise is given twice"):
-        train(Net(), InjectNoise(Langevin(0.1)), SingularLimitMonitor(max_overhead=None, noise=Langevin(0.1), window=2))
+        train(Net(), InjectNoise(Langevin(0.1)), monitor_of(noise=Langevin(0.1)))

@@ -1,4 +1,4 @@
-"""Measure how a network moves along its zero-loss set while it trains, beside what the singular limit predicts.
+"""Measure how a network moves along its zero-loss set during training, and compare with the singular limit.
 
 Theory: A. Shalova, A. Schlichting, M. Peletier, "Singular-limit analysis of gradient descent with noise injection",
 arXiv 2404.12293.
@@ -66,18 +66,18 @@ if TYPE_CHECKING:
     from torch_singlim.report import drift_figure, scaling_figure
 
 __all__ = [
-    # the problem: a module, its loss, its samples
+    # the problem: a module, its loss and its samples
     "ZeroLossProblem",
-    # its zero-loss set
+    # the zero-loss set
     "nearest_point",
     "NearestPoint",
     "tangent_space",
     "TangentSpace",
     "linearize",
     "gauss_newton",
-    # how it is trained
+    # how the network is trained
     "SGDSettings",
-    # with which noise
+    # and with which noise
     "NoiseSystem",
     "Dropout",
     "DropConnect",
@@ -123,14 +123,14 @@ __all__ = [
     "SingularLimitMonitor",
     "InjectNoise",
     "measure_checkpoints",
-    # to look at
+    # figures
     "drift_figure",
     "scaling_figure",
 ]
 
 __version__ = "0.1.0"
 
-# the rooms that import lightning or matplotlib, which take seconds: only on first use
+# names from subpackages that import lightning or matplotlib, which takes seconds: imported on first use
 _LATE = {
     "SingularLimitMonitor": "callbacks",
     "InjectNoise": "callbacks",

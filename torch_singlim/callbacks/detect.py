@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 _LOSS_RTOL = 1e-3
 _ADVICE = (
-    "write the training loss as a mean over samples of mse or label-smoothed cross-entropy, or pass what it is: "
+    "write the training loss as a mean over samples of mse or label-smoothed cross-entropy, or pass the loss: "
     "SingularLimitMonitor(loss=nn.MSELoss()), loss=nn.CrossEntropyLoss(label_smoothing=0.1), or a function of one "
     "sample's (outputs, target)"
 )

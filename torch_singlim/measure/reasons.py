@@ -51,7 +51,7 @@ class Code(Enum):
     NO_OPTIMIZER_STATE = (
         _UNSUPPORTED,
         Scope.DRIFT,
-        "{path} does not hold the state of one optimizer; ModelCheckpoint(save_weights_only=False) keeps it",
+        "{path} does not hold the state of one optimizer; ModelCheckpoint(save_weights_only=False) saves it",
     )
     SEVERAL_OPTIMIZERS = (
         _UNSUPPORTED,
@@ -111,8 +111,8 @@ class Code(Enum):
     UNCERTAIN = (
         _INVALIDATED,
         Scope.WINDOW,
-        "long steps over the window {start}-{stop} are uncertain by more than half of what they predict, and there was "
-        "no time for unit-step integration: pass max_overhead=None",
+        "the estimated error of the prediction by long steps exceeds half of the predicted displacement in the window "
+        "{start}-{stop}, and there was no time for unit-step integration: pass max_overhead=None",
     )
     DIVERGED = (
         _INVALIDATED,
@@ -123,8 +123,8 @@ class Code(Enum):
     EXPANSION_FAILS = (
         _INVALIDATED,
         Scope.PART,
-        "the noise is too large for the second-order expansion that the singular limit rests on: at step {step} its "
-        "gradient has cosine {cosine:.2f} and {ratio:.2f} times the norm of the averaged one",
+        "the noise is too large for the second-order expansion that the singular limit rests on: compared with the "
+        "averaged gradient at step {step}, that of the expansion has cosine {cosine:.2f} and {ratio:.2f} times the norm",
     )
     # measurements
     FAILED = _SKIPPED, Scope.PART, "the measurement at step {step} failed: {error}"
@@ -134,7 +134,7 @@ class Code(Enum):
         "to keep measurements below {share:.0%} of the wall time: {what}; pass max_overhead=None, or every_n_steps, "
         "for all of them",
     )
-    STATE = _SKIPPED, Scope.PART, "the checkpoint's state of the monitor was not taken over: {why}"
+    STATE = _SKIPPED, Scope.PART, "the monitor's state in the checkpoint was not restored: {why}"
 
     @property
     def kind(self) -> Kind:

@@ -165,7 +165,7 @@ def test_a_state_that_is_foreign_or_not_whole_is_a_reason(name, part, tmp_path, 
     (reason,) = monitor.reasons
     assert reason.code is Code.STATE
     assert re.search(message, str(reason))
-    assert caplog.text.count("the checkpoint's state of the monitor was not taken over") == 1
+    assert caplog.text.count("the monitor's state in the checkpoint was not restored") == 1
     assert reason.sentence in monitor.verdict
     assert (min(monitor.history), max(monitor.history)) == (12, 20)
     assert monitor.history[20]["window/steps"] == 5

@@ -124,7 +124,8 @@ class Code(Enum):
         _INVALIDATED,
         Scope.PART,
         "the noise is too large for the second-order expansion that the singular limit rests on: compared with the "
-        "averaged gradient at step {step}, that of the expansion has cosine {cosine:.2f} and {ratio:.2f} times the norm",
+        "averaged gradient at step {step}, that of the expansion has cosine {cosine:.2f} and {ratio:.2f} times the "
+        "norm",
     )
     # measurements
     FAILED = _SKIPPED, Scope.PART, "the measurement at step {step} failed: {error}"

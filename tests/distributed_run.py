@@ -1,23 +1,25 @@
-"""One training under the monitor, alone or as one of two processes: what was logged, and how much each evaluated."""
+"""One training under the monitor, alone or as one of several processes: what was logged, and how much each evaluated.
+
+As ``python -m tests.distributed_run CASE DEVICES OUT [fault] [alone]``.
+"""
 
 import json
 import logging
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader
 
-import torch_singlim
-from tests.callbacks.test_monitor import Net, data, seeded, weights
-from tests.callbacks.test_setups import Tied
+from tests.zoo import Net, Tied, data, fit, seeded, weights
 from torch_singlim import AntiCorrelated, DropConnect, InjectNoise, SingularLimitMonitor
-from torch_singlim.network.functional import FunctionalModule
-from torch_singlim.measure.distance import observe
+from torch_singlim.geometry import curvature
+from torch_singlim.measure import engine
+from torch_singlim.network import FunctionalModule
 
 SAMPLES = 20
 CASES = {
@@ -25,18 +27,36 @@ CASES = {
     # and with figures, for which every process takes part in the products
     "dropout by products": {"products": True},
     "dropout in training": {"dropout": 0.2},
-    # where every layer is a matrix, one process pushes through its kept pass, which makes no call that is counted
-    "by pushing": {"way": "pushing", "network": Tied},
+    # where every layer is a matrix, one process has its products from a cached linearisation, and no call is counted
+    "by columns": {"way": "columns", "network": Tied},
     "by rows": {"way": "rows"},
     "weight noise": {"inject": DropConnect(0.1)},
-    "carried noise": {"inject": AntiCorrelated(0.01)},
+    "transient noise": {"inject": AntiCorrelated(0.01)},
+    "no problem": {"loss": "half"},
 }
 
 
-def main(case: str, devices: int, out: Path, fault: bool, monitored: bool) -> None:
+class Failing(L.Callback):
+    """One process cannot measure at a step."""
+
+    def __init__(self, monitor, rank, step):
+        self.monitor, self.rank, self.step = monitor, rank, step
+
+    def on_train_start(self, trainer, pl_module):
+        measure = self.monitor.engine.measure
+
+        def failing(snapshot, **options):
+            if (trainer.global_rank, snapshot.step) == (self.rank, self.step):
+                raise ArithmeticError("thrown on purpose")
+            return measure(snapshot, **options)
+
+        self.monitor.engine.measure = failing
+
+
+def main(name: str, devices: int, out: Path, fault: bool, monitored: bool) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    rows = 0
+    rows, case = 0, CASES[name]
     evaluate = FunctionalModule.__call__
 
     def counted(self, w, x, *rest):
@@ -45,40 +65,31 @@ def main(case: str, devices: int, out: Path, fault: bool, monitored: bool) -> No
         return evaluate(self, w, x, *rest)
 
     FunctionalModule.__call__ = counted
-    if CASES[case].get("products"):
-        torch_singlim.callbacks.monitor.observe = lambda *a, **k: observe(*a, **k, max_dense=0)
-    if "way" in CASES[case]:
-        torch_singlim.geometry.gram._flops = lambda problem: {CASES[case]["way"]: 1.0}
-    L.seed_everything(0, verbose=False)
+    if case.get("products"):
+        engine.measure_distance = partial(engine.measure_distance, max_dense=0)
+    if "way" in case:
+        gram_matrix = curvature.gram_matrix
+        curvature.gram_matrix = lambda *args, **options: gram_matrix(*args, **options | {"way": case["way"]})
     monitor = SingularLimitMonitor(every_n_steps=5, window=5, replicas=2, reference=True)
-    injected = [InjectNoise(CASES[case]["inject"])] if "inject" in CASES[case] else []
-    trainer = L.Trainer(
-        max_steps=15,
-        accelerator="cpu",
+    callbacks = [InjectNoise(case["inject"])] if "inject" in case else []
+    callbacks += [monitor] if monitored else []
+    callbacks += [Failing(monitor, rank=1, step=5)] if fault else []
+    net = case.get("network", Net)
+    model, trainer = fit(
+        seeded(lambda: net(loss=case.get("loss", "mse"), dropout=case.get("dropout", 0.0), momentum=0.5)),
+        *callbacks,
+        steps=15,
+        dataset=data(n=SAMPLES),
+        batch_size=SAMPLES // devices,  # every process has its part of the one batch
+        shuffle=False,
         devices=devices,
         strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
         precision="64-true",
-        callbacks=[*injected, *([monitor] if monitored else [])],
-        logger=TensorBoardLogger(out.parent, name=f"board {out.name}") if CASES[case].get("products") else False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        logger=TensorBoardLogger(out.parent, name=f"board {out.name}") if case.get("products") else False,
     )
-    make = CASES[case].get("network", Net)
-    model = seeded(lambda: make(dropout=CASES[case].get("dropout", 0.0), momentum=0.5))
-    if fault:
-
-        def fail(*args, **kwargs):
-            if trainer.global_rank == 1 and trainer.global_step == 5:
-                raise ArithmeticError("thrown on purpose")
-            return look(*args, **kwargs)
-
-        look = monitor._look
-        monitor._look = fail
-    # every process has its half of the one batch
-    trainer.fit(model, DataLoader(data(n=SAMPLES), batch_size=SAMPLES // devices))
     history = {f"{step} {tag}": value for step, tags in monitor.history.items() for tag, value in tags.items()}
     found = {"history": history, "weights": weights(model).tolist(), "rows": rows, "verdict": monitor.verdict}
+    found["reasons"] = [reason.state_dict() for reason in monitor.reasons]
     out.with_suffix(f".{trainer.global_rank}.json").write_text(json.dumps(found))
 
 

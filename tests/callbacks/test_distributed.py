@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.distributed_run import CASES
-from torch_singlim.network.process_group import Team
+from torch_singlim.network import ProcessGroup
 
 ROOT = Path(__file__).parents[2]
+TIMED = "cost/overhead"
 
 
 def run(case, devices, out, *more):
@@ -22,48 +23,61 @@ def run(case, devices, out, *more):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240, check=False)
 
 
-def test_parts_of_a_team():
+def finished(case, devices, out, *more):
+    """What each process found."""
+    process = run(case, devices, out, *more)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return [json.loads(out.with_suffix(f".{rank}.json").read_text()) for rank in range(devices)]
+
+
+def test_shards_of_a_process_group():
     for count in (5, 6, 7):
-        parts = [Team(rank, 3).own(count) for rank in range(3)]
-        assert [i for part in parts for i in range(count)[part]] == list(range(count))
-    alone = torch.ones(3)
-    assert Team().sum(alone) is alone
-    assert Team().whole(alone, 3) is alone
+        shards = [ProcessGroup(rank, 3).shard(count) for rank in range(3)]
+        assert [i for shard in shards for i in range(count)[shard]] == list(range(count))
+
+
+def test_one_process_communicates_with_nobody():
+    alone, tensor = ProcessGroup(), torch.ones(3)
+    assert alone.all_reduce(tensor) is tensor
+    assert alone.all_gather(tensor, 3) is tensor
+    assert alone.all_reduce_min(2.5, tensor.device) == 2.5
+    assert alone.broadcast(2.5, tensor.device) == 2.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_log_what_one_logs(case, tmp_path):
-    for devices in (1, 2):
-        finished = run(case, devices, tmp_path / str(devices))
-        assert finished.returncode == 0, finished.stderr[-3000:]
-    one = json.loads((tmp_path / "1.0.json").read_text())
-    two = [json.loads((tmp_path / f"2.{rank}.json").read_text()) for rank in (0, 1)]
+    (one,) = finished(case, 1, tmp_path / "1")
+    two = finished(case, 2, tmp_path / "2")
     assert two[0]["weights"] == two[1]["weights"]
     # each process draws the masks of its own samples: the training is another one, but for its beginning
     random = "dropout" in CASES[case]
     if not random:
         assert two[0]["weights"] == pytest.approx(one["weights"], rel=1e-10)
+    assert one["history"]
     for each in two:
+        assert each["reasons"] == one["reasons"]
         assert each["history"].keys() == one["history"].keys()
         for key, value in (two[0] if random else one)["history"].items():
-            if "cost/overhead" not in key:
+            if TIMED not in key:
                 assert each["history"][key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
     for key, value in one["history"].items():
-        if key.startswith("0 ") and "cost/overhead" not in key:
+        if key.startswith("0 ") and TIMED not in key:
             assert two[0]["history"][key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
     if CASES[case].get("products"):
         assert list(tmp_path.rglob("events.out.tfevents.*"))
+    if CASES[case].get("loss") == "half":
+        assert "not recognised" in one["verdict"]
+        return
+    assert one["reasons"] == []
     print(f"{case}: samples evaluated alone {one['rows']}, by each of two {[each['rows'] for each in two]}")
     assert all(each["rows"] < 0.65 * one["rows"] for each in two)
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_with_and_without_the_monitor(tmp_path):
-    for how in ("watched", "alone"):
-        finished = run("dropout in training", 2, tmp_path / how, how)
-        assert finished.returncode == 0, finished.stderr[-3000:]
-    watched, alone = (json.loads((tmp_path / f"{how}.0.json").read_text()) for how in ("watched", "alone"))
+    watched, *_ = finished("dropout in training", 2, tmp_path / "watched")
+    alone, *_ = finished("dropout in training", 2, tmp_path / "alone", "alone")
     assert watched["history"]
     assert not alone["history"]
     assert watched["weights"] == alone["weights"]
@@ -71,7 +85,7 @@ def test_two_processes_train_the_same_with_and_without_the_monitor(tmp_path):
 
 @pytest.mark.slow
 def test_a_failing_process_ends_the_job(tmp_path):
-    finished = run("plain", 2, tmp_path / "out", "fault")
-    assert finished.returncode != 0
-    assert "the probe at step 5 failed on rank 1" in finished.stderr
-    assert "ArithmeticError: thrown on purpose" in finished.stderr
+    process = run("plain", 2, tmp_path / "out", "fault")
+    assert process.returncode != 0
+    assert "the measurement at step 5 failed on rank 1" in process.stderr
+    assert "ArithmeticError: thrown on purpose" in process.stderr

@@ -9,13 +9,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from playwright.sync_api import sync_playwright
 from torch.utils.tensorboard import SummaryWriter
 
-from tests import browser
-from tests.callbacks.test_monitor import Net, fit, seeded
-from torch_singlim import SingularLimitMonitor
+from tests.report import browser
+from tests.zoo import Hyper, Net, fit, monitor_of, seeded
 from torch_singlim.report import report
 
 # screenshots are kept here, for people to look at
-SHOTS = Path(__file__).parents[1] / "artefacts" / "tensorboard"
+SHOTS = Path(__file__).parents[2] / "artefacts" / "tensorboard"
 
 pytestmark = [
     pytest.mark.skipif(browser.chromium() is None, reason="no Chromium is installed (Debian: apt install chromium)"),
@@ -24,16 +23,10 @@ pytestmark = [
 ]
 
 
-class WithHyperparameters(Net):
-    def __init__(self, width=32):
-        super().__init__(hidden=width)
-        self.save_hyperparameters()
-
-
 def test_every_chart_has_its_curves(tmp_path):
     for width in (24, 32):
-        monitor = SingularLimitMonitor(every_n_steps=15, window=15, replicas=2)
-        net = seeded(functools.partial(WithHyperparameters, width))
+        monitor = monitor_of(every_n_steps=15, window=15, replicas=2)
+        net = seeded(functools.partial(Hyper, width))
         fit(net, monitor, steps=60, logger=TensorBoardLogger(tmp_path, name=f"width {width}"))
     seen = browser.look(tmp_path, SHOTS)
     assert len(seen["layout"]) > 15
@@ -51,7 +44,7 @@ def test_every_chart_has_its_curves(tmp_path):
 
 def test_a_report_asks_the_network_for_nothing(tmp_path):
     """And nothing on it is wider than the window."""
-    monitor = SingularLimitMonitor(every_n_steps=10, window=10)
+    monitor = monitor_of(every_n_steps=10, window=10)
     fit(seeded(Net), monitor, steps=20, logger=TensorBoardLogger(tmp_path / "runs", name="one"))
     page = report([tmp_path / "runs"], tmp_path / "report")
     with sync_playwright() as playwright:

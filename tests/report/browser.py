@@ -66,7 +66,7 @@ CHARTS = (
   return charts;
 }"""
 )
-SETTLED = (
+DRAWN = (
     "(count) => { const charts = (" + CHARTS + ")(); return charts.length >= count && charts.every(c => c.opened "
     "&& c.loaded && c.height > 50 && c.lines === c.series.filter(s => s.points).length); }"
 )
@@ -183,7 +183,7 @@ def look(logs: Path, shots: Path) -> dict:
 
         tab(CUSTOM, "tf-category-paginated-view button.heading")
         with contextlib.suppress(Late):  # what is missing is found below
-            page.wait_for_function(SETTLED, arg=len(titles))
+            page.wait_for_function(DRAWN, arg=len(titles))
         charts = page.evaluate(CHARTS)
         _screenshot(page, shots / "custom_scalars.png")
         tab("text", "tf-text-loader")

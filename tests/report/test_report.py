@@ -4,14 +4,13 @@ import csv
 import re
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from tests.callbacks.test_monitor import Net, fit, seeded
-from torch_singlim import DropConnect, Estimate, InjectNoise, SingularLimitMonitor
+from tests.zoo import Net, fit, monitor_of, seeded
+from torch_singlim import DropConnect, Estimate, InjectNoise
 from torch_singlim.__main__ import main
 from torch_singlim.report import find_runs, read_run, report
 from torch_singlim.report.page import _exponents, _rate
@@ -24,16 +23,14 @@ def sweep(tmp_path_factory):
     """Six runs under DropConnect, with event files; of the first, CSV too."""
     root = tmp_path_factory.mktemp("sweep")
     histories = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for lr, std in SWEEP:
-            monitor = SingularLimitMonitor(every_n_steps=10, window=10, replicas=2)
-            loggers = [TensorBoardLogger(root / "events", name=f"lr{lr}_std{std}", version="")]
-            if not histories:
-                loggers.append(CSVLogger(root / "csv", name="", version=""))
-            net = seeded(lambda lr=lr: Net(dropout=0.0, lr=lr))
-            fit(net, InjectNoise(DropConnect(std)), monitor, steps=30, logger=loggers)
-            histories[f"lr{lr}_std{std}"] = monitor.history
+    for lr, std in SWEEP:
+        monitor = monitor_of(every_n_steps=10, window=10, replicas=2)
+        loggers = [TensorBoardLogger(root / "events", name=f"lr{lr}_std{std}", version="")]
+        if not histories:
+            loggers.append(CSVLogger(root / "csv", name="", version=""))
+        net = seeded(lambda lr=lr: Net(dropout=0.0, lr=lr))
+        fit(net, InjectNoise(DropConnect(std)), monitor, steps=20, logger=loggers)
+        histories[f"lr{lr}_std{std}"] = monitor.history
     return root, histories
 
 
@@ -64,9 +61,9 @@ def test_one_page_without_network(sweep, tmp_path):
     rows = list(csv.DictReader((tmp_path / "report" / "runs.csv").read_text().splitlines()))
     assert [row["run"] for row in rows] == sorted(histories)
     for row in rows:
-        last = histories[row["run"]][30]
-        assert float(row["cosine"]) == pytest.approx(last["singlim/drift/cosine"], rel=1e-3)
-        assert float(row["step size α"]) == pytest.approx(float(row["run"][2:5]))
+        last = histories[row["run"]][20]
+        assert float(row["cosine"]) == pytest.approx(last["drift/cosine"], rel=1e-3)
+        assert float(row["step size α [step size]"]) == pytest.approx(float(row["run"][2:5]))
         assert float(row["noise level σ"]) == pytest.approx(float(row["run"][-3:]))
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert {"sweep.png", "sweep.pdf", "speed.pdf", "time_scales_5.png", "agreement_0.pdf"} <= names
@@ -135,18 +132,16 @@ def test_bad_input_is_said_and_writes_nothing(sweep, tmp_path, capsys):
 def test_runs_with_different_tags_are_shown_side_by_side(sweep, tmp_path):
     """A run whose drift is not predicted beside one whose is; what one has not stays empty."""
     root, _ = sweep
-    part = SingularLimitMonitor(every_n_steps=10, window=10, num_samples=10)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fit(seeded(Net), part, steps=20, logger=TensorBoardLogger(tmp_path, name="subset", version=""))
-        fit(seeded(Net), steps=4, logger=TensorBoardLogger(tmp_path, name="plain", version=""))
+    part = monitor_of(every_n_steps=10, window=10, num_samples=10)
+    fit(seeded(Net), part, steps=20, logger=TensorBoardLogger(tmp_path, name="subset", version=""))
+    fit(seeded(Net), steps=4, logger=TensorBoardLogger(tmp_path, name="plain", version=""))
     page = report([tmp_path / "subset", tmp_path / "plain", root / "csv"], tmp_path / "report")
     assert f"no monitor logged there: {tmp_path / 'plain'}." in page.read_text()
     rows = {row["run"]: row for row in csv.DictReader((tmp_path / "report" / "runs.csv").read_text().splitlines())}
     assert len(rows) == 2
     (subset,) = [row for name, row in rows.items() if name.endswith("subset")]
     assert subset["cosine"] == ""
-    assert float(subset["distance [norm]"]) > 0
+    assert float(subset["distance [weight norm]"]) > 0
 
 
 def test_as_a_module():
@@ -154,4 +149,4 @@ def test_as_a_module():
         [sys.executable, "-m", "torch_singlim", "--help"], capture_output=True, text=True, check=True
     )
     assert "report" in shown.stdout
-    assert "probe" in shown.stdout
+    assert "measure" in shown.stdout

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -134,6 +134,17 @@ class Skipping(Net):
 
     def training_step(self, batch, batch_idx):
         return None if self.trainer.global_step in (0, 8) else super().training_step(batch, batch_idx)
+
+
+class Weightless(Manual):
+    """Nothing is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().step()
 
 
 class Frozen(Net):
@@ -299,6 +310,7 @@ UNSUPPORTED = {
 MEASURED = {
     "plain": Case(),
     "accumulation": Case(trainer={"accumulate_grad_batches": 4}),
+    "accumulation that changes": Case(callbacks=lambda: [GradientAccumulationScheduler({1: 2})]),
     "bf16-mixed": Case(trainer={"precision": "bf16-mixed"}),
     "bf16-true": Case(trainer={"precision": "bf16-true"}),
     "64-true": Case(trainer={"precision": "64-true"}),

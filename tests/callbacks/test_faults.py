@@ -13,10 +13,10 @@ import torch_singlim
 from tests.zoo import Net, Recorder, Trace, assert_identical, data, fit, identical, monitor_of, seeded
 from torch_singlim import AntiCorrelated, InjectNoise, SingularLimitMonitor
 from torch_singlim.callbacks import isolation
-from torch_singlim.measure import Code
+from torch_singlim.measure import Code, StepSums
 
 PACKAGE = str(Path(torch_singlim.__file__).parent)
-FEW = data(n=6)
+FEW, LR = data(n=6), 0.2
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -70,7 +70,7 @@ def saboteur(monkeypatch):
 
 def trained(*callbacks, steps=8, logger=False):
     """All that could have been disturbed in a short training under dropout and transient noise."""
-    trace, net = Trace(), seeded(lambda: Net(hidden=8))
+    trace, net = Trace(), seeded(lambda: Net(hidden=8, lr=LR))
     fit(net, InjectNoise(AntiCorrelated(0.01)), *callbacks, trace, steps=steps, dataset=FEW, logger=logger)
     return trace
 
@@ -126,7 +126,8 @@ class Arming(L.Callback):
         if step % 2 == 0 and step >= 4:
             self.window = self.window or engine.window
             if engine.window is None:
-                engine.window = replace(self.window, start=step, stop=step + 2, between={})
+                sums = StepSums(lr=LR * step, alpha=LR * step, alpha_squared=LR**2 * step)
+                engine.window = replace(self.window, start=step, stop=step + 2, sums=sums, between={})
             self._disarm()
             self.armed = self.saboteur.target = next(self.sites, None)
 

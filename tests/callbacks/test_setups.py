@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 
-from tests.callbacks.setups import MEASURED, NO_PROBLEM, RAISES, UNSUPPORTED, Case
+from tests.callbacks.setups import MEASURED, NO_PROBLEM, RAISES, UNSUPPORTED, Case, Weightless
 from tests.zoo import (
     Net,
     Recorder,
@@ -206,17 +206,26 @@ class FSDPStrategy(L.pytorch.strategies.SingleDeviceStrategy):
     """Goes by the name of one that spreads the weights."""
 
 
-def test_where_the_weights_are_sharded_nothing_is_measured(caplog):
-    def sharded():
-        return Case(trainer={"strategy": FSDPStrategy(device="cpu")})
+NOTHING = {
+    "sharded": (
+        lambda: Case(trainer={"strategy": FSDPStrategy(device="cpu")}),
+        Code.SHARDED(strategy="FSDPStrategy"),
+        'FSDPStrategy shards .* use strategy="ddp"',
+    ),
+    "no weights": (lambda: Case(Weightless), Code.NO_WEIGHTS(), "no trainable parameters"),
+}
 
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_where_nothing_can_be_measured_it_is_said(name, caplog):
+    case, reason, message = NOTHING[name]
     monitor = monitor_of()
     with caplog.at_level("WARNING"):
-        watched, trainer = run(sharded(), monitor)
-    assert_identical(watched, run(sharded())[0])
-    assert list(monitor.reasons) == [Code.SHARDED(strategy="FSDPStrategy")]
-    assert re.search('FSDPStrategy shards .* use strategy="ddp".*nothing is measured', caplog.text)
-    assert "FSDPStrategy shards" in monitor.verdict
+        watched, trainer = run(case(), monitor)
+    assert_identical(watched, run(case())[0])
+    assert list(monitor.reasons) == [reason]
+    assert re.search(f"{message}.*nothing is measured", caplog.text)
+    assert reason.sentence in monitor.verdict
     assert monitor.history == {}
     assert trainer.logger.of_monitor() == []
 

@@ -152,7 +152,9 @@ def test_a_fault_at_any_call_of_a_measurement(saboteur, tmp_path, caplog):
         monitor, watched = monitored(tmp_path, arming, steps=steps)
     assert_identical(plain, watched)
     assert len(arming.hit) > 300
-    assert [reason.code for reason in monitor.reasons] == [Code.FAILED]
+    codes = [reason.code for reason in monitor.reasons]
+    assert codes.count(Code.FAILED) == 1
+    assert set(codes) <= {Code.FAILED, Code.EXPANSION_FAILS}
     assert caplog.text.count("failed: Fault") == 1
     # the last measurements were let alone, and see again
     assert monitor.last_window.stop == steps

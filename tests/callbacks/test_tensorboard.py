@@ -26,6 +26,11 @@ def written(folder, *monitors, make=Net, callbacks=(), steps=20):
     return events.Reload()
 
 
+def without_figures(patch):
+    """They take longest."""
+    patch.setattr("torch_singlim.callbacks.tensorboard.figures", lambda *args: {})
+
+
 KINDS = {
     "dropout": {},
     "hyperparameters": {"make": Hyper},
@@ -38,6 +43,8 @@ KINDS = {
     "adam": {"make": Adam},
     "no problem": {"make": lambda: Net("half")},
 }
+# with figures
+DRAWN = ["dropout", "hyperparameters"]
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +55,11 @@ def events(tmp_path_factory):
     def of(kind):
         options = dict(KINDS[kind])
         make, callbacks = options.pop("make", Net), options.pop("callbacks", tuple)
-        return written(
-            tmp_path_factory.mktemp("board"), monitor_of(**OPTIONS | options), make=make, callbacks=callbacks()
-        )
+        folder, monitor = tmp_path_factory.mktemp("board"), monitor_of(**OPTIONS | options)
+        with pytest.MonkeyPatch.context() as patch:
+            if kind not in DRAWN:
+                without_figures(patch)
+            return written(folder, monitor, make=make, callbacks=callbacks())
 
     return of
 
@@ -97,7 +106,7 @@ def test_a_training_without_a_problem_has_its_motion_and_the_reason(events):
         assert "Unsupported: the loss of training_step" in text_of(read, tag)
 
 
-@pytest.mark.parametrize("kind", ["dropout", "hyperparameters"])
+@pytest.mark.parametrize("kind", DRAWN)
 def test_cards_figures_and_one_row_of_hyperparameters(kind, events):
     read = events(kind)
     card = text_of(read, "singlim/set-up")
@@ -115,7 +124,8 @@ def test_cards_figures_and_one_row_of_hyperparameters(kind, events):
     assert (b"width" in experiment) == (kind == "hyperparameters")
 
 
-def test_two_monitors_share_a_layout(tmp_path):
+def test_two_monitors_share_a_layout(tmp_path, monkeypatch):
+    without_figures(monkeypatch)
     read = written(tmp_path, monitor_of(**OPTIONS), monitor_of(**OPTIONS, name="other"), steps=10)
     assert len(read.Tensors("custom_scalars__config__")) == 1
     assert {"Distance (singlim)", "Distance (other)"} <= charts(read).keys()

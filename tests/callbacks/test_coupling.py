@@ -115,7 +115,7 @@ def loader(dataset=None, batch_size=20, **options):
     return DataLoader(data() if dataset is None else dataset, batch_size=batch_size, **{"shuffle": True} | options)
 
 
-def fit(model, *callbacks, steps=500, start=300, loaders=None, watch=True, **options):
+def fit(model, *callbacks, steps=700, start=400, loaders=None, watch=True, **options):
     L.seed_everything(0, verbose=False)
     coupled = Coupled(start)
     trainer = L.Trainer(

@@ -33,7 +33,8 @@ class Saboteur:
     """
 
     def __init__(self):
-        self.seen: dict[tuple[str, int, str, int], None] = {}
+        self.seen: dict[tuple[str, int, str, int], int] = {}  # call -> the last step at which it was made
+        self.step = 0
         self.target: tuple[str, int, str, int] | None = None
         self.watching = True
 
@@ -54,7 +55,7 @@ class Saboteur:
             return
         site = (*self.what, f"{frame.f_code.co_filename}:{frame.f_code.co_qualname}", frame.f_lineno)
         if self.watching:
-            self.seen.setdefault(site)
+            self.seen[site] = self.step
         elif site == self.target:
             self.target = None
             sys.setprofile(None)
@@ -110,6 +111,29 @@ def test_an_interruption_of_a_measurement_leaves_the_training_as_it_was():
         assert all(identical(state[key], plain.states[3][key]) for key in state)
 
 
+class Watching(L.Callback):
+    """Tells the saboteur which step is made."""
+
+    def __init__(self, saboteur):
+        self.saboteur = saboteur
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.saboteur.step = trainer.global_step + 1
+
+
+@pytest.fixture
+def calls(saboteur, tmp_path):
+    """Of a training with everything on: those that its last mark and measurement make again, and all others."""
+    monitored(tmp_path, Watching(saboteur))
+    saboteur.watching = False
+    again = [
+        site
+        for site, step in saboteur.seen.items()
+        if step > 6 and ("locals>.measure" in site[0] or "on_train_batch_end" in site[0])
+    ]
+    return again, [site for site in saboteur.seen if site not in again]
+
+
 class Arming(L.Callback):
     """Has one more call throw at each mark and measurement that follows, after clean ones.
 
@@ -141,17 +165,17 @@ class Arming(L.Callback):
 
 
 @pytest.mark.slow
-def test_a_fault_at_any_call_of_a_measurement(saboteur, tmp_path, caplog):
-    monitored(tmp_path)
-    sites = list(saboteur.seen)
-    assert len(sites) > 300
-    saboteur.watching = False
-    steps = 2 * len(sites) + 12
-    plain, arming = trained(steps=steps), Arming(saboteur, sites)
+def test_a_fault_at_any_call_of_a_measurement(saboteur, calls, tmp_path, caplog):
+    """One after another, in one training."""
+    again, _ = calls
+    assert len(again) > 300
+    steps = 2 * len(again) + 12
+    plain, arming = trained(steps=steps), Arming(saboteur, again)
     with caplog.at_level("WARNING"):
         monitor, watched = monitored(tmp_path, arming, steps=steps)
     assert_identical(plain, watched)
-    assert len(arming.hit) > 300
+    print(f"{len(again)} calls, faults at {len(arming.hit)}")
+    assert len(arming.hit) >= 0.95 * len(again)  # some depend on the weights
     codes = [reason.code for reason in monitor.reasons]
     assert codes.count(Code.FAILED) == 1
     assert set(codes) <= {Code.FAILED, Code.EXPANSION_FAILS}
@@ -160,17 +184,26 @@ def test_a_fault_at_any_call_of_a_measurement(saboteur, tmp_path, caplog):
     assert monitor.last_window.stop == steps
     assert "drift/cosine" in monitor.history[steps]
     assert "cosine" in monitor.verdict
-    # calls that only the first measurements make, figures, the verdict
-    rest = [site for site in sites if site not in arming.hit]
-    for site in rest:
+
+
+@pytest.mark.slow
+def test_a_fault_at_any_other_call(saboteur, calls, tmp_path, monkeypatch):
+    """That only the first measurements make, charts and figures, the verdict: each in a training of its own."""
+    again, others = calls
+    draws = {site[:2] for site in others if site[2].endswith("tensorboard.py:draw")}
+    plain = trained()
+    for site in others:
         saboteur.target = site
-        measuring = "measure" in site[0]
-        # the shortest run that makes this call
-        for options in ({"steps": 2, "board": not measuring}, {"steps": 8}):
-            _, watched = monitored(tmp_path, **options)
+        # the shortest training that makes this call
+        shortest = {"steps": 2, "board": "locals>.measure" not in site[0]}
+        for options in (shortest, {"steps": 8}):
+            with monkeypatch.context() as patch:
+                if site[:2] not in draws:  # figures take longest
+                    patch.setattr("torch_singlim.callbacks.tensorboard.figures", lambda *args: {})
+                _, watched = monitored(tmp_path, **options)
             states = zip(watched.states[:-1], plain.states, strict=False)
             assert all(identical(state[key], other[key]) for state, other in states for key in state), site
             if saboteur.target is None:
                 break
         assert saboteur.target is None, site
-    print(f"{len(sites)} calls: faults at {len(arming.hit)} in one run, at {len(rest)} in runs of their own")
+    print(f"{len(others)} calls, and {len(again)} in one training")

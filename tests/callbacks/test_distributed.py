@@ -40,8 +40,8 @@ def test_one_process_communicates_with_nobody():
     alone, tensor = ProcessGroup(), torch.ones(3)
     assert alone.all_reduce(tensor) is tensor
     assert alone.all_gather(tensor, 3) is tensor
-    assert alone.all_reduce_min(2.5, tensor.device) == 2.5
-    assert alone.broadcast(2.5, tensor.device) == 2.5
+    assert alone.all_reduce_min(2.5) == 2.5
+    assert alone.broadcast(2.5) == 2.5
 
 
 @pytest.mark.slow

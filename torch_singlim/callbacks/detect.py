@@ -141,7 +141,12 @@ def given_samples(trainer: Trainer, inputs: Tensor, targets: Tensor) -> Samples:
 
 
 def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.dtype) -> list[float] | None:
-    """The loss that training_step of a copy in evaluation mode returns for each batch; None if the call fails."""
+    """The loss that training_step of a copy in evaluation mode returns for each batch; None if the call fails.
+
+    With manual optimization it is not called, since it would make steps.
+    """
+    if not module.automatic_optimization:
+        return None
     twin: Any = in_precision(structural_copy(module), dtype).eval()
     twin.log = twin.log_dict = lambda *args, **kwargs: None  # a copy has no logger
     losses = []
@@ -343,6 +348,7 @@ def find_problem(
     dtype: torch.dtype,
     batch_size: int | None,
     step_ratios: Mapping[str, float],
+    process_group: ProcessGroup,
 ) -> tuple[ZeroLossProblem | Reason, Reason | None]:
     """The problem, or the reason why there is none; and a reason if only a subset of the samples is measured.
 
@@ -363,7 +369,7 @@ def find_problem(
                 dtype=dtype,
                 batch_size=batch_size,
                 step_ratios=step_ratios,
-                process_group=ProcessGroup(trainer.global_rank, trainer.world_size),
+                process_group=process_group,
             )
     except ValueError as error:
         return Code.NO_PROBLEM(why=str(error)), None

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from torch_singlim.measure import Budget
+from torch_singlim.measure import Account, Budget
+from torch_singlim.network import ProcessGroup
 
 __all__ = ["attempt", "isolated", "out_of_memory"]
 
@@ -18,19 +19,20 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def isolated(budget: Budget, device_type: str) -> Iterator[None]:
+def isolated(budget: Budget, device_type: str, account: Account = Account.GEOMETRY) -> Iterator[None]:
     """Run the block without autocast and without warnings, count its time, and restore the global random state.
 
     Args:
         budget: counts the time.
         device_type: of the training.
+        account: of the budget.
 
     Raises:
         BaseException: any exception of the block, after the random state was restored.
     """
     error: BaseException | None = None
     with (
-        budget.spending(),
+        budget.spending(account),
         isolate_rng(),
         torch.enable_grad(),
         torch.autocast(device_type, enabled=False),
@@ -63,8 +65,10 @@ def attempt(
     device_type: str,
     smaller: Callable[[], bool],
     failed: Callable[[Exception], None],
+    account: Account = Account.GEOMETRY,
+    process_group: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
 ) -> bool:
-    """Call a function, isolated from the training; returns whether it succeeded.
+    """Call a function, isolated from the training; returns whether it succeeded, on all processes.
 
     The traceback of a failure is logged at debug level.
 
@@ -74,10 +78,12 @@ def attempt(
         device_type: of the training.
         smaller: called if memory has run out; reduces the memory of the next attempt, or returns False if it cannot.
         failed: called with any other exception, or if the memory cannot be reduced.
+        account: of the budget.
+        process_group: of the processes that make the same call.
     """
     while True:
         try:
-            with isolated(budget, device_type):
+            with isolated(budget, device_type, account), process_group.together():
                 what()
             return True
         except Exception as error:

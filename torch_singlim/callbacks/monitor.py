@@ -11,13 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor, nn
 
-from torch_singlim.callbacks.detect import find_problem
-from torch_singlim.callbacks.inject import injected_noise
-from torch_singlim.callbacks.isolation import attempt, isolated
-from torch_singlim.callbacks.optimizer import StepRecorder, read_optimizer, select_parameters, step_batch_size
+from torch_singlim.callbacks.follower import Follower
+from torch_singlim.callbacks.isolation import attempt
 from torch_singlim.callbacks.publish import describe, log_point, provide, report_reasons, say
 from torch_singlim.callbacks.resume import state_of, take_over
 from torch_singlim.callbacks.snapshot import Subject
+from torch_singlim.callbacks.start import Asked, Started, start
 from torch_singlim.callbacks.tensorboard import (
     begin_hyperparameters,
     draw,
@@ -29,7 +28,7 @@ from torch_singlim.callbacks.tensorboard import (
     writers,
 )
 from torch_singlim.measure import (
-    Budget,
+    Account,
     Code,
     DistanceMeasurement,
     Due,
@@ -37,21 +36,19 @@ from torch_singlim.measure import (
     Measurement,
     Options,
     Reason,
-    Schedule,
     Visibility,
     Window,
     scalars,
     terminal_line,
-    training_of,
     verdict,
 )
-from torch_singlim.network import SampleLoss, WeightSpace
+from torch_singlim.network import SampleLoss
 from torch_singlim.noise import NoiseSystem
 
 __all__ = ["SingularLimitMonitor"]
 
-# strategies with which each process has only a part of the weights
-_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+# with several processes, paths are opened at multiples of so many steps
+_ASKED = 10
 
 
 class SingularLimitMonitor(Callback):
@@ -62,13 +59,16 @@ class SingularLimitMonitor(Callback):
     measured, this is not an error: the verdict gives the reason. Measurements are made on a copy of the weights:
     training with and without the monitor gives the same weights, to the last bit.
 
-    A measurement opens a window of optimizer steps; at its end the displacement of the weights is compared with descent
-    on the effective loss (the effective flow), with descent on the loss alone (the baseline) and with the singular
-    limit. Scalars are sent to every logger of the trainer under ``singlim/``, where `EarlyStopping` and
-    `ModelCheckpoint` find them, and are kept in `history` (step -> tag -> value, tags without the name). The last
-    records, with their vectors, are `last_distance` and `last_window`. A run that is resumed from a checkpoint logs
-    what it would have logged without interruption. At the end a verdict is written to the log, to `verdict`, and to
-    TensorBoard.
+    Over windows of optimizer steps, paths run beside the training, from the same weights and on the same batches: one
+    with the noise averaged (the averaged path), one without noise (the baseline), and replicas with noise of their own.
+    The displacement of the weights is compared with theirs, and with the singular limit. These values are logged only
+    at steps whose repetition on a copy gives what training gave.
+
+    Scalars are sent to every logger of the trainer under ``singlim/``, where `EarlyStopping` and `ModelCheckpoint` find
+    them, and are kept in `history` (step -> tag -> value, tags without the name). The last records, with their vectors,
+    are `last_distance` and `last_window`. A run that is resumed from a checkpoint logs, but for the window that was in
+    progress, what it would have logged without interruption. At the end a verdict is written to the log, to `verdict`,
+    and to TensorBoard.
 
     Args:
         loss: the loss that ``training_step`` computes, if it is not recognised: see `ZeroLossProblem`.
@@ -81,17 +81,16 @@ class SingularLimitMonitor(Callback):
             count as held fixed; if the optimizer moves them, the drift is not predicted.
         noise: the noise of the training; default: the module's dropout layers, the optimizer's weight decay, and the
             noise that `InjectNoise` callbacks inject.
-        every_n_steps: measure every so many optimizer steps, without limit for the time; default: measure at `window`
+        window: number of optimizer steps of a window; "auto": as many as run and budget allow, between 50 and 1,000.
+        every_n_steps: begin a window every so many optimizer steps, without limit for the time; default: at `window`
             times powers of two, and such that the last window ends with the run, as far as `max_overhead` allows.
-        max_overhead: share of the wall time that measurements may take; None: no limit; 0: the excess loss alone. What
-            does not fit is skipped in this order: the figures, unit-step integration of a window where long steps are
-            inaccurate, the limit's prediction with the expected distance, the nearest point, the drift over a window,
-            the linearised distance. The excess loss is always logged.
-        window: number of optimizer steps over which the drift is measured; at most `every_n_steps`.
-        replicas: number of independent copies of each window for the noise ceiling, the best cosine that a
-            deterministic prediction can have; 0: none. They cost as many windows of training.
-        reference: also integrate the effective flow by unit steps, which costs two gradients of all samples per step.
-            The default prediction, `finite_window`, approximates it.
+        max_overhead: all measurements together may take 15 seconds and this share of the wall time; None: no limit; 0:
+            the excess loss alone. Half of the time is for paths beside the training. What does not fit is skipped, and
+            the verdict says so.
+        draws: number of draws of the noise in each step of the averaged path; even.
+        replicas: number of replicas, for standard errors and the noise ceiling, the best cosine that a deterministic
+            prediction can have; 0: none. A step of a window costs 1 + draws + replicas steps of training.
+        expanded: also follow a path with the paper's second-order expansion of the noise.
         num_draws: number of random directions for the limit's potential, which is exact with at least as many as there
             are noise components of one sample.
         relaxed_after: a normal mode counts as relaxed once lr * eigenvalue * steps reaches this: its initial deviation
@@ -106,7 +105,7 @@ class SingularLimitMonitor(Callback):
         ValueError: arguments that contradict one another; at the start of training, a noise that is given twice or does
             not fit, or patterns of names that match no parameters.
 
-    >>> SingularLimitMonitor(window=500).window
+    >>> SingularLimitMonitor(window=500).asked.window
     500
     """
 
@@ -119,11 +118,12 @@ class SingularLimitMonitor(Callback):
         num_samples: int = 1000,
         parameters: str | Sequence[str] | None = None,
         noise: NoiseSystem | None = None,
+        window: int | Literal["auto"] = "auto",
         every_n_steps: int | None = None,
         max_overhead: float | None = 0.1,
-        window: int = 500,
-        replicas: int = 0,
-        reference: bool = False,
+        draws: int = 4,
+        replicas: int = 1,
+        expanded: bool = False,
         num_draws: int = 32,
         relaxed_after: float = 3.0,
         dtype: Literal["float64", "float32"] = "float64",
@@ -132,28 +132,31 @@ class SingularLimitMonitor(Callback):
         name: str = "singlim",
         seed: int = 0,
     ) -> None:
-        least = {"window": (window, 1), "num_samples": (num_samples, 1), "num_draws": (num_draws, 2)}
-        least |= {"replicas": (replicas, 0), "batch_size": (1 if batch_size is None else batch_size, 1)}
-        for argument, (value, bound) in least.items():
-            if value < bound:
-                raise ValueError(f"{argument} must be at least {bound}, got {value}")
-        if every_n_steps is not None and every_n_steps < window:
-            raise ValueError(
-                f"windows may not overlap: got window={window} > every_n_steps={every_n_steps}; make the window shorter"
-            )
-        if max_overhead is not None and not max_overhead >= 0:
-            raise ValueError(f"max_overhead must be a share of the wall time, or None, got {max_overhead}")
-        self.max_overhead = None if every_n_steps is not None else max_overhead
-        self.loss, self.data, self.num_samples, self.noise = loss, data, num_samples, noise
-        self.batch_to_problem, self.parameters = batch_to_problem, parameters
-        self.every_n_steps, self.window, self.batch_size = every_n_steps, window, batch_size
-        self.dtype = {"float64": torch.float64, "float32": torch.float32}[dtype]
-        self.prog_bar, self.name, self.seed = prog_bar, name, seed
-        self.options = Options(replicas=replicas, reference=reference, num_draws=num_draws, relaxed_after=relaxed_after)
+        options = Options(
+            draws=draws, replicas=replicas, expanded=expanded, num_draws=num_draws, relaxed_after=relaxed_after
+        )
+        self.asked = Asked(
+            loss=loss,
+            data=data,
+            batch_to_problem=batch_to_problem,
+            num_samples=num_samples,
+            parameters=parameters,
+            noise=noise,
+            window=window,
+            every_n_steps=every_n_steps,
+            max_overhead=max_overhead,
+            dtype={"float64": torch.float64, "float32": torch.float32}[dtype],
+            batch_size=batch_size,
+            seed=seed,
+            options=options,
+        )
+        """The arguments."""
+        self.prog_bar, self.name = prog_bar, name
         self.engine: Engine | None = None
         """The engine, which makes the measurements; None before the start of training."""
         self.verdict = ""
         self._subject: Subject | None = None  # of the snapshots; None before the start of training
+        self._follower: Follower | None = None  # opens paths; None before the start of training
         self._reasons: tuple[Reason, ...] = ()  # if nothing is measured
         self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until training starts
         self._step_before = 0  # at the end of the last batch
@@ -181,7 +184,7 @@ class SingularLimitMonitor(Callback):
     @property
     def last_window(self) -> Window | None:
         """The last window."""
-        return None if self.engine is None else self.engine.last_window
+        return None if self.engine is None else self.engine.windows.last
 
     @property
     def visibility(self) -> Visibility | None:
@@ -205,8 +208,9 @@ class SingularLimitMonitor(Callback):
         """Keep the state until training starts, since the network is not on its device before."""
         self._resumed = state_dict or None
 
-    def _resume(self, trainer: Trainer, engine: Engine, subject: Subject, state: Mapping[str, Any]) -> bool:
+    def _resume(self, trainer: Trainer, started: Started, state: Mapping[str, Any]) -> bool:
         """Continue from the state in a checkpoint; False: this failed, and the reason was noted."""
+        engine, subject = started.engine, started.subject
         try:
             self._figures_at = take_over(state, engine, subject.recorder, subject.space.device)
         except ValueError as error:
@@ -236,155 +240,153 @@ class SingularLimitMonitor(Callback):
         self._step_before = trainer.global_step
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it from a helper
             return
-        strategy = type(trainer.strategy).__name__
-        names = [] if strategy in _SHARDED else select_parameters(pl_module, self.parameters)
-        if not names:
-            self._reasons = (Code.SHARDED(strategy=strategy) if strategy in _SHARDED else Code.NO_WEIGHTS(),)
+        found = start(trainer, pl_module, self.asked)
+        if isinstance(found, Reason):
+            self._reasons = (found,)
             self.verdict = verdict({}, reasons=self._reasons)
             report_reasons(trainer, self._reasons)
             return
-        budget = Budget(self.max_overhead)
-        with isolated(budget, trainer.strategy.root_device.type):
-            engine, subject = self._begin(trainer, pl_module, names, budget)
-        self.engine, self._subject = engine, subject
-        went_on = resumed is not None and self._resume(trainer, engine, subject, resumed)
-        describe(trainer, engine)
-        self._num_reported = len(engine.reasons)
+        self.engine, self._subject, self._follower = found.engine, found.subject, found.follower
+        went_on = resumed is not None and self._resume(trainer, found, resumed)
+        describe(trainer, found.engine)
+        self._num_reported = len(found.engine.reasons)
         if not went_on:
-            self._measure(trainer, trainer.global_step - 1)
-        self._attempt(trainer, lambda: self._open_dashboard(trainer, engine))
-
-    def _begin(
-        self, trainer: Trainer, module: LightningModule, names: Sequence[str], budget: Budget
-    ) -> tuple[Engine, Subject]:
-        """The engine for this training, and the subject of its snapshots."""
-        injected = injected_noise(trainer)
-        if injected is not None and self.noise is not None:
-            raise ValueError(
-                f"the noise is given twice, by SingularLimitMonitor(noise={self.noise}) and by "
-                f"InjectNoise({injected}): do not pass it to the monitor, which detects injected noise"
-            )
-        optimizer = read_optimizer(trainer, module, names, step_batch_size(trainer))
-        problem, subset = find_problem(
-            trainer,
-            module,
-            data=self.data,
-            num_samples=self.num_samples,
-            batch_to_problem=self.batch_to_problem,
-            loss=self.loss,
-            noise=injected or self.noise,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            step_ratios=optimizer.step_ratios,
-        )
-        plain = WeightSpace(module, dtype=self.dtype, step_ratios=optimizer.step_ratios)
-        space = plain if isinstance(problem, Reason) else problem.function
-        training = training_of(
-            problem,
-            given=self.noise,
-            weight_decay=optimizer.weight_decay,
-            injected=injected,
-            reasons=(*optimizer.reasons, *([subset] if subset else [])),
-        )
-        total = trainer.estimated_stepping_batches
-        schedule = Schedule.of_run(window=self.window, every_n_steps=self.every_n_steps, total=total)
-        generator = torch.Generator().manual_seed(self.seed)
-        engine = Engine(problem, training, self.options, schedule, budget, generator)
-        return engine, Subject(module, space, StepRecorder(optimizer))
+            self._publish(trainer, self._measure(trainer, trainer.global_step - 1))
+        self._attempt(trainer, lambda: self._open_dashboard(trainer, found.engine))
+        self._open_paths(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Record the learning rate of this step."""
-        if self._subject is not None:
+        """Record the settings of this step."""
+        if self._subject is not None and self._follower is not None:
             self._subject.recorder.before_step(trainer, optimizer)
+            self._follower.before_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure what is due; between measurements only integers are compared."""
+        """Advance the paths of a window, and measure what is due; otherwise only integers are compared."""
         engine, subject, step, before = self.engine, self._subject, trainer.global_step, self._step_before
         self._step_before = step
-        if engine is None or subject is None:
+        if engine is None or subject is None or step == before:
             return
-        if step > before:
-            subject.recorder.after_step(trainer)
+        subject.recorder.after_step(trainer)
+        point = self._advance(trainer) if engine.windows.followed is not None else {}
         due = engine.due(before, step)
         if due is Due.MEASUREMENT:
-            self._measure(trainer, before)
-        elif due is Due.MARK:
-            self._attempt(trainer, lambda: engine.mark(subject.snapshot(trainer)))
+            point |= self._measure(trainer, before)
         elif due is Due.EXCESS_LOSS:
-            self._attempt(trainer, lambda: self._publish(trainer, engine.measure_loss(subject.snapshot(trainer))))
+            self._attempt(trainer, lambda: point.update(scalars(engine.measure_loss(subject.snapshot(trainer)))))
+        self._publish(trainer, point)
+        self._open_paths(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the last weights and write the verdict."""
         engine = self.engine
-        if engine is None:
+        if engine is None or self._follower is None:
             return
+        self._follower.close()
         if trainer.global_step != engine.last_step:
-            self._measure(trainer, trainer.global_step - 1)
+            self._publish(trainer, self._measure(trainer, trainer.global_step - 1))
         if trainer.global_step != self._figures_at:
             self._attempt(trainer, lambda: self._draw(trainer, engine))
         self._attempt(trainer, lambda: self._conclude(trainer, engine))
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        if self._follower is not None:
+            self._follower.close()
+
+    # --- paths beside the training ---------------------------------------------------------------------------------
+
+    def _open_paths(self, trainer: Trainer) -> None:
+        """Open paths if a window is in progress that has none yet, and there is time for them."""
+        engine, follower, step = self.engine, self._follower, trainer.global_step
+        assert engine is not None
+        assert follower is not None
+        # with several processes the first one decides, so that they have to communicate
+        asked = engine.budget.share is None or trainer.world_size == 1 or step % _ASKED == 0
+        stop = engine.opens(step, follower.seconds_per_step(engine.budget, step)) if asked else None
+        if stop is not None and not self._attempt(trainer, lambda: follower.open(engine, step, stop), Account.PATHS):
+            engine.give_up(None)
+        follower.watch(engine, step)
+
+    def _advance(self, trainer: Trainer) -> dict[str, float]:
+        """Make the step that has ended on all paths; what is to be logged of the window at this step."""
+        engine, follower, step = self.engine, self._follower, trainer.global_step
+        assert engine is not None
+        assert follower is not None
+        found: list[Measurement | None] = []
+        self._attempt(
+            trainer,
+            lambda: found.append(follower.advance(engine, step)),
+            Account.PATHS,
+            lambda error: engine.give_up(follower.explain(error, step)),
+        )
+        return {} if not found or found[0] is None else scalars(found[0])
+
     # --- one measurement -------------------------------------------------------------------------------------------
 
-    def _measure(self, trainer: Trainer, before: int) -> None:
-        """Measure and publish what is due at this step; draw figures if the number of steps has doubled."""
+    def _measure(self, trainer: Trainer, before: int) -> dict[str, float]:
+        """Measure what is due at this step; draw figures if the number of steps has doubled."""
         engine, subject, step = self.engine, self._subject, trainer.global_step
         assert engine is not None
         assert subject is not None
+        point: dict[str, float] = {}
 
         def measure() -> None:
-            self._publish(trainer, engine.measure(subject.snapshot(trainer), before=before))
+            point.update(scalars(engine.measure(subject.snapshot(trainer), before=before)))
             say(trainer, logging.INFO, f"step {step}: {terminal_line(engine.history.get(step, {}))}")
 
         profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # Lightning sets it from a helper
         with profiler.profile(f"[{type(self).__name__}]{self.name}.measure"):
             say(trainer, logging.INFO, f"step {step}: measuring ...")
             if not self._attempt(trainer, measure):
-                engine.abandon(step)
+                engine.windows.abandon(step)
             if step >= 2 * max(self._figures_at, 1):
                 self._attempt(trainer, lambda: self._draw(trainer, engine))
+        return point
 
-    def _attempt(self, trainer: Trainer, what: Callable[[], object]) -> bool:
-        """Call a function that must not end the training; returns whether it succeeded.
-
-        With several processes, which wait for one another, a failure of one of them ends the job.
-        """
+    def _attempt(
+        self,
+        trainer: Trainer,
+        what: Callable[[], object],
+        account: Account = Account.GEOMETRY,
+        failed: Callable[[Exception], None] | None = None,
+    ) -> bool:
+        """Call a function that must not end the training; returns whether it succeeded, on all processes."""
         engine = self.engine
         assert engine is not None
 
         def smaller() -> bool:
             problem = engine.problem
-            if trainer.world_size > 1 or problem is None or problem.batch_size == 1:
+            if account is Account.PATHS or trainer.world_size > 1 or problem is None or problem.batch_size == 1:
                 return False
             problem.batch_size = (problem.batch_size + 1) // 2
             say(trainer, logging.INFO, f"out of memory, trying again with {problem.batch_size} samples at once")
             return True
 
-        def failed(error: Exception) -> None:
-            words = f"{type(error).__name__}: {error}"
-            if trainer.world_size > 1:
-                raise RuntimeError(
-                    f"torch_singlim: the measurement at step {trainer.global_step} failed on rank "
-                    f"{trainer.global_rank}, and the others wait for it: {words}; remove the monitor, or train on one "
-                    "device, where a measurement that fails is skipped"
-                ) from error
+        def noted(error: Exception) -> None:
             if not self._failed:  # only the first failure is reported
-                engine.note(Code.FAILED(step=trainer.global_step, error=words))
+                engine.note(Code.FAILED(step=trainer.global_step, error=f"{type(error).__name__}: {error}"))
             self._failed = True
 
-        device_type = trainer.strategy.root_device.type
-        worked = attempt(what, budget=engine.budget, device_type=device_type, smaller=smaller, failed=failed)
+        worked = attempt(
+            what,
+            budget=engine.budget,
+            device_type=trainer.strategy.root_device.type,
+            smaller=smaller,
+            failed=failed or noted,
+            account=account,
+            process_group=engine.process_group,
+        )
         report_reasons(trainer, engine.reasons[self._num_reported :])
         self._num_reported = len(engine.reasons)
         return worked
 
-    def _publish(self, trainer: Trainer, measurement: Measurement) -> None:
-        """Send a measurement to loggers, to callbacks that monitor a metric, and to the progress bar."""
-        point = scalars(measurement)
+    def _publish(self, trainer: Trainer, point: Mapping[str, float]) -> None:
+        """Send what was measured to loggers, to callbacks that monitor a metric, and to the progress bar."""
         if point:
-            log_point(trainer, self.name, measurement.step, point)
+            self._attempt(trainer, lambda: log_point(trainer, self.name, trainer.global_step, point))
             provide(trainer, self.name, point, prog_bar=self.prog_bar)
 
     # --- TensorBoard -----------------------------------------------------------------------------------------------
@@ -394,7 +396,7 @@ class SingularLimitMonitor(Callback):
         monitors = _monitors(trainer)
         running = {each.name: each.engine for each in monitors if each.engine is not None}
         if has_board(trainer) and self._subject is not None:
-            found = settings(engine, self._subject.snapshot(trainer), window=self.window)
+            found = settings(engine, self._subject.snapshot(trainer), window=self.asked.window)
             first, complete = monitors[0] is self, len(running) == len(monitors)
             open_board(trainer, self.name, running, found, first=first, complete=complete)
 

@@ -130,7 +130,8 @@ def _engine(
 ) -> Engine:
     """The engine for the run of the first checkpoint."""
     training = training_of(problem, given=None, weight_decay=first.weight_decay, injected=noise, reasons=first.reasons)
-    return Engine(problem, training, options, schedule, Budget(None), torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return Engine(problem, training, options, schedule, Budget(None), generator, full_batch=True)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ __all__ = [
     "read_groups",
     "read_optimizer",
     "select_parameters",
+    "skipped",
     "step_batch_size",
 ]
 
@@ -154,7 +155,7 @@ def _gradients(optimizer: Any) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def _skipped(trainer: Trainer, optimizer: Any) -> bool:
+def skipped(trainer: Trainer, optimizer: Any) -> bool:
     """Whether the loss scaling of half precision skips this step, because a gradient has overflowed."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None:
@@ -191,7 +192,7 @@ class StepRecorder:
 
     def before_step(self, trainer: Trainer, optimizer: Any) -> None:
         """Add the learning rate of this step."""
-        if not self._settings.group_ratios or _skipped(trainer, optimizer):
+        if not self._settings.group_ratios or skipped(trainer, optimizer):
             return
         groups = optimizer.param_groups
         rates = [float(group["lr"]) for group in groups]

@@ -27,8 +27,9 @@ def report_reasons(trainer: Trainer, reasons: Sequence[Reason]) -> None:
     """Log why something is not measured or not predicted, and what follows from it."""
     for reason in reasons:
         scope = reason.code.scope
-        means = f" ({scope.value})" if scope is not Scope.PART else ""
-        say(trainer, logging.WARNING, f"{reason.sentence.removesuffix('.')}{means}.")
+        means = "" if scope in (Scope.PART, Scope.NOTHING) else f" ({scope.value})"
+        level = logging.INFO if scope is Scope.NOTHING else logging.WARNING
+        say(trainer, level, f"{reason.sentence.removesuffix('.')}{means}.")
 
 
 def describe(trainer: Trainer, engine: Engine) -> None:

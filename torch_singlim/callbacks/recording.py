@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +14,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from torch_singlim.callbacks.inject import InjectNoise
+from torch_singlim.callbacks.optimizer import skipped
 from torch_singlim.callbacks.twin import InjectionOf, MicroBatch, trainer_values
-from torch_singlim.measure.paths import Before, Clip, Step, held_by
+from torch_singlim.measure.steps import Before, Clip, Recorded, Step, flat, held_by
 from torch_singlim.network import RandomState
 
-__all__ = ["Recorded", "StepRecording", "clip_of", "injections_of"]
+__all__ = ["SeveralCallsError", "StepRecording", "clip_of", "injections_of"]
 
 
 def clip_of(trainer: Trainer) -> Clip | None:
@@ -45,37 +48,31 @@ def injections_of(trainer: Trainer, parameters: Sequence[nn.Parameter]) -> list[
     return found
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """One optimizer step of the run.
-
-    Args:
-        step: the step, for paths to repeat.
-        before: the state before the step; None unless it was to be kept.
-        after: the weights after the step, including transient perturbations  ``[P]``.
-        moved: how far the weights had been moved since the last step by anything other than the optimizer.
-    """
-
-    step: Step
-    before: Before | None
-    after: Tensor
-    moved: float
-
-
 class StepRecording:
     """Wraps the module's training_step during a window, and records the arguments of its calls.
+
+    A failure of the recording does not reach the training; `finish` raises it.
 
     Args:
         trainer: with its callbacks.
         module: the module that is trained.
         optimizer: its optimizer.
+        spending: returns a context that counts the time.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        self._trainer, self._module, self._optimizer = trainer, module, optimizer
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        optimizer: torch.optim.Optimizer,
+        spending: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._trainer, self._module, self._optimizer, self._spending = trainer, module, optimizer, spending
+        self._parameters = _held(optimizer)
+        self._trained = [p.requires_grad for p in self._parameters]
         self._original: Any = None
-        self._own: bool = False  # whether the instance had a training_step of its own
+        self._own = False  # whether the instance had a training_step of its own
+        self._error: Exception | None = None
         self._batches: list[MicroBatch] = []
         self._modes: tuple[bool, ...] = ()
         self._settings: Step | None = None
@@ -92,8 +89,14 @@ class StepRecording:
         original = self._original = self._module.training_step
         self._last = [p.detach().clone() for p in self._parameters]
 
+        @functools.wraps(original)  # Lightning reads its signature
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            self._note(args, kwargs)
+            if self._error is None:
+                try:
+                    with self._spending(), torch.no_grad():
+                        self._note(args, kwargs)
+                except Exception as error:  # what cannot be recorded is not followed
+                    self._error = error
             return original(*args, **kwargs)
 
         self._module.training_step = training_step  # type: ignore[method-assign]
@@ -119,8 +122,7 @@ class StepRecording:
             self._modes = tuple(part.training for part in self._module.modules())
             self._transients = [each.transient for each in injectors]
             present = [held_by(p, truth) for p in self._parameters]
-            squares = [(a - b).square().sum() for a, b in zip(present, self._last, strict=True)]
-            self._moved = torch.stack(squares).sum().sqrt().item()
+            self._moved = _distance(present, self._last)
             if self.keep_before:
                 self._before = Before.of(self._module, self._optimizer, truth)
 
@@ -139,18 +141,66 @@ class StepRecording:
 
     def before_step(self) -> None:
         """Record the settings of this optimizer step."""
-        divisor = self._trainer.accumulate_grad_batches
-        self._settings = Step.of(self._module, self._optimizer, (), divisor=divisor, clip=clip_of(self._trainer))
+        trainer = self._trainer
+        if skipped(trainer, self._optimizer):
+            self._settings = None
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._settings = Step.of(
+            self._module,
+            self._optimizer,
+            (),
+            divisor=trainer.accumulate_grad_batches,
+            clip=clip_of(trainer),
+            scale=1.0 if scaler is None else float(scaler.get_scale()),
+        )
 
     def finish(self) -> Recorded | None:
-        """The step that the optimizer has made; None if nothing was recorded."""
+        """The step that the optimizer has made; None: it made none.
+
+        Raises:
+            Exception: the step could not be recorded.
+            SeveralCallsError: the optimizer evaluated training_step more often than there are micro-batches.
+        """
         batches, settings, before = self._batches, self._settings, self._before
         self._batches, self._settings, self._before = [], None, None
+        if self._error is not None:
+            raise self._error
         if not batches or settings is None:
             return None
-        new = [each.transient for each in _injectors(self._trainer)]
+        if settings.divisor and len(batches) > settings.divisor:
+            raise SeveralCallsError(len(batches))
+        injectors = _injectors(self._trainer)
+        new = [each.transient for each in injectors]
         batches[-1] = replace(batches[-1], transients=tuple(zip(self._transients, new, strict=True)))
-        self._last = [p.detach().clone() for p in self._parameters]
-        after = torch.cat([p.double().reshape(-1) for p in self._last])
+        held = _held(self._optimizer)
+        same = [id(p) for p in held] == [id(p) for p in self._parameters]
+        same = same and [p.requires_grad for p in held] == self._trained
+        previous, self._last = self._last, [p.detach().clone() for p in self._parameters]
+        after = flat(self._last)
+        perturbed: dict[nn.Parameter, Tensor] = {}
+        for each in injectors:
+            for p, xi in each.perturbation.items():
+                perturbed[p] = perturbed[p] + xi if p in perturbed else xi
+        iterate = after
+        if perturbed:
+            iterate = after - flat([perturbed.get(p, torch.zeros_like(p)) for p in self._parameters])
         step = replace(settings, batches=tuple(batches), modes=self._modes)
-        return Recorded(step, before, after, self._moved)
+        return Recorded(step, before, after, iterate, _distance(self._last, previous), self._moved, same)
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    squares = [(a - b).double().square().sum() for a, b in zip(tensors, others, strict=True)]
+    return torch.stack(squares).sum().sqrt().item()
+
+
+class SeveralCallsError(RuntimeError):
+    """The optimizer evaluated training_step more often than there are micro-batches."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"training_step was called {count} times in one step of the optimizer")
+        self.count = count

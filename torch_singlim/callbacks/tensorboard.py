@@ -30,7 +30,6 @@ from torch_singlim.measure.tags import GROUPS, TAGS, Tag, shown_in
 from torch_singlim.report import (
     Figure,
     agreement_figure,
-    plane_figure,
     spectrum_figure,
     speed_figure,
     time_scales_figure,
@@ -95,12 +94,12 @@ def _charts(name: str, tags: Sequence[Tag], expected: frozenset[Need]) -> dict[s
         patterns = [f"^{re.escape(f'{name}/{tag.name}')}$" for tag in there if tag.chart == title]
         charts[title] = ["Multiline", patterns]
     for tag in there:
-        if tag.band and (Need.MARKS in expected or Need.FLOW not in tag.needs):
+        if tag.band and (Need.REPLICAS in expected or Need.PATHS not in tag.needs):
             charts[tag.band] = ["Margin", [f"{name}/{each}" for each in (tag.name, *tag.band_names)]]
     return charts
 
 
-def settings(engine: Engine, snapshot: Snapshot, *, window: int) -> dict[str, str | float]:
+def settings(engine: Engine, snapshot: Snapshot, *, window: int | str) -> dict[str, str | float]:
     """What was detected of network, loss, data, noise and optimizer, and the resulting time scales in steps.
 
     Args:
@@ -122,7 +121,7 @@ def settings(engine: Engine, snapshot: Snapshot, *, window: int) -> dict[str, st
     found |= {"lr": sgd.lr, "momentum": sgd.momentum, "step size": sgd.effective_lr}
     if problem is not None:
         found["batch"] = sgd.batch(problem.num_samples)
-    if engine.supports(Scope.DRIFT) and Need.MOVES in engine.expects():
+    if engine.supports(Scope.LIMIT) and Need.MOVES in engine.expects():
         variance = engine.variance
         found |= {"noise level": math.sqrt(variance), "order": noise.order or 0}
         found["steps per unit of slow time"] = time_scale(sgd, noise.order, variance)
@@ -174,10 +173,8 @@ def figures(history: History, window: Window | None, spectrum: Spectrum | None) 
     drawn = {"1_time_scales": time_scales_figure(history)}
     if window is not None and window.comparisons:
         drawn |= {"2_agreement": agreement_figure(history), "3_speed": speed_figure({"": history})}
-        if window.plane is not None:
-            drawn["4_plane"] = plane_figure(window)
     if spectrum is not None:
-        drawn["5_spectrum"] = spectrum_figure(spectrum.eigenvalues, level=spectrum.level, step=spectrum.step)
+        drawn["4_spectrum"] = spectrum_figure(spectrum.eigenvalues, level=spectrum.level, step=spectrum.step)
     return drawn
 
 
@@ -186,7 +183,7 @@ def draw(trainer: Trainer, name: str, engine: Engine, sgd: SGDSettings | None) -
     seen = engine.last_distance
     spectrum = None if seen is None else Spectrum.of(seen, sgd, engine.options.relaxed_after)
     for writer in writers(trainer):
-        for title, figure in figures(engine.history, engine.last_window, spectrum).items():
+        for title, figure in figures(engine.history, engine.windows.last, spectrum).items():
             writer.add_figure(f"{name}/figures/{title}", figure, trainer.global_step)
 
 

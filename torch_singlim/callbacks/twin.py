@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from torch_singlim.callbacks.detect import BatchToProblem, as_pair
 from torch_singlim.callbacks.injection import Injection
-from torch_singlim.measure.paths import Before, Path, Step
-from torch_singlim.network import RandomState, noise_off
+from torch_singlim.measure.paths import Path
+from torch_singlim.measure.steps import Before, Step
+from torch_singlim.network import ProcessGroup, RandomState, noise_off
 from torch_singlim.noise import NoiseSystem
 
 __all__ = [
@@ -53,6 +54,9 @@ _READ = (
     "sanity_checking",
     "fast_dev_run",
 )
+
+# between the seeds of two processes
+_SEEDS = 0x9E3779B97F4A7C15
 
 
 def trainer_values(trainer: Trainer) -> dict[str, Any]:
@@ -189,6 +193,7 @@ class TrainingStepGradient:
         context: returns the context in which the trainer's precision plugin runs a training step.
         datamodule: that of the run.
         injections: the noise that the run's callbacks inject.
+        process_group: the processes among which the run averages its gradients.
     """
 
     def __init__(
@@ -197,9 +202,20 @@ class TrainingStepGradient:
         *,
         datamodule: LightningDataModule | None = None,
         injections: Sequence[InjectionOf] = (),
+        process_group: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
     ) -> None:
         self._context = context
-        self.datamodule, self.injections = datamodule, tuple(injections)
+        self.datamodule, self.injections, self.process_group = datamodule, tuple(injections), process_group
+
+    def _average(self, path: Path) -> None:
+        """The mean of the gradient over all processes."""
+        group = self.process_group
+        if group.size == 1:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in path.parameters]
+        total = group.all_reduce(torch.cat([g.reshape(-1) for g in gradients])) / group.size
+        for p, part in zip(path.parameters, total.split([p.numel() for p in path.parameters]), strict=True):
+            p.grad = part.view_as(p).clone()
 
     def _backward(self, path: Path, step: Step, batch: MicroBatch, args: tuple[Any, ...]) -> None:
         module = path.module
@@ -209,25 +225,30 @@ class TrainingStepGradient:
             with self._context(), _plain_attributes_restored(module):
                 out = module.training_step(*args, **batch.kwargs)
             loss = out.get("loss") if isinstance(out, Mapping) else out
+            if loss is None:  # nor does the run make a backward pass then
+                return
             if not isinstance(loss, Tensor):
                 raise TypeError(f"training_step returned no loss on a copy of the module, but {type(out).__name__}")
             (loss * step.share).backward()
 
     def _accumulate(self, path: Path, step: Step, seed: int) -> None:
         """The gradient with one draw of all noise, from a seed; the weights are those of the recursion."""
-        torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
+        # noise on samples is each process's own; what is drawn once for a step is the same on all of them
+        own_seed = (seed + _SEEDS * self.process_group.rank) % 2**63
+        torch.manual_seed(own_seed)
+        generator, per_sample = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(own_seed)
         injections = [each.on(path, transient_in_forward=True) for each in self.injections]
         shared: list[dict[int, Tensor]] = [{} for _ in injections]
         for batch in step.batches:
             args = copy_batch(batch.args)
             for own, injection, drawn in zip(self.injections, injections, shared, strict=True):
                 x, y = as_pair(args[0], own.batch_to_problem)
-                etas = injection.draw(x, drawn, generator=generator, per_sample=generator)
+                etas = injection.draw(x, drawn, generator=generator, per_sample=per_sample)
                 injection.perturb(x, y, etas)
             self._backward(path, step, batch, args)
             for injection in reversed(injections):
                 injection.put_weights_back()
+        self._average(path)
         for injection, drawn in zip(injections, shared, strict=True):
             injection.correct_gradients(drawn)
 
@@ -240,6 +261,7 @@ class TrainingStepGradient:
         with noise_off(path.module):
             for batch in step.batches:
                 self._backward(path, step, batch, copy_batch(batch.args))
+        self._average(path)
 
     def again(self, path: Path, step: Step, before: Before) -> None:
         """With the random numbers of the run, including injected noise."""
@@ -256,6 +278,7 @@ class TrainingStepGradient:
             self._backward(path, step, batch, args)
             for injection in reversed(injections):
                 injection.put_weights_back()
+        self._average(path)
         transients = step.batches[-1].transients
         for injection, drawn, (old, new) in zip(injections, shared, transients, strict=True):
             injection.correct_gradients(drawn)

@@ -1,8 +1,8 @@
 """Measurements of a training, their comparison with theory and description in words; independent of Lightning."""
 
 from torch_singlim.measure import tags
-from torch_singlim.measure.agreement import Agreement, Plane, Scatter, compare, noise_ceiling, noise_ratio
-from torch_singlim.measure.budget import Budget
+from torch_singlim.measure.agreement import Agreement, compare, noise_ceiling, noise_ratio
+from torch_singlim.measure.budget import Account, Budget
 from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
 from torch_singlim.measure.engine import Engine, Options
 from torch_singlim.measure.full_batch_window import compare_window
@@ -14,7 +14,7 @@ from torch_singlim.measure.snapshot import Snapshot, StepSums
 from torch_singlim.measure.tags import History, Need, Place, Tag, scalars
 from torch_singlim.measure.training import Training, training_of
 from torch_singlim.measure.verdict import Visibility, terminal_line, verdict, visibility
-from torch_singlim.measure.window import Comparison, Model, Spread, Window
+from torch_singlim.measure.window import Comparison, Model, NoiseInduced, Spread, Window
 
 __all__ = [
     # one moment of a training
@@ -33,6 +33,7 @@ __all__ = [
     "Schedule",
     "Due",
     "Budget",
+    "Account",
     # what it measures
     "Measurement",
     "Clock",
@@ -41,13 +42,12 @@ __all__ = [
     "Window",
     "Model",
     "Comparison",
+    "NoiseInduced",
     "Spread",
     "compare_window",
     # measured against predicted
     "compare",
     "Agreement",
-    "Scatter",
-    "Plane",
     "noise_ceiling",
     "noise_ratio",
     # tags, words

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -14,61 +15,73 @@ from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.measure.states import check_keys
 from torch_singlim.network import ZeroLossProblem
 
-__all__ = ["Budget", "expected_seconds"]
+__all__ = ["Account", "Budget", "expected_seconds"]
 
-# seconds that measurements may take in any case: two per cent of half a minute
-_GRACE = 0.5
-# approximate costs, in gradients of all samples: a linearised distance; matrix functions by Lanczos and a nearest point
-# by products; a draw of the limit's potential (third derivatives); long steps over a window; and, in gradients of two
-# samples, the check of the derivatives
-_LINEARISED, _LANCZOS, _DRAW, _LONG_STEPS, _CHECK = 130, 300, 12, 300, 100
+# seconds that all measurements of a run may take in any case
+_GRACE = 15.0
+# approximate costs, in gradients of all samples: the loss; a linearised distance; matrix functions by Lanczos and a
+# nearest point by products; a draw of the limit's potential (third derivatives); and, in gradients of two samples, the
+# check of the derivatives
+_LOSS, _LINEARISED, _LANCZOS, _DRAW, _CHECK = 0.35, 130, 300, 12, 100
 # seconds for the figures of one measurement
 _FIGURES = 2.0
-# gradients per step of unit-step integration: the baseline, and several paths of the effective flow
-_PATHS = 8
 # operations of an eigendecomposition and of a Cholesky factorisation, in units of M^3
 _EIGENVECTORS, _FACTOR = 10.0, 1.0
+# size of the matrices whose product is timed
+_SQUARE = 512
+# gradients are timed with so many samples, and with all samples if that is expected to take no longer than this
+_TIMED_SAMPLES, _TIMED_SECONDS = 16, 0.05
 # what is skipped, and what is measured instead
 _SKIPPED = {
-    "check": "the check of the derivatives, and with it everything but the excess loss",
+    "loss": "the excess loss",
+    "check": "the check of the derivatives, and with it all distances",
     "limit": "the limit's prediction",
     "distance": "the nearest point and the relaxed part (instead the linearised distance, if there was time for it)",
     "linearised": "any distance",
-    "window": "the drift",
-    "steps": "unit-step integration of windows with inaccurate long steps",
+    "paths": "the paths beside the training, and with them the drift's prediction",
     "figures": "the figures",
 }
+
+
+class Account(Enum):
+    """The two accounts of a budget; each may spend half of the time, or all of it if the other is closed."""
+
+    PATHS = "paths beside the training"
+    GEOMETRY = "everything else"
 
 
 class Budget:
     """A limit for the time of measurements, as a share of the wall time since the budget was made.
 
-        spent + cost <= grace + share * elapsed
+        spent + cost <= (15 s + share * elapsed) / 2          in each of two accounts
 
     The cost of a measurement is the time that it took last, or before that its expected time.
 
     Args:
-        share: None: no limit; 0: nothing is affordable.
+        share: None: no limit; 0: only the excess loss is affordable.
         clock: a function that returns the time in seconds.
 
-    >>> budget = Budget(0.1, clock=iter([0.0, 20.0, 20.0]).__next__)
-    >>> budget.expect({"distance": 2.4, "limit": 2.6})
-    >>> budget.affords("distance"), budget.affords("limit")  # half a second of grace and a tenth of 20 s
+    >>> budget = Budget(0.1, clock=iter([0.0, 50.0, 50.0]).__next__)
+    >>> budget.expect({"distance": 9.0, "limit": 11.0})
+    >>> budget.affords("distance"), budget.affords("limit")  # half of 15 s and of a tenth of 50 s
     (True, False)
     """
 
     def __init__(self, share: float | None, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self.share, self.clock = share, clock
         self.skipped: dict[str, int] = {}
-        self._began, self._past = clock(), 0.0
-        self._since: float | None = None
+        self._began = clock()
+        self._past = dict.fromkeys(Account, 0.0)
+        self._closed: set[Account] = set()
+        self._since: tuple[Account, float] | None = None
         self._expected: dict[str, float] = {}
         self._known: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """The time that was spent, the time that has passed, known costs and what was skipped, for resuming a run."""
+        spent = {account.name: self._spent(account) for account in Account}
         known, skipped = dict(self._known), dict(self.skipped)
-        return {"spent": self.spent, "elapsed": self.clock() - self._began, "known": known, "skipped": skipped}
+        return {"spent": spent, "elapsed": self.elapsed, "known": known, "skipped": skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Add a state to the time since this budget was made.
@@ -80,35 +93,65 @@ class Budget:
             ValueError: an incomplete state. Nothing has changed then.
         """
         check_keys(state, self.state_dict())
-        self._past += state["spent"]
+        check_keys(state["spent"], [account.name for account in Account])
+        for account in Account:
+            self._past[account] += state["spent"][account.name]
         self._began -= state["elapsed"]
         self._known, self.skipped = dict(state["known"]), dict(state["skipped"])
 
     @contextmanager
-    def spending(self) -> Iterator[None]:
+    def spending(self, account: Account = Account.GEOMETRY) -> Iterator[None]:
         """Count the time of the block."""
-        self._since = self.clock()
+        self._since = account, self.clock()
         try:
             yield
         finally:
-            self._past, self._since = self.spent, None
+            self._past[account], self._since = self._spent(account), None
+
+    def _spent(self, account: Account) -> float:
+        running = 0.0 if self._since is None or self._since[0] is not account else self.clock() - self._since[1]
+        return self._past[account] + running
 
     @property
     def spent(self) -> float:
         """Seconds that were spent so far, including a block in progress."""
-        return self._past + (0.0 if self._since is None else self.clock() - self._since)
+        return sum(self._spent(account) for account in Account)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the budget was made."""
+        return self.clock() - self._began
+
+    def close(self, account: Account) -> None:
+        """Leave all of the time to the other account."""
+        self._closed.add(account)
+
+    def left(self, account: Account) -> float:
+        """Seconds that an account may still spend; infinite without a limit."""
+        if self.share is None:
+            return float("inf")
+        if account in self._closed:
+            return 0.0
+        elapsed = self.elapsed
+        allowed = (_GRACE + self.share * elapsed) / (1 if self._closed else 2)
+        return allowed - self._spent(account)
 
     def expect(self, seconds: Mapping[str, float]) -> None:
         """Set the expected times of measurements that have not been timed yet."""
         self._expected |= seconds
 
-    def affords(self, kind: str) -> bool:
-        """Whether there is time for this now; if not, it is counted in `skipped`."""
-        if self.share is None:
-            return True
-        cost = self._known.get(kind, self._expected.get(kind, 0.0))
-        if self.share > 0 and self.spent + cost <= _GRACE + self.share * (self.clock() - self._began):
-            return True
+    def cost(self, kind: str) -> float:
+        """Seconds that a measurement is expected to take."""
+        return self._known.get(kind, self._expected.get(kind, 0.0))
+
+    def affords(self, kind: str, *, part: float = 1.0) -> bool:
+        """Whether this takes no more than a part of the time that is left; if not, it is counted in `skipped`."""
+        if self.share == 0 and kind != "loss":
+            return self.skip(kind)
+        return self.cost(kind) <= part * self.left(Account.GEOMETRY) or self.skip(kind)
+
+    def skip(self, kind: str) -> bool:
+        """Count what there was no time for; returns False."""
         self.skipped[kind] = self.skipped.get(kind, 0) + 1
         return False
 
@@ -122,7 +165,7 @@ class Budget:
     @property
     def overhead(self) -> float:
         """The share of the wall time that was spent."""
-        return self.spent / max(self.clock() - self._began, 1e-9)
+        return self.spent / max(self.elapsed, 1e-9)
 
     @property
     def reason(self) -> Reason | None:
@@ -130,39 +173,39 @@ class Budget:
         if not self.skipped or self.share is None:
             return None
         parts = [f"{_SKIPPED[kind]} at {count} step{'s' * (count > 1)}" for kind, count in self.skipped.items()]
-        return Code.TIME(share=self.share, what=", ".join(parts))
+        return Code.TIME(share=self.share, grace=_GRACE, what=", ".join(parts))
 
 
-def expected_seconds(problem: ZeroLossProblem, *, window: int, num_draws: int, runs: float = 0.0) -> dict[str, float]:
+def expected_seconds(problem: ZeroLossProblem, *, num_draws: int) -> dict[str, float]:
     """Approximate times of the parts of a measurement, in seconds, from the time of one gradient.
 
-    "check": the check of the derivatives. "linearised": the linearised distance. "distance": the nearest point and the
-    relaxed part. "limit": the same with the limit's prediction. "window": the prediction for a window. "steps":
-    unit-step integration of a window. "figures": those for TensorBoard.
+    "loss": the excess loss. "check": the check of the derivatives. "linearised": the linearised distance. "distance":
+    the nearest point and the relaxed part. "limit": the same with the limit's prediction. "figures": those for
+    TensorBoard.
 
     Args:
         problem: loss and samples.
-        window: steps of a window.
         num_draws: random directions for the limit's potential.
-        runs: further gradients of all samples per step of a window: replicas, the reference.
     """
-    gradient = _seconds(problem)
-    rate = max(3 * problem.flops * problem.num_samples, 1) / gradient  # operations per second
+    N = problem.num_samples
+    few = min(N, _TIMED_SAMPLES)
+    gradient = _seconds(problem.subset(few, dtype=problem.dtype)) * N / few
+    if few < N and gradient <= _TIMED_SECONDS:  # a few samples overestimate this
+        gradient = _seconds(problem)
     M = problem.num_residuals
     exact = M <= MAX_DENSE
     decompositions = 0.0
     if exact or worth_factoring(problem):
         # for the modes at w, for those at the nearest point, and for the search, once or at every step
         times, each = (3, _EIGENVECTORS) if exact else (8, _FACTOR)
-        decompositions = times * (gram_flops(problem) + each * float(M) ** 3) / rate
+        decompositions = times * (gram_flops(problem) + each * float(M) ** 3) / _rate(problem)
     distance = decompositions + _LANCZOS * gradient
     return {
-        "check": _CHECK * _seconds(problem.subset(2)),
+        "loss": _LOSS * gradient,
+        "check": _CHECK * _seconds(problem.subset(min(N, 2))),
         "linearised": _LINEARISED * gradient,
         "distance": distance,
         "limit": distance + num_draws * _DRAW * gradient,
-        "window": (2 * min(window, _LONG_STEPS) + runs * window) * gradient,
-        "steps": _PATHS * window * gradient,
         "figures": _FIGURES,
     }
 
@@ -176,3 +219,12 @@ def _seconds(problem: ZeroLossProblem) -> float:
     if w.device.type == "cuda":
         torch.cuda.synchronize(w.device)
     return time.perf_counter() - start
+
+
+def _rate(problem: ZeroLossProblem) -> float:
+    """Floating point operations per second of dense matrices, by a product of two."""
+    A = torch.ones(_SQUARE, _SQUARE, dtype=problem.dtype, device=problem.device)
+    (A @ A).sum().item()  # the first product takes longer; the sum waits for the device
+    start = time.perf_counter()
+    (A @ A).sum().item()
+    return 2 * float(_SQUARE) ** 3 / (time.perf_counter() - start)

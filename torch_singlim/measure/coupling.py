@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_singlim.linalg import Estimate
+from torch_singlim.measure.agreement import Agreement
 
 __all__ = ["CoupledWindow", "Projection", "noise_ceiling_of", "pooled"]
 
@@ -87,6 +89,15 @@ class CoupledWindow:
             gram[i, j] = gram[j, i] = torch.dot(vectors[i].double(), vectors[j].double()).item()
         return cls(gram, baseline is not None)
 
+    def state_dict(self) -> dict[str, Any]:
+        """A tensor and a plain value, for a checkpoint."""
+        return {"gram": self.gram, "has_baseline": self.has_baseline}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> CoupledWindow:
+        """The window with this state."""
+        return cls(state["gram"].cpu(), state["has_baseline"])
+
     @property
     def num_replicas(self) -> int:
         """R."""
@@ -146,11 +157,33 @@ class CoupledWindow:
         """
         return self._cosines(1.0 if relative else 0.0)
 
+    def norm(self, index: int) -> float:
+        """Norm of a displacement, in the order of `gram`."""
+        return math.sqrt(max(self.gram[index, index].item(), 0.0))
+
     @property
-    def baseline_cosine(self) -> float:
-        """Cosine between the run and the baseline (nan without baseline)."""
-        size = self.gram[0, 0] * self.gram[1, 1]
-        return (self.gram[0, 1] / size.sqrt()).item() if size > 0 else math.nan
+    def norm_of_noise(self) -> float:
+        """|m - n|, norm of the measured noise-induced drift."""
+        x = self._combination((0, 1.0), (1, -1.0))
+        return math.sqrt(max(self._inner(x, x), 0.0))
+
+    @property
+    def sampling_error(self) -> float:
+        """|a_1 - a_2| / 2, the standard error of the averaged displacement (a_1 + a_2)/2."""
+        d = self._combination((2, 0.5), (3, -0.5))
+        return math.sqrt(max(self._inner(d, d), 0.0))
+
+    @property
+    def baseline(self) -> Agreement:
+        """The agreement of the run with the baseline."""
+        m, n, inner = self.norm(0), self.norm(1), self.gram[0, 1].item()
+        return Agreement(
+            cosine=inner / (m * n) if m * n > 0 else math.nan,
+            speed=inner / n**2 if n > 0 else math.nan,
+            residual=self.norm_of_noise / m if m > 0 else math.nan,
+            measured=m,
+            predicted=n,
+        )
 
     @property
     def residual(self) -> float:

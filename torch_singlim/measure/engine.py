@@ -1,36 +1,38 @@
-"""The engine: makes measurements from snapshots of a training, independent of how these are taken."""
+"""The engine: makes measurements from snapshots and steps of a training, independent of how these are taken."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torch_singlim.geometry import linearised_displacement, nearest_point
 from torch_singlim.linalg import Solution
 from torch_singlim.measure.budget import Budget, expected_seconds
-from torch_singlim.measure.distance import DistanceMeasurement, Forecast, measure_distance, tangent_at
+from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
 from torch_singlim.measure.full_batch_window import compare_window
+from torch_singlim.measure.limit import against_limit
 from torch_singlim.measure.measurement import Clock, Measurement
 from torch_singlim.measure.reasons import Code, Reason, Scope
 from torch_singlim.measure.schedule import Due, Schedule
-from torch_singlim.measure.snapshot import Snapshot, StepSums
+from torch_singlim.measure.snapshot import Snapshot
 from torch_singlim.measure.states import check_keys
+from torch_singlim.measure.steps import Recorded
 from torch_singlim.measure.tags import Need, scalars
 from torch_singlim.measure.training import Training
 from torch_singlim.measure.verdict import Visibility, verdict, visibility
 from torch_singlim.measure.window import Window
-from torch_singlim.network import ZeroLossProblem
+from torch_singlim.measure.windows import Windows
+from torch_singlim.network import ProcessGroup, ZeroLossProblem
 from torch_singlim.noise import CustomNoise, NoiseSystem, Sum, parts
-from torch_singlim.theory import check_derivatives, has_effective_flow, with_measured_order
+from torch_singlim.theory import check_derivatives, with_measured_order
 
-__all__ = ["Engine", "OpenWindow", "Options"]
+__all__ = ["Engine", "Options"]
 
 # version of the state_dict; other versions cannot be loaded
-_VERSION = 1
+_VERSION = 2
 # tolerance of the nearest point at which the order of a custom noise is measured
 _ORDER_POINT = 1e-2
 
@@ -40,61 +42,29 @@ class Options:
     """What is measured, and how accurately.
 
     Args:
-        replicas: number of independent runs of each window for the noise ceiling; 0: none.
-        reference: integrate the effective flow by unit steps, too.
+        draws: number of noise draws per step in both averaged paths together.
+        replicas: number of replicas of each window for the noise ceiling; 0: none.
+        expanded: whether there is a path with the second-order expansion of the noise.
         num_draws: number of random directions for the limit's potential.
         relaxed_after: a mode counts as relaxed once alpha lambda step reaches this.
     """
 
-    replicas: int = 0
-    reference: bool = False
+    draws: int = 4
+    replicas: int = 1
+    expanded: bool = False
     num_draws: int = 32
     relaxed_after: float = 3.0
 
 
-@dataclass(frozen=True)
-class OpenWindow:
-    """A window in progress, with what is needed when it ends.
-
-    Args:
-        start: optimizer steps at the beginning.
-        stop: optimizer steps at the end.
-        iterate: w - xi at the beginning  ``[P]``.
-        velocity: the optimizer's momentum at the beginning  ``[P]``.
-        sums: over the steps before the window.
-        forecast: the motion that the limit predicts from the beginning.
-        between: the iterate at some steps within the window.
-    """
-
-    start: int
-    stop: int
-    iterate: Tensor = field(repr=False)
-    velocity: Tensor | None = field(repr=False)
-    sums: StepSums | None
-    forecast: Forecast | None = field(repr=False)
-    between: dict[int, Tensor] = field(default_factory=dict, repr=False)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers; the tangent space is recomputed from its point."""
-        f = self.forecast
-        forecast = None if f is None else {k: getattr(f, k) for k in ("point", "drift", "diffusion", "dimension")}
-        sums = None if self.sums is None else vars(self.sums)
-        return {**vars(self), "forecast": forecast, "sums": sums}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any], problem: ZeroLossProblem | None) -> OpenWindow:
-        """The window with this state."""
-        f, sums = state["forecast"], state["sums"]
-        if f is not None and problem is not None:
-            f = Forecast(tangent=tangent_at(problem, f["point"]), **f)
-        return cls(**{**state, "forecast": f, "sums": None if sums is None else StepSums(**sums)})
-
-
 class Engine:
-    """Measures snapshots of one training, opens and closes windows, and keeps the results and the reasons.
+    """Measures snapshots of one training, opens, advances and closes windows, and keeps the results and the reasons.
 
     The constructor does no work: derivatives are checked, and the order of a custom noise is measured, before the first
     measurement that needs them. Measurements read the problem's module and do not change it.
+
+    A window begins and ends with a snapshot. In between, its drift is compared with paths beside the training if these
+    are opened by `follow`, and advanced with every step. `full_batch` is for snapshots without steps in between, as of
+    checkpoints: the drift is then compared with descent on the loss of all samples.
 
     Args:
         problem: loss and samples, or the reason why there are none.
@@ -103,6 +73,8 @@ class Engine:
         schedule: the steps at which to measure.
         budget: the time that measurements may take.
         generator: of all random directions and draws.
+        full_batch: compare windows with full-batch descent instead of paths.
+        process_group: of the processes that make the same measurements.
     """
 
     def __init__(
@@ -113,8 +85,12 @@ class Engine:
         schedule: Schedule,
         budget: Budget,
         generator: torch.Generator,
+        *,
+        full_batch: bool = False,
+        process_group: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
     ) -> None:
         self.problem = None if isinstance(problem, Reason) else problem
+        self.full_batch, self.process_group = full_batch, process_group
         self.options, self.schedule, self.budget, self.generator = options, schedule, budget, generator
         self.noise: NoiseSystem = training.noise
         self.reasons: list[Reason] = list(training.reasons)
@@ -122,9 +98,7 @@ class Engine:
         self.history: dict[int, dict[str, float]] = {}
         """What was measured: step -> tag -> value."""
         self.last_distance: DistanceMeasurement | None = None
-        self.last_window: Window | None = None
-        self.window: OpenWindow | None = None
-        """The window in progress."""
+        self.windows = Windows(schedule)
         self.last_step = -1
         """The last step at which everything was measured."""
         self._timed = self._checked = False
@@ -133,8 +107,8 @@ class Engine:
 
     def supports(self, scope: Scope) -> bool:
         """Whether no reason is known that prevents this scope from being measured or predicted."""
-        blocking = {Scope.EVERYTHING, scope} | ({Scope.GEOMETRY} if scope is Scope.DRIFT else set())
-        return self.problem is not None and not any(reason.code.scope in blocking for reason in self.reasons)
+        there = scope is Scope.PATHS or self.problem is not None
+        return there and not any(reason.code.scope in scope.blocked_by for reason in self.reasons)
 
     @property
     def variance(self) -> float:
@@ -143,12 +117,16 @@ class Engine:
 
     def expects(self) -> frozenset[Need]:
         """The conditions of series that are fulfilled, so that these will be logged if there is time."""
-        if self.problem is None or not self.supports(Scope.DRIFT):
-            return frozenset()
-        known = self._orders_known()
-        found = {Need.DRIFT: True, Need.REPLICAS: self.options.replicas > 0, Need.MARKS: self.schedule.marks}
-        found[Need.MOVES] = known and self.noise.order is not None
-        found[Need.FLOW] = known and has_effective_flow(self.noise, self.problem)
+        limit = self.problem is not None and self.supports(Scope.LIMIT)
+        paths, known = self.supports(Scope.PATHS), self._orders_known()
+        baseline = not any(reason.code is Code.NO_BASELINE for reason in self.reasons)
+        found = {
+            Need.PATHS: paths,
+            Need.BASELINE: paths and baseline,
+            Need.REPLICAS: paths and self.options.replicas > 0,
+            Need.LIMIT: limit,
+            Need.MOVES: limit and known and self.noise.order is not None,
+        }
         return frozenset(need for need, there in found.items() if there)
 
     def note(self, *reasons: Reason | None) -> list[Reason]:
@@ -157,23 +135,17 @@ class Engine:
         self.reasons += new
         return new
 
-    def affords(self, kind: str) -> bool:
-        """Whether there is time for this; the first process decides for all."""
-        afforded = self.budget.affords(kind)
-        if self.problem is None:
-            return afforded
-        return bool(self.problem.process_group.broadcast(afforded, self.problem.device))
+    def affords(self, kind: str, *, part: float = 1.0) -> bool:
+        """Whether this takes no more than a part of the time that is left; the first process decides for all."""
+        return bool(self.process_group.broadcast(self.budget.affords(kind, part=part)))
 
     def _orders_known(self) -> bool:
         return not any(isinstance(p, CustomNoise) and p.claimed_order == "measured" for p in parts(self.noise))
 
-    def _prepare(self, snapshot: Snapshot) -> bool:
-        """Time a gradient, check derivatives and measure orders, once; returns whether the geometry can be measured."""
+    def _prepare(self) -> bool:
+        """Check derivatives and measure orders, once; returns whether the geometry can be measured."""
         if self.problem is None or not self.supports(Scope.GEOMETRY):
             return False
-        if self.budget.share and not self._timed:
-            self.budget.expect(self._expected_seconds(self.problem, snapshot))
-            self._timed = True
         if not self._checked:
             if not self.affords("check"):
                 return False
@@ -182,15 +154,9 @@ class Engine:
             self._checked = True
         return self.supports(Scope.GEOMETRY)
 
-    def _expected_seconds(self, problem: ZeroLossProblem, snapshot: Snapshot) -> dict[str, float]:
-        options, window = self.options, self.schedule.longest
-        batch = 1.0 if snapshot.sgd is None else snapshot.sgd.batch(problem.num_samples) / problem.num_samples
-        runs = options.replicas * batch + 2 * options.reference
-        return expected_seconds(problem, window=window, num_draws=options.num_draws, runs=runs)
-
     def _check(self, problem: ZeroLossProblem) -> None:
         """Measure the order of custom noises and check the derivatives; failures are kept as reasons."""
-        if self.supports(Scope.DRIFT) and not self._orders_known():
+        if self.supports(Scope.LIMIT) and not self._orders_known():
             point = nearest_point(problem, problem.weights(), rtol=_ORDER_POINT).point
             try:
                 self.noise = with_measured_order(
@@ -199,7 +165,7 @@ class Engine:
             except ValueError as error:
                 self.note(Code.ORDER_UNKNOWN(why=str(error)))
         try:
-            check_derivatives(problem, self.noise if self.supports(Scope.DRIFT) else Sum(()))
+            check_derivatives(problem, self.noise if self.supports(Scope.LIMIT) else Sum(()))
         except ValueError as error:
             self.note(Code.DERIVATIVES(why=str(error)))
 
@@ -207,16 +173,37 @@ class Engine:
 
     def due(self, before: int, step: int) -> Due | None:
         """What is due at this step; `before` is the last step at which this was asked."""
-        if self._ends(step) or self.schedule.begins(before, step) is not None:
+        if self.windows.ends(step) or self.schedule.begins(before, step) is not None:
             return Due.MEASUREMENT if step != self.last_step else None
-        if self.window is not None and step in self.schedule.marks_of(self.window.start, self.window.stop):
-            return Due.MARK
         return Due.EXCESS_LOSS if step in self.schedule.losses and step not in self.history else None
 
-    def mark(self, snapshot: Snapshot) -> None:
-        """Record the iterate of the window in progress."""
-        if self.window is not None:
-            self.window.between[snapshot.step] = snapshot.iterate
+    # --- paths beside the training ---------------------------------------------------------------------------------
+
+    def opens(self, step: int, seconds_per_step: float | None) -> int | None:
+        """The step up to which paths should be opened now; None: not now; see `Windows.opens`."""
+        return self.windows.opens(step, seconds_per_step, self.budget) if self.supports(Scope.PATHS) else None
+
+    def advance(self, step: int, recorded: Recorded) -> Measurement | None:
+        """Make one step on all paths; the values of the window so far if they are to be logged at this step.
+
+        Args:
+            step: optimizer steps so far.
+            recorded: the step that ended.
+        """
+        window, reason = self.windows.advance(step, recorded)
+        self.note(reason)
+        if window is None:
+            return None
+        measurement = Measurement(step, window=window, overhead=self.budget.overhead)
+        self._keep(measurement)
+        return measurement
+
+    def give_up(self, reason: Reason | None) -> None:
+        """Do without paths for the rest of the window in progress; its motion is still measured."""
+        self.note(reason)
+        self.windows.give_up()
+
+    # --- measurements ----------------------------------------------------------------------------------------------
 
     def measure_loss(self, snapshot: Snapshot) -> Measurement:
         """The excess loss alone."""
@@ -234,93 +221,83 @@ class Engine:
         step = self.last_step = snapshot.step
         self.note(*snapshot.reasons)
         excess_loss = self._excess_loss(snapshot)
-        prepared = self._prepare(snapshot)
-        ended = self._close(snapshot) if self._ends(step) else None
+        prepared = self._prepare()
+        ended = self._close(snapshot) if self.windows.ends(step) else None
         distance = self._distance(snapshot) if prepared else None
         linearised = self._linearised(snapshot) if prepared and distance is None else None
         clock = None
-        if self.supports(Scope.DRIFT) and self._orders_known():
+        if self.supports(Scope.LIMIT) and self._orders_known():
             clock = Clock.at(snapshot, self.noise, self.variance)
         # nothing can fail from here on: the state may change
-        begun = self.schedule.begins(step - 1 if before is None else before, step)
-        if begun is not None:
-            forecast = None if distance is None else distance.forecast
-            iterate, velocity = snapshot.iterate, snapshot.velocity
-            self.window = OpenWindow(step, step + begun, iterate, velocity, snapshot.sums, forecast)
-        elif ended is not None:
-            self.window = None
+        self.windows.turn(snapshot, before, ended, None if distance is None else distance.forecast)
         self.last_distance = distance or self.last_distance
-        self.last_window = ended or self.last_window
         measurement = Measurement(step, excess_loss, distance, linearised, ended, clock, self.budget.overhead)
         self._keep(measurement)
         return measurement
 
-    def abandon(self, step: int) -> None:
-        """After a failed measurement: discard a window that should have ended here."""
-        if self.window is not None and self.window.start != step:
-            self.window = None
-
     def _keep(self, measurement: Measurement) -> None:
         values = scalars(measurement)
         if values:
-            self.history[measurement.step] = values
+            self.history[measurement.step] = {**self.history.get(measurement.step, {}), **values}
 
     def _excess_loss(self, snapshot: Snapshot) -> float | None:
         if self.problem is None:
             return None
-        self.problem.function.refresh_constants()
-        return self.problem.loss(snapshot.weights).item()
-
-    def _ends(self, step: int) -> bool:
-        return self.window is not None and step >= self.window.stop
+        if self.budget.share is not None and not self._timed:
+            self.budget.expect(expected_seconds(self.problem, num_draws=self.options.num_draws))
+            self._timed = True
+        if not self.affords("loss"):
+            return None
+        with self.budget.timed("loss"):
+            self.problem.function.refresh_constants()
+            return self.problem.loss(snapshot.weights).item()
 
     def _close(self, snapshot: Snapshot) -> Window:
         """The window that ends here: its displacement, compared with theory if supported and if there is time."""
-        opened = self.window
+        opened = self.windows.open
         assert opened is not None
-        start, stop = opened.start, snapshot.step
-        measured = Window(start, stop, snapshot.iterate - opened.iterate)
-        sgd = snapshot.sgd
+        if opened.followed is None and not opened.closed and self.supports(Scope.PATHS) and not self.full_batch:
+            self.budget.skip("paths")
+        window, sgd, steps = opened.at(snapshot), snapshot.sgd, snapshot.step - opened.start
         before, after = opened.sums, snapshot.sums
         if before is not None and after is not None:
-            clipped, lr = after.clipped - before.clipped, (after.lr - before.lr) / (stop - start)
+            clipped, lr = after.clipped - before.clipped, (after.lr - before.lr) / steps
             if clipped:
-                self.note(Code.CLIPPED(count=clipped, start=start, stop=stop))
+                self.note(Code.CLIPPED(count=clipped, start=opened.start, stop=snapshot.step))
             if lr == 0:
-                self.note(Code.NOT_MOVED(start=start, stop=stop))
+                self.note(Code.NOT_MOVED(start=opened.start, stop=snapshot.step))
             if clipped or lr == 0:
-                return measured
+                return window
             sgd = None if sgd is None else replace(sgd, lr=lr)
-        if sgd is None or self.problem is None or not self.supports(Scope.DRIFT) or not self._checked:
-            return measured
-        if not self.affords("window"):
-            return measured
-        with self.budget.timed("window"):
+        if sgd is None or not self.supports(Scope.LIMIT) or not self._checked:
+            return window
+        if self.full_batch:
+            assert self.problem is not None
             window = compare_window(
                 self.problem,
                 opened.iterate,
                 snapshot.iterate,
-                start=start,
-                stop=stop,
+                start=opened.start,
+                stop=snapshot.step,
                 noise=self.noise,
                 sgd=sgd,
-                forecast=opened.forecast,
                 replicas=self.options.replicas,
-                reference=self.options.reference,
-                accurate=self.affords("steps"),
-                between=opened.between,
                 velocity=opened.velocity,
                 generator=self.generator,
             )
-        self.note(window.reason)
+            self.note(window.reason)
+        if opened.forecast is not None:
+            window = against_limit(window, opened.forecast, snapshot.iterate - opened.iterate, steps)
         return window
 
     def _distance(self, snapshot: Snapshot) -> DistanceMeasurement | None:
         """The distance and the limit's prediction, as far as there is time for them."""
         assert self.problem is not None
-        if not self.affords("distance"):
+        # the last window is worth most
+        part = 1.0 if self.schedule.in_last(snapshot.step) else 0.5
+        if not self.affords("distance", part=part):
             return None
-        predicted = self.supports(Scope.DRIFT) and self.affords("limit")
+        predicted = self.supports(Scope.LIMIT) and self.affords("limit", part=part)
         with self.budget.timed("limit" if predicted else "distance"):
             distance = measure_distance(
                 self.problem,
@@ -345,13 +322,13 @@ class Engine:
 
     @property
     def visibility(self) -> Visibility:
-        """Whether the effect of the noise is visible in the last window."""
-        return visibility(self.last_window, self.last_distance)
+        """Whether the effect of the noise is visible, in all windows together or in the last one."""
+        return visibility(self.windows.last, self.last_distance, self.windows.noise_ratio)
 
     def verdict(self) -> str:
         """The results in words."""
         skipped = self.budget.reason
-        compared = self.last_window is not None and self.last_window.comparisons
+        compared = self.windows.last is not None and self.windows.last.comparisons
         return verdict(
             self.history,
             reasons=[*self.reasons, *([skipped] if skipped else [])],
@@ -366,7 +343,7 @@ class Engine:
             "version": _VERSION,
             "history": {step: dict(point) for step, point in self.history.items()},
             "reasons": [reason.state_dict() for reason in self.reasons],
-            "window": None if self.window is None else self.window.state_dict(),
+            "windows": self.windows.state_dict(),
             "orders": [part.order for part in parts(self.noise)] if self._orders_known() else None,
             "checked": self._checked,
             "last_step": self.last_step,
@@ -387,10 +364,9 @@ class Engine:
         if state.get("version", _VERSION) != _VERSION:
             raise ValueError(f"a state of version {_VERSION} was expected, got version {state['version']}")
         check_keys(state, self.state_dict())
-        window, orders = state["window"], state["orders"]
-        if window is not None and self.problem is not None and len(window["iterate"]) != self.problem.num_weights:
-            raise ValueError(f"a window of {len(window['iterate'])} weights for {self.problem.num_weights} weights")
-        opened = None if window is None else OpenWindow.from_state(window, self.problem)
+        orders = state["orders"]
+        windows = Windows(self.schedule)
+        windows.load_state_dict(state["windows"], self.problem)
         history = {step: dict(point) for step, point in state["history"].items()}
         noted = [Reason.from_state(each) for each in state["reasons"]]
         reasons = [*self.reasons, *(each for each in noted if each not in self.reasons)]
@@ -403,5 +379,7 @@ class Engine:
         # everything that can fail is done, but for this
         self.budget.load_state_dict(state["budget"])
         self.generator.set_state(random)
-        self.window, self.history, self.reasons, self.noise = opened, history, reasons, noise
+        self.windows, self.history, self.reasons, self.noise = windows, history, reasons, noise
         self._checked, self.last_step = state["checked"], state["last_step"]
+        if windows.open is not None and windows.open.closed:
+            self.note(Code.INTERRUPTED(start=windows.open.start))

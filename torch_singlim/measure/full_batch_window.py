@@ -1,18 +1,16 @@
-"""Compare a window with models of the motion that need gradients of all samples."""
+"""Compare a window with models of the motion that need gradients of all samples: between checkpoints."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from torch_singlim.linalg import Result
-from torch_singlim.measure.agreement import compare, jackknife, noise_ceiling, noise_ratio, plane
-from torch_singlim.measure.distance import Forecast
+from torch_singlim.linalg import Estimate, Result
+from torch_singlim.measure.agreement import compare, noise_ceiling, noise_ratio
 from torch_singlim.measure.reasons import Code, Reason
-from torch_singlim.measure.window import Comparison, Model, Spread, Window
+from torch_singlim.measure.window import Comparison, Model, NoiseInduced, Window
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Minibatch, NoiseSystem
 from torch_singlim.theory import (
@@ -32,6 +30,27 @@ _SHORT = 200
 _ACCURATE = 0.2
 # relative error from which on a prediction by long steps is useless
 _BLIND = 0.5
+# error of the effective flow, relative to the motion, due to the noise of minibatches, which it neglects
+_FLOW_ERROR = 0.02
+
+
+def _predict(
+    problem: ZeroLossProblem,
+    origin: Tensor,
+    noise: NoiseSystem,
+    sgd: SGDSettings,
+    steps: int,
+    velocity: Tensor | None,
+    generator: torch.Generator | None,
+) -> WindowPrediction:
+    """Descent on the effective loss, by long steps where these are accurate, otherwise by unit steps."""
+    options = {"steps": steps, "velocity": velocity, "generator": generator}
+    if steps > _SHORT:
+        window = finite_window(problem, origin, noise, sgd, **options)
+        size = torch.linalg.vector_norm(window.displacement).item()
+        if window.status is Result.SUCCESSFUL and math.hypot(window.stderr, window.error) <= _ACCURATE * size:
+            return window
+    return effective_flow(problem, origin, noise, sgd, rtol=_ACCURATE, **options)
 
 
 def compare_window(
@@ -43,15 +62,11 @@ def compare_window(
     stop: int,
     noise: NoiseSystem,
     sgd: SGDSettings,
-    forecast: Forecast | None = None,
     replicas: int = 0,
-    reference: bool = False,
-    accurate: bool = True,
-    between: Mapping[int, Tensor] | None = None,
     velocity: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Window:
-    """Compare the motion of the weights over a window with the effective flow, with descent on L alone, with the limit.
+    """Compare the motion of the weights over a window with the effective flow, and with descent on L alone.
 
     Args:
         problem: loss and samples: all samples that training uses.
@@ -61,97 +76,51 @@ def compare_window(
         stop: optimizer steps at the end.
         noise: the system.
         sgd: settings over the window (under a schedule, lr is the mean).
-        forecast: the motion that the limit predicts from the beginning of the window; None: do not compare with it.
         replicas: number of independent runs of the window for the noise ceiling; 0: none.
-        reference: integrate the effective flow by unit steps, too.
-        accurate: integrate by unit steps if the estimated error of `finite_window` exceeds a fifth of the displacement;
-            otherwise this error is only reported.
-        between: the iterate at some steps within the window, step -> ``[P]``, for standard errors.
         velocity: the optimizer's momentum at the beginning ``[P]``.
         generator: of noise and batches.
     """
     steps, measured = stop - start, end - origin
-    marks = [step - start for step in (*(between or {}), stop)]
 
-    def unit_steps(system: NoiseSystem, marks: Sequence[int] = ()) -> WindowPrediction:
-        return effective_flow(
-            problem,
-            origin,
-            system,
-            sgd,
-            steps=steps,
-            rtol=_ACCURATE,
-            marks=marks,
-            velocity=velocity,
-            generator=generator,
-        )
+    def predict(system: NoiseSystem) -> WindowPrediction:
+        return _predict(problem, origin, system, sgd, steps, velocity, generator)
 
-    def long_steps(system: NoiseSystem, marks: Sequence[int] = ()) -> WindowPrediction | None:
-        if steps <= _SHORT:
-            return None
-        window = finite_window(
-            problem, origin, system, sgd, steps=steps, marks=marks, velocity=velocity, generator=generator
-        )
-        size = torch.linalg.vector_norm(window.displacement).item()
-        good = not accurate or math.hypot(window.stderr, window.error) <= _ACCURATE * size
-        return window if window.status is Result.SUCCESSFUL and good else None
-
-    predictions = {Model.BASELINE: long_steps(Minibatch()) or unit_steps(Minibatch())}
+    predictions = {Model.BASELINE: predict(Minibatch())}
     if has_effective_flow(noise, problem):
-        flow = unit_steps(noise, marks) if reference else None
-        long = long_steps(noise, marks)
-        if long is not None:
-            predictions[Model.FULL_BATCH] = long
-        if flow is not None or long is None:
-            predictions[Model.AVERAGED] = flow or unit_steps(noise, marks)
-    comparisons = {model: Comparison(p, compare(measured, p.displacement)) for model, p in predictions.items()}
-    drift = predictions.get(Model.FULL_BATCH) or predictions.get(Model.AVERAGED)
-    baseline = predictions[Model.BASELINE].displacement
+        predictions[Model.FULL_BATCH] = predict(noise)
+    comparisons = {model: Comparison(compare(measured, p.displacement), p) for model, p in predictions.items()}
+    flow = predictions.get(Model.FULL_BATCH)
     runs = [measured]
     if replicas:
         ensemble = simulate(
             problem, origin, noise, sgd, steps=steps, replicas=replicas, velocity=velocity, generator=generator
         )
         runs.extend(ensemble.displacements)
-    path = [*(v - origin for v in (between or {}).values()), measured]
-    spread = None
-    if forecast is not None:
-        comparisons[Model.LIMIT], spread = _against_limit(forecast, measured, steps)
-    if drift is None:
-        return Window(
-            start,
-            stop,
-            measured,
-            comparisons,
-            scatter=jackknife(path, path),
-            ceiling=noise_ceiling(runs),
-            spread=spread,
-            diffuses=forecast is not None and forecast.diffusion > 0,
-            gradients=sum(p.gradients for p in predictions.values()),
-        )
+    induced = None
+    if flow is not None:
+        induced = _noise_induced(runs, flow.displacement, predictions[Model.BASELINE].displacement)
     return Window(
         start,
         stop,
+        torch.linalg.vector_norm(measured).item(),
         measured,
         comparisons,
-        reason=unusable(drift, start, stop),
-        scatter=jackknife(path, list(drift.path)),
-        noise_ratio=noise_ratio(runs, drift.displacement, baseline),
-        noise_share=compare(drift.displacement, baseline).residual,
+        reason=None if flow is None else unusable(flow, start, stop),
+        noise=induced,
         ceiling=noise_ceiling(runs),
-        spread=spread,
-        diffuses=forecast is not None and forecast.diffusion > 0,
-        plane=plane(path, list(drift.path)),
         gradients=sum(p.gradients for p in predictions.values()),
     )
 
 
-def _against_limit(forecast: Forecast, measured: Tensor, steps: int) -> tuple[Comparison, Spread]:
-    """Compare the tangential part of the motion with K times the limit's drift; both lengths."""
-    predicted = WindowPrediction((steps * forecast.drift)[None], 0.0, math.nan, 0, Result.SUCCESSFUL)
-    agreement = compare(forecast.tangent.project(measured), predicted.displacement)
-    along = math.hypot(agreement.predicted, math.sqrt(steps * forecast.diffusion * forecast.dimension))
-    return Comparison(predicted, agreement), Spread(agreement.measured, along)
+def _noise_induced(runs: list[Tensor], flow: Tensor, baseline: Tensor) -> NoiseInduced | None:
+    """The noise-induced drift of the first run; None if the prediction has none."""
+    found, share = compare(runs[0] - baseline, flow - baseline), compare(flow, baseline).residual
+    if not found.predicted:
+        return None
+    ratio = noise_ratio(runs, flow, baseline)
+    ratio = Estimate(ratio.mean, math.hypot(ratio.stderr, _FLOW_ERROR / share))
+    ceiling = noise_ceiling([run - baseline for run in runs])
+    return NoiseInduced(found.measured, found.predicted, found.cosine, ratio, ceiling, share)
 
 
 def unusable(prediction: WindowPrediction, start: int, stop: int) -> Reason | None:

@@ -1,98 +1,34 @@
-"""Paths that start at the weights of a training and use the same batches; and replays of single steps of the training.
+"""Paths that start at the weights of a training and use the same batches.
 
     run        w <- w - alpha M grad Lhat(w; batch, eta)              the training itself, which is not changed
     baseline   n <- n - alpha M grad L(n; batch)                      the noise is switched off
     averaged   a <- a - alpha M E_eta grad Lhat(a; batch, eta)        the mean over m new draws in each step
     replica    r <- r - alpha M grad Lhat(r; batch, eta')             with independent noise
 
-M stands for the optimizer's rule; each path has momentum and other state of its own. A replay repeats one step of the
-run, from the same weights, state and random numbers: if the result differs, paths cannot reproduce this training.
+M stands for the optimizer's rule; each path has momentum and other state of its own.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from torch_singlim.measure.coupling import CoupledWindow
+from torch_singlim.measure.steps import Before, Step, flat
 from torch_singlim.network import RandomState, noise_off
 
-__all__ = [
-    "Before",
-    "CoupledPaths",
-    "Gradient",
-    "LossGradient",
-    "Path",
-    "Replay",
-    "Step",
-    "held_by",
-    "is_affine",
-    "replay",
-]
+__all__ = ["CoupledPaths", "Gradient", "LossGradient", "Path", "is_affine"]
 
 # loss of one micro-batch on a copy of the module
 Loss = Callable[[nn.Module, Any], Tensor]
-# changes the gradients of parameters between backward and step, in place
-Clip = Callable[[list[nn.Parameter]], object]
 
-# tolerance of a replay: a share of the step, and a multiple of the rounding error of the weights
-_REPLAY_RTOL, _ROUNDINGS = 1e-3, 4.0
 # relative tolerance for an update to count as affine in the gradient
 _AFFINE = 1e-5
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step of the run, with everything that paths need to make it, too.
-
-    Args:
-        batches: its micro-batches, in order.
-        groups: settings of the optimizer's parameter groups at the step, without their parameters.
-        modes: ``training`` of every submodule, in the order of ``module.modules()``.
-        divisor: of the loss of each micro-batch; None: their number.
-        clip: what is done to the gradients before the step.
-    """
-
-    batches: tuple[Any, ...] = field(repr=False)
-    groups: tuple[Mapping[str, Any], ...]
-    modes: tuple[bool, ...] = field(repr=False)
-    divisor: int | None = None
-    clip: Clip | None = field(default=None, repr=False)
-
-    @classmethod
-    def of(
-        cls,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batches: Sequence[Any],
-        *,
-        divisor: int | None = None,
-        clip: Clip | None = None,
-    ) -> Step:
-        """The step that a module and an optimizer are about to make."""
-        groups = tuple({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups)
-        return cls(tuple(batches), groups, tuple(part.training for part in module.modules()), divisor, clip)
-
-    @property
-    def share(self) -> float:
-        """The factor of each micro-batch's loss in the loss of the step."""
-        return 1 / (self.divisor or len(self.batches))
-
-
-def held_by(tensor: Tensor, truth: Mapping[int, Tensor]) -> Tensor:
-    """The data of a tensor without perturbation: those in `truth` under its id, if there are any, else its own."""
-    found = truth.get(id(tensor))
-    return tensor.detach() if found is None else found
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """One vector, in float64  ``[P]``."""
-    return torch.cat([t.detach().double().reshape(-1) for t in tensors])
 
 
 def _no_closure() -> float:
@@ -133,7 +69,7 @@ class Path:
 
     def weights(self) -> Tensor:
         """The parameters that the optimizer holds  ``[P]``."""
-        return _flat(self.parameters)
+        return flat(self.parameters)
 
     def take_settings(self, step: Step) -> None:
         """Set the modes and the optimizer's settings to those of a step of the run."""
@@ -143,7 +79,11 @@ class Path:
             group.update(settings)
 
     def update(self, step: Step) -> None:
-        """Clip the gradients as in the run, and make an optimizer step."""
+        """Scale back and clip the gradients as in the run, and make an optimizer step."""
+        if step.scale != 1:
+            for p in self.parameters:
+                if p.grad is not None:
+                    p.grad.div_(step.scale)
         if step.clip is not None:
             step.clip(self.parameters)
         self.optimizer.step(_no_closure)
@@ -243,78 +183,6 @@ class LossGradient:
         self._add(path, step)
 
 
-@dataclass(frozen=True)
-class Before:
-    """The state of the run before a step, on which the step depends.
-
-    Args:
-        weights: the optimizer's parameters.
-        state: of the module, including buffers.
-        optimizer: the optimizer's state.
-        random: the global random state.
-    """
-
-    weights: Tensor = field(repr=False)
-    state: Mapping[str, Tensor] = field(repr=False)
-    optimizer: Mapping[str, Any] = field(repr=False)
-    random: RandomState = field(repr=False)
-
-    @classmethod
-    def of(
-        cls, module: nn.Module, optimizer: torch.optim.Optimizer, truth: Mapping[int, Tensor] | None = None
-    ) -> Before:
-        """A copy of the present state.
-
-        Args:
-            module: the module that is trained.
-            optimizer: its optimizer.
-            truth: id of each parameter that is perturbed at present -> its data without perturbation.
-        """
-        known = truth or {}
-        parameters = [held_by(p, known) for group in optimizer.param_groups for p in group["params"]]
-        tensors: dict[str, Tensor] = {**module.state_dict(), **dict(module.named_parameters(remove_duplicate=False))}
-        held = {name: held_by(tensors[name], known) for name in module.state_dict()}
-        state = {name: tensor.clone() for name, tensor in held.items()}
-        return cls(_flat(parameters), state, copy.deepcopy(optimizer.state_dict()), RandomState.now())
-
-
-@dataclass(frozen=True)
-class Replay:
-    """The result of repeating a step of the run.
-
-    Args:
-        error: rho = |w_replayed - w_{k+1}| / |w_{k+1} - w_k|; 0 if the run did not move.
-        passed: |w_replayed - w_{k+1}| <= 1e-3 |w_{k+1} - w_k| + 4 eps |w|, or the run did not move.
-    """
-
-    error: float
-    passed: bool
-
-
-def replay(path: Path, gradient: Gradient, step: Step, before: Before, after: Tensor) -> Replay:
-    """Repeat a step of the run on a path, whose state is overwritten.
-
-    Args:
-        path: a copy of the run.
-        gradient: computes the gradient of the step.
-        step: the step of the run.
-        before: the state of the run before the step.
-        after: the run's weights after the step  ``[P]``.
-    """
-    path.module.load_state_dict(dict(before.state))
-    path.optimizer.load_state_dict(copy.deepcopy(dict(before.optimizer)))
-    with RandomState.isolated():
-        path.take_settings(step)
-        path.optimizer.zero_grad()
-        gradient.again(path, step, before)
-        path.update(step)
-    off = torch.linalg.vector_norm(path.weights() - after).item()
-    moved = torch.linalg.vector_norm(after - before.weights).item()
-    eps = max(torch.finfo(p.dtype).eps for p in path.parameters)
-    allowed = _REPLAY_RTOL * moved + _ROUNDINGS * eps * torch.linalg.vector_norm(after).item()
-    return Replay(off / moved, off <= allowed) if moved else Replay(0.0, True)
-
-
 def is_affine(module: nn.Module, optimizer: torch.optim.Optimizer, *, generator: torch.Generator) -> bool:
     """Whether two steps of the optimizer are an affine function of the gradients, by a test on copies.
 
@@ -353,6 +221,9 @@ class CoupledPaths:
         gradient: computes the gradient of a step on a copy.
         draws: m, number of noise draws per step in both averaged paths together; even.
         replicas: R.
+        baseline: whether there is a path without noise.
+        affine: whether gradients are averaged; otherwise updates are. None: by a test of the optimizer.
+        watched: positions, among the optimizer's parameters, of those whose motion is compared; None: all.
         generator: of all seeds.
 
     Raises:
@@ -366,18 +237,33 @@ class CoupledPaths:
         *,
         draws: int = 4,
         replicas: int = 1,
+        baseline: bool = True,
+        affine: bool | None = None,
+        watched: Sequence[int] | None = None,
         generator: torch.Generator,
     ) -> None:
         if draws < 2 or draws % 2:
             raise ValueError(f"draws must be even, at least 2: half of them for each averaged path, got {draws}")
         self.gradient, self.draws, self.generator = gradient, draws, generator
-        self.baseline = make_path()
         self.averaged = (make_path(), make_path())
+        self.baseline = make_path() if baseline else None
         self.replicas = tuple(make_path() for _ in range(replicas))
-        self.start = self.baseline.weights()
-        self.affine = is_affine(self.baseline.module, self.baseline.optimizer, generator=generator)
+        first = self.averaged[0]
+        self.affine = is_affine(first.module, first.optimizer, generator=generator) if affine is None else affine
         """Whether gradients are averaged; otherwise updates are."""
+        sizes = [p.numel() for p in first.parameters]
+        everything = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+        self._watched = everything if watched is None else [everything[i] for i in watched]
+        self.start = self._select(first.weights())
         self._optimizers: list[list[torch.optim.Optimizer]] = [[], []]
+
+    @property
+    def gradients_per_step(self) -> int:
+        """Number of gradients of one batch that a step takes."""
+        return self.draws + len(self.replicas) + (self.baseline is not None)
+
+    def _select(self, weights: Tensor) -> Tensor:
+        return torch.cat([weights[part] for part in self._watched])
 
     def _seeds(self, count: int) -> list[int]:
         return torch.randint(2**62, (count,), generator=self.generator).tolist()
@@ -385,7 +271,8 @@ class CoupledPaths:
     def advance(self, step: Step) -> None:
         """Make one step of the run on all paths."""
         with RandomState.isolated():
-            self.baseline.descend(self.gradient, step, ())
+            if self.baseline is not None:
+                self.baseline.descend(self.gradient, step, ())
             for i, path in enumerate(self.averaged):
                 seeds = self._seeds(self.draws // 2)
                 # with clipping, no rule is affine
@@ -398,11 +285,24 @@ class CoupledPaths:
             for path in self.replicas:
                 path.descend(self.gradient, step, self._seeds(1))
 
+    def moved(self, weights: Tensor) -> Tensor:
+        """Displacement since the beginning of weights of a path or the run  ``[P]`` -> watched ones."""
+        return self._select(weights) - self.start
+
+    def displacement(self) -> Tensor:
+        """Displacement of the averaged paths, (a_1 + a_2)/2."""
+        first, second = (self.moved(path.weights()) for path in self.averaged)
+        return (first + second) / 2
+
+    def displacement_of_baseline(self) -> Tensor:
+        """Displacement of the baseline; zero without one."""
+        return torch.zeros_like(self.start) if self.baseline is None else self.moved(self.baseline.weights())
+
     def window(self, weights: Tensor) -> CoupledWindow:
         """The motion of run and paths so far; `weights` are the present ones of the run  ``[P]``."""
         return CoupledWindow.of(
-            weights - self.start,
-            *(path.weights() - self.start for path in self.averaged),
-            baseline=self.baseline.weights() - self.start,
-            replicas=[path.weights() - self.start for path in self.replicas],
+            self.moved(weights),
+            *(self.moved(path.weights()) for path in self.averaged),
+            baseline=None if self.baseline is None else self.moved(self.baseline.weights()),
+            replicas=[self.moved(path.weights()) for path in self.replicas],
         )

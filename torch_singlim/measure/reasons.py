@@ -18,19 +18,29 @@ class Kind(Enum):
     UNSUPPORTED = "Unsupported"
     INVALIDATED = "Invalidated"
     SKIPPED = "Skipped"
+    NOTED = "Note"
 
 
 class Scope(Enum):
     """What a reason prevents from being measured or predicted; the value describes this."""
 
     EVERYTHING = "nothing is measured"
-    GEOMETRY = "neither distance nor drift is compared with theory"
-    DRIFT = "the drift is not predicted"
-    WINDOW = "there is no prediction for one window"
+    GEOMETRY = "no distance is measured, and the singular limit is not predicted"
+    MOTION = "neither paths beside the training nor the singular limit predict the drift"
+    PATHS = "there are no paths beside the training, so that the drift is not predicted"
+    LIMIT = "the singular limit is not predicted"
+    WINDOW = "there is no prediction for the rest of this window"
     PART = "a part of the measurements is missing"
+    NOTHING = "everything is measured"
+
+    @property
+    def blocked_by(self) -> frozenset[Scope]:
+        """The scopes of reasons that prevent this from being measured or predicted."""
+        further = {Scope.LIMIT: {Scope.GEOMETRY, Scope.MOTION}, Scope.PATHS: {Scope.MOTION}}
+        return frozenset({Scope.EVERYTHING, self} | further.get(self, set()))
 
 
-_UNSUPPORTED, _INVALIDATED, _SKIPPED = Kind.UNSUPPORTED, Kind.INVALIDATED, Kind.SKIPPED
+_UNSUPPORTED, _INVALIDATED, _SKIPPED, _NOTED = Kind.UNSUPPORTED, Kind.INVALIDATED, Kind.SKIPPED, Kind.NOTED
 
 
 @unique
@@ -50,75 +60,142 @@ class Code(Enum):
     # the optimizer
     NO_OPTIMIZER_STATE = (
         _UNSUPPORTED,
-        Scope.DRIFT,
+        Scope.LIMIT,
         "{path} does not hold the state of one optimizer; ModelCheckpoint(save_weights_only=False) saves it",
     )
     SEVERAL_OPTIMIZERS = (
         _UNSUPPORTED,
-        Scope.DRIFT,
+        Scope.MOTION,
         "expected one optimizer, got {count}: the motion of the weights is then not the descent of one loss; train the "
         "other networks in a run of their own",
     )
     OPTIMIZER = (
         _UNSUPPORTED,
-        Scope.DRIFT,
+        Scope.LIMIT,
         "{optimizer} rescales or reshapes the gradient; the theory covers torch.optim.SGD",
     )
-    GROUPS_DIFFER = _UNSUPPORTED, Scope.DRIFT, "parameter groups differ in {keys}; the learning rate alone may differ"
+    GROUPS_DIFFER = _UNSUPPORTED, Scope.LIMIT, "parameter groups differ in {keys}; the learning rate alone may differ"
     RATIO_CHANGES = (
         _UNSUPPORTED,
-        Scope.DRIFT,
+        Scope.LIMIT,
         "the schedule changes the ratio of the parameter groups' learning rates",
     )
-    RATIOS_UNDER_NOISE = _UNSUPPORTED, Scope.DRIFT, "parameter groups with different learning rates under {noises}"
+    RATIOS_UNDER_NOISE = _UNSUPPORTED, Scope.LIMIT, "parameter groups with different learning rates under {noises}"
     MANUAL_OPTIMIZATION = (
         _UNSUPPORTED,
-        Scope.DRIFT,
+        Scope.MOTION,
         "manual optimization: the module may do anything between two steps of the optimizer",
     )
-    MAXIMIZES = _UNSUPPORTED, Scope.DRIFT, "the optimizer maximizes"
-    OWN_CLIPPING = _UNSUPPORTED, Scope.DRIFT, "the module clips gradients in its own way (configure_gradient_clipping)"
+    MAXIMIZES = _UNSUPPORTED, Scope.LIMIT, "the optimizer maximizes"
+    OWN_CLIPPING = _UNSUPPORTED, Scope.LIMIT, "the module clips gradients in its own way (configure_gradient_clipping)"
     OTHER_PARAMETERS = (
         _UNSUPPORTED,
-        Scope.DRIFT,
+        Scope.LIMIT,
         "the optimizer holds {held} parameters, {measured} are measured, and these are not the same: exclude "
         "parameters that are not trained, by requires_grad_(False) or SingularLimitMonitor(parameters=...)",
     )
-    NO_STEP_SIZE = _UNSUPPORTED, Scope.DRIFT, "the learning rate is 0"
-    NO_STEP_SIZE_OF_GROUP = _UNSUPPORTED, Scope.DRIFT, "the learning rate of a parameter group is 0"
+    NO_STEP_SIZE = _UNSUPPORTED, Scope.LIMIT, "the learning rate is 0"
+    NO_STEP_SIZE_OF_GROUP = _UNSUPPORTED, Scope.LIMIT, "the learning rate of a parameter group is 0"
     # the noise
     BATCH_NORMALISATION = (
         _UNSUPPORTED,
-        Scope.DRIFT,
+        Scope.LIMIT,
         "batch normalisation couples the samples of a batch in training mode (use GroupNorm, which does not)",
     )
     OTHER_RANDOMNESS = (
         _UNSUPPORTED,
-        Scope.DRIFT,
+        Scope.LIMIT,
         "training mode is random beyond the nn.Dropout layers (functional dropout, attention dropout)",
     )
-    ORDER_UNKNOWN = _UNSUPPORTED, Scope.DRIFT, "{why}"
+    ORDER_UNKNOWN = _UNSUPPORTED, Scope.LIMIT, "{why}"
     # the samples
     SUBSET = (
         _UNSUPPORTED,
-        Scope.DRIFT,
+        Scope.LIMIT,
         "{samples} of {total} training samples are measured, so that the distance is a lower bound: pass num_samples "
         "to measure all of them",
     )
+    # paths beside the training
+    NO_COPY = _UNSUPPORTED, Scope.PATHS, "module and optimizer cannot be copied: {why}"
+    NO_STEP_ON_COPY = (
+        _UNSUPPORTED,
+        Scope.PATHS,
+        "training_step cannot be repeated on a copy of the module: {why}",
+    )
+    NO_BATCHES = (
+        _UNSUPPORTED,
+        Scope.PATHS,
+        "training_step takes a dataloader_iter, so that its batches are not known before it is called",
+    )
+    SEVERAL_CALLS = (
+        _UNSUPPORTED,
+        Scope.PATHS,
+        "the optimizer evaluated the loss {count} times in one step (L-BFGS, SAM); paths make steps of one evaluation",
+    )
+    NO_BASELINE = (
+        _UNSUPPORTED,
+        Scope.PART,
+        "the noise cannot be switched off: in evaluation mode two evaluations of training_step with different random "
+        "numbers differ, so that there is no baseline and no noise-induced drift",
+    )
+    PENALTY = (
+        _NOTED,
+        Scope.NOTHING,
+        "training mode adds {share:.2g} of the gradient without being random (a penalty under self.training); it "
+        "counts as noise-induced",
+    )
+    REPLAY = (
+        _INVALIDATED,
+        Scope.WINDOW,
+        "paths do not follow this training in the window from step {start}: step {step}, repeated on a copy with the "
+        "same batch and random numbers, differs from what training did by {error:.2g} of the step; look for what acts "
+        "between backward and the optimizer's step (clipping or noise in hooks), and for what changes the module, its "
+        "loss or the optimizer from outside (callbacks, schedules of one's own)",
+    )
+    WEIGHTS_MOVED = (
+        _INVALIDATED,
+        Scope.WINDOW,
+        "paths do not follow this training in the window from step {start}: after step {step} something other than the "
+        "optimizer moved the weights, by {share:.2g} of a step; look for projections of the weights, averaging of "
+        "weights (SWA, EMA, Lookahead) and hooks that assign parameters",
+    )
+    PARAMETERS_CHANGED = (
+        _INVALIDATED,
+        Scope.WINDOW,
+        "parameters were added to the optimizer, frozen or unfrozen at step {step}, within the window from step "
+        "{start}: the next window begins with the new ones",
+    )
+    UNRESOLVED = (
+        _INVALIDATED,
+        Scope.PART,
+        "the noise-induced drift in the window {start}-{stop} is smaller than the sampling error of the averaged "
+        "paths, {share:.2g} of the motion, or there is no noise: pass more draws, or a longer window",
+    )
+    MEMORY = (
+        _SKIPPED,
+        Scope.PART,
+        "no paths beside the training from step {step}: their copies need {needed:.1f} GiB, and {free:.1f} GiB are "
+        "free; pass replicas=0, or draws=2",
+    )
+    INTERRUPTED = (
+        _SKIPPED,
+        Scope.PART,
+        "the window from step {start} was in progress when the checkpoint was written, and its paths are not stored",
+    )
+    TOO_SHORT = _SKIPPED, Scope.PART, "the run ended at step {step}, before the window {start}-{stop} did"
     # windows
     CLIPPED = _INVALIDATED, Scope.WINDOW, "gradients were clipped in {count} of the steps {start}-{stop}"
     NOT_MOVED = _INVALIDATED, Scope.WINDOW, "the optimizer moved no weight in the steps {start}-{stop}"
     UNCERTAIN = (
         _INVALIDATED,
         Scope.WINDOW,
-        "the estimated error of the prediction by long steps exceeds half of the predicted displacement in the window "
-        "{start}-{stop}, and there was no time for unit-step integration: pass max_overhead=None",
+        "the estimated error of the prediction exceeds half of the predicted displacement in the window {start}-{stop}",
     )
     DIVERGED = (
         _INVALIDATED,
         Scope.WINDOW,
-        "descent on the effective loss diverges in the window {start}-{stop}: training itself is probably unstable at "
-        "this step size and noise",
+        "the prediction diverges in the window {start}-{stop}: training itself is probably unstable at this step size "
+        "and noise",
     )
     EXPANSION_FAILS = (
         _INVALIDATED,
@@ -132,8 +209,8 @@ class Code(Enum):
     TIME = (
         _SKIPPED,
         Scope.PART,
-        "to keep measurements below {share:.0%} of the wall time: {what}; pass max_overhead=None, or every_n_steps, "
-        "for all of them",
+        "to keep measurements below {grace:.0f} s and {share:.0%} of the wall time: {what}; pass max_overhead=None, or "
+        "every_n_steps, for all of them",
     )
     STATE = _SKIPPED, Scope.PART, "the monitor's state in the checkpoint was not restored: {why}"
 

@@ -7,11 +7,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
-__all__ = ["Due", "Schedule", "window_starts"]
+__all__ = ["Due", "Schedule", "marks_of", "window_starts"]
 
-# number of equal parts of a window; standard errors are computed from their scatter
-_PARTS = 4
+# a window of automatic length is at least and at most so many steps, and this part of the run if that is in between
+_SHORTEST, _LONGEST, _PART = 50, 1000, 4
+# a window is logged at so many of its steps
+_MARKS = 20
 # the excess loss alone is measured so many times per decade of steps, for so many decades
 _PER_DECADE, _DECADES = 10, 8
 
@@ -38,63 +41,80 @@ def window_starts(window: int, every_n_steps: int | None, total: int | None) -> 
     yield from starts
 
 
+def marks_of(start: int, stop: int) -> set[int]:
+    """The steps of a window at which its values are logged: 20 of them, or all, equally spaced; the last is its end.
+
+    >>> sorted(marks_of(10, 13))
+    [11, 12, 13]
+    """
+    return {start + -(-(stop - start) * i // _MARKS) for i in range(1, _MARKS + 1)}
+
+
 class Due(Enum):
     """What is due at a step."""
 
     MEASUREMENT = "a window begins or ends"
-    MARK = "the iterate of an open window is recorded"
     EXCESS_LOSS = "the excess loss alone"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The windows of a run, and the steps within them at which the iterate is recorded.
+    """The windows of a run.
 
     Args:
         windows: step at which a window begins -> step at which it ends.
-        marks: whether iterates within windows are recorded, for standard errors.
+        total: steps of the run; None: unknown.
+        shortest: steps from which on a window is worth following; shorter than all in `windows`: they may be shortened
+            to what there is time for.
         losses: further steps at which the excess loss is measured.
 
     >>> schedule = Schedule.of_run(window=8, every_n_steps=8, total=16)
-    >>> schedule.windows, schedule.begins(7, 8), sorted(schedule.marks_of(0, 8))
-    ({0: 8, 8: 16}, 8, [2, 4, 6])
+    >>> schedule.windows, schedule.begins(7, 8)
+    ({0: 8, 8: 16}, 8)
+    >>> Schedule.of_run(window="auto", every_n_steps=None, total=400).windows
+    {0: 100, 100: 200, 200: 300, 300: 400}
     """
 
     windows: Mapping[int, int]
-    marks: bool = True
+    total: int | None = None
+    shortest: int = 1
     losses: frozenset[int] = field(default=frozenset(), repr=False)
 
     @classmethod
-    def of_run(cls, *, window: int, every_n_steps: int | None, total: float | None) -> Schedule:
+    def of_run(cls, *, window: int | Literal["auto"], every_n_steps: int | None, total: float | None) -> Schedule:
         """The schedule of a run, see `window_starts`, with the excess loss ten times per decade of steps.
 
         Args:
-            window: steps of each window.
+            window: steps of each window; "auto": a quarter of the run, but at least 50 and at most 1,000 steps.
             every_n_steps: steps from one window to the next; None: at powers of two.
             total: steps of the run; infinite, negative or None: unknown.
         """
         total = None if total is None or math.isinf(total) or total < 0 else int(total)
+        longest = every_n_steps or math.inf if total is None else min(every_n_steps or total, max(total, 1))
+        wanted = window
+        if wanted == "auto":
+            wanted = _LONGEST if total is None else min(max(total // _PART, _SHORTEST), _LONGEST)
+        length = int(min(wanted, longest))
+        shortest = min(_SHORTEST, length) if window == "auto" else length
         losses = frozenset(round(10 ** (k / _PER_DECADE)) for k in range(_DECADES * _PER_DECADE))
-        starts = window_starts(window, every_n_steps, total)
-        return cls({start: start + window for start in starts}, losses=losses)
+        starts = window_starts(length, every_n_steps, total)
+        return cls({start: start + length for start in starts}, total, shortest, losses)
 
     @classmethod
     def between(cls, steps: Sequence[int]) -> Schedule:
         """A window from each of these steps to the next, such as the steps of checkpoints."""
-        return cls(dict(itertools.pairwise(steps)), marks=False)
+        return cls(dict(itertools.pairwise(steps)))
 
-    @property
-    def longest(self) -> int:
-        """Steps of the longest window."""
-        return max((stop - start for start, stop in self.windows.items()), default=1)
+    def is_last(self, stop: int) -> bool:
+        """Whether a window that ends at this step ends with the run."""
+        return stop == self.total
+
+    def in_last(self, step: int) -> bool:
+        """Whether the last window has begun, in a run of known length."""
+        return self.total is not None and step >= max(self.windows, default=0)
 
     def begins(self, before: int, step: int) -> int | None:
         """Length of the window that begins at a step, or that was due since the step `before`; None: none does."""
         # with manual optimization, more than one step may be made in between
         starts = [each for each in range(before + 1, step + 1) if each in self.windows]
         return self.windows[starts[-1]] - starts[-1] if starts else None
-
-    def marks_of(self, start: int, stop: int) -> set[int]:
-        """Steps within a window at which the iterate is recorded: its quarters."""
-        steps = {start + round((stop - start) * part / _PARTS) for part in range(1, _PARTS)} if self.marks else set()
-        return steps - {start, stop}

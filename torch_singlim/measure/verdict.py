@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch_singlim.linalg import Estimate
 from torch_singlim.measure import tags
 from torch_singlim.measure.distance import DistanceMeasurement
 from torch_singlim.measure.reasons import Reason
@@ -16,8 +17,6 @@ __all__ = ["Visibility", "terminal_line", "verdict", "visibility"]
 
 # the effect of the noise is visible if the error of the noise ratio is at most this
 _VISIBLE = 0.25
-# error of the effective flow, relative to the motion, due to the noise of minibatches, which it neglects
-_FLOW_ERROR = 0.02
 
 
 def _cells(point: Mapping[str, float], shown: Sequence[Tag]) -> list[str]:
@@ -50,14 +49,14 @@ def verdict(history: History, *, reasons: Sequence[Reason] = (), noise: str | No
     | 0 | 0.5 | 2 | - | - | - | - |
     """
     measured = {str(step): p for step, p in history.items() if {tags.NEAREST.name, tags.LINEARISED.name} & p.keys()}
-    windows = {step: p for step, p in history.items() if tags.WINDOW_STEPS.name in p}
-    names = {step: f"{step - int(p[tags.WINDOW_STEPS.name])}-{step}" for step, p in windows.items()}
+    ends = {f"{start}-{steps[-1]}": steps[-1] for start, steps in tags.windows(history).items()}
     lines = ["The distance was not measured."]
     if measured:
         lines = _table("step", measured, tags.shown_in(Place.DISTANCES), star=True)
     if not all(p.get(tags.CONVERGED.name, 1.0) for p in measured.values()):
         lines.append("\n\\* the nearest point was not found to tolerance: an upper bound")
-    compared = {names[step]: p for step, p in windows.items() if tags.DRIFT_BASELINE_COSINE.name in p}
+    shown = {tag.name for tag in tags.shown_in(Place.WINDOWS)}
+    compared = {name: history[end] for name, end in ends.items() if shown & history[end].keys()}
     if compared:
         lines += ["", *_table("window", compared, tags.shown_in(Place.WINDOWS), star=False)]
     diffusing = {name: p for name, p in compared.items() if _diffuses(p)}
@@ -98,12 +97,15 @@ class Visibility:
     words: str
 
 
-def visibility(window: Window | None, distance: DistanceMeasurement | None) -> Visibility:
-    """Whether the noise-induced drift is visible in a window, and on which clock the noise moves the weights.
+def visibility(
+    window: Window | None, distance: DistanceMeasurement | None, ratio: Estimate | None = None
+) -> Visibility:
+    """Whether the noise-induced drift is visible, and on which clock the noise moves the weights.
 
     Args:
         window: the last window.
         distance: the last measurement of the distance, with the limit's prediction.
+        ratio: the noise ratio of all windows together; None, or without a standard error: that of the last window.
 
     >>> visibility(None, None)
     Visibility(visible=False, words='no window was compared with theory')
@@ -111,29 +113,36 @@ def visibility(window: Window | None, distance: DistanceMeasurement | None) -> V
     if window is None or not window.comparisons:
         return Visibility(False, "no window was compared with theory")
     limit = None if distance is None else distance.limit
-    clock = "the limit was not measured"
-    if limit is not None and limit.order is None:
-        return Visibility(False, "no motion along the zero-loss set at order 1 or 2; the weights only approach it")
-    if limit is not None and distance is not None:
+    clock = "the limit was not predicted"
+    if limit is not None and distance is not None and limit.order is not None:
         percent = 0.01 * distance.weight_norm / limit.drift.norm().item()
         clock = f"order {limit.order}, the singular limit moves the weights by 1 % in {percent:.2g} steps"
+    elif limit is not None:
+        clock = "no motion along the zero-loss set at order 1 or 2, by the singular limit"
     elif distance is not None and distance.reason is not None:
         clock = "too large for the singular limit"
-    if window.diffuses:
-        return Visibility(True, f"{clock}, but diffusion hides that: only the length of the motion can be predicted")
-    ratio, share, steps = window.noise_ratio, window.noise_share, window.steps
-    if window.drift is None or not math.isfinite(ratio.stderr):
+    noise, steps, over = window.noise, window.steps, ""
+    if window.drift is None or noise is None:
+        if window.diffuses:
+            return Visibility(
+                True, f"{clock}, but diffusion hides that: only the length of the motion can be predicted"
+            )
+        return Visibility(False, f"{clock}; the noise-induced drift was not resolved")
+    if ratio is not None and math.isfinite(ratio.stderr):
+        over = " over all windows"
+    else:
+        ratio = noise.ratio
+    if not math.isfinite(ratio.stderr):
         return Visibility(False, f"{clock}; without replicas the error of the noise-induced drift is unknown")
-    error = math.hypot(ratio.stderr, _FLOW_ERROR / share)
-    if error <= _VISIBLE:
+    if ratio.stderr <= _VISIBLE:
         return Visibility(
             True,
-            f"{clock}; the noise-induced drift is {ratio.mean:.2f} +- {error:.2f} times the predicted one, whose norm "
-            f"is {share:.0%} of that of the predicted motion",
+            f"{clock}; the noise-induced drift{over} is {ratio.mean:.2f} +- {ratio.stderr:.2f} times the predicted "
+            f"one, whose norm is {noise.share:.0%} of that of the predicted motion",
         )
-    needed = steps * max((ratio.stderr / _VISIBLE) ** 2, _FLOW_ERROR / (share * _VISIBLE))
+    needed = steps * (ratio.stderr / _VISIBLE) ** 2
     return Visibility(
         False,
-        f"{clock}; not visible in windows of {steps} steps: the norm of the noise-induced drift is {share:.2%} of that "
-        f"of the predicted motion; it would take windows of about {needed:.2g} steps",
+        f"{clock}; not visible in windows of {steps} steps: the norm of the noise-induced drift is {noise.share:.2%} "
+        f"of that of the predicted motion; it would take windows of about {needed:.2g} steps",
     )

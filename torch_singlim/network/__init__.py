@@ -6,7 +6,7 @@ from torch_singlim.network.layers import ActivationSite
 from torch_singlim.network.loss import CustomLoss, MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
 from torch_singlim.network.memory import free_memory, saved_bytes
 from torch_singlim.network.problem import ZeroLossProblem, check_samples
-from torch_singlim.network.process_group import ProcessGroup
+from torch_singlim.network.process_group import PeerFailed, ProcessGroup
 from torch_singlim.network.randomness import RandomState, noise_off
 from torch_singlim.network.weight_space import WeightSpace
 
@@ -34,4 +34,5 @@ __all__ = [
     "free_memory",
     "saved_bytes",
     "ProcessGroup",
+    "PeerFailed",
 ]

@@ -119,7 +119,7 @@ class ZeroLossProblem:
             )
         self.process_group = process_group
         memory = free_memory(self.device) // 2 if memory is None else memory
-        self.memory = int(process_group.all_reduce_min(memory, self.device))
+        self.memory = int(process_group.all_reduce_min(memory))
 
         example = self.inputs[:2]
         self.function.check_deterministic(example)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 from torch import Tensor
 
-from torch_singlim.measure import History, Model, Rate, Scaling, Window, tags
+from torch_singlim.measure import History, Rate, Scaling, Window, tags
 from torch_singlim.measure.tags import Tag
 
 __all__ = [
     "Figure",
     "agreement_figure",
     "drift_figure",
-    "plane_figure",
     "scaling_figure",
     "spectrum_figure",
     "speed_figure",
@@ -61,6 +60,25 @@ def _series(history: History, tag: Tag) -> tuple[list[int], list[float]]:
     return list(points), list(points.values())
 
 
+def _curves(history: History, tag: Tag) -> Iterator[tuple[list[int], list[float], list[float]]]:
+    """Steps, values and standard errors that were logged of each window."""
+    for steps in tags.windows(history).values():
+        there = [step for step in steps if tag.name in history[step]]
+        if there:
+            errors = [history[step].get(tag.stderr_name, 0.0) for step in there]
+            yield there, [history[step][tag.name] for step in there], errors
+
+
+def _plot_curves(axes: Axes, history: History, tag: Tag, *, label: str, **style: Any) -> None:
+    """A curve for each window, with a band of its standard error."""
+    for i, (steps, values, errors) in enumerate(_curves(history, tag)):
+        few = style if len(steps) < 3 else {**style, "marker": None}
+        axes.plot(steps, values, lw=1, label=None if i else label, **few)
+        low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
+        if any(errors):
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
+
+
 def _empty(axes: Axes, words: str) -> None:
     """Write into an empty panel what is missing."""
     axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes, color="0.4", wrap=True)
@@ -69,9 +87,9 @@ def _empty(axes: Axes, words: str) -> None:
 
 @_COLUMN
 def time_scales_figure(history: History) -> Figure:
-    """The fast fall and the slow drift: excess loss and distance over the steps, displacements over slow time.
+    """The fast fall and the slow drift: excess loss and distance over the steps.
 
-    Below: the displacement over each window, measured and predicted; over the steps if the slow time is unknown.
+    Below: the displacement since the beginning of each window, measured and predicted.
 
     Args:
         history: what was logged, step -> tag -> value.
@@ -92,68 +110,63 @@ def time_scales_figure(history: History) -> Figure:
     fall.set_ylabel("loss, or weight norm")
     if fall.lines:
         fall.legend()
-    ends = [step for step, p in sorted(history.items()) if tags.DRIFT_MEASURED.name in p]
-    if not ends:
+    if not tags.windows(history):
         _empty(drift, "the drift was not measured")
         return figure
-    clock = dict(zip(*_series(history, tags.SLOW_TIME), strict=True))
-    timed = all(end in clock for end in ends) and clock[ends[-1]] > 0
-    at = [clock[end] if timed else end for end in ends]
-    for tag, color, marker, label in (
-        (tags.DRIFT_MEASURED, _MEASURED, "o", "measured"),
-        (tags.DRIFT_PREDICTED, _THEORY, "^", "predicted, effective flow"),
+    for tag, color, marker, style, label in (
+        (tags.DRIFT_MEASURED, _MEASURED, "o", "-", "measured"),
+        (tags.DRIFT_PREDICTED, _THEORY, "^", "--", "predicted"),
+        (tags.BASELINE_MOVED, _CONTROL, "s", "-", "baseline (noise off)"),
     ):
-        values = [history[end].get(tag.name, math.nan) for end in ends]
-        drift.plot(at, values, color=color, marker=marker, label=label, lw=1, ls="-" if marker == "o" else "--")
+        _plot_curves(drift, history, tag, color=color, marker=marker, ls=style, label=label)
     drift.set_ylim(bottom=0)
-    drift.set(xlabel="slow time Σ α^order σ²" if timed else "optimizer steps", ylabel="weight norm")
-    drift.set_title("Displacement over each window")
+    drift.set(xlabel="optimizer steps", ylabel="weight norm", title="Displacement since the beginning of each window")
     drift.legend()
     return figure
 
 
 @_COLUMN
 def agreement_figure(history: History) -> Figure:
-    """Direction and speed of the drift, window by window, with standard errors, noise ceiling and baseline.
+    """Direction and speed of the drift and of its noise-induced part, with standard errors, ceilings and baseline.
 
     Args:
         history: what was logged, step -> tag -> value.
     """
-    figure, (direction, speed) = _panels(2)
+    figure, (direction, speed, noise) = _panels(3)
     for tag, color, marker, label in (
-        (tags.DRIFT_COSINE, _THEORY, "o", "effective flow"),
+        (tags.DRIFT_COSINE, _THEORY, "o", "predicted"),
         (tags.LIMIT_FROZEN_COSINE, _LIMIT, "D", "singular limit"),
-        (tags.DRIFT_BASELINE_COSINE, _CONTROL, "s", "baseline (loss alone)"),
+        (tags.DRIFT_BASELINE_COSINE, _CONTROL, "s", "baseline (noise off)"),
         (tags.DRIFT_CEILING, _CEILING, "_", "noise ceiling"),
     ):
-        _with_errors(direction, history, tag, color=color, marker=marker, label=label)
-    direction.axhline(0, color="0.8", lw=0.5, zorder=0)
-    direction.set(xlabel="end of the window, optimizer steps", ylabel="cosine with the measured drift")
-    direction.set_ylim(-0.35, 1.08)
-    direction.set_title("Direction of the drift")
+        _plot_curves(direction, history, tag, color=color, marker=marker, label=label)
     for tag, color, marker, label in (
-        (tags.DRIFT_SPEED, _THEORY, "o", "effective flow"),
+        (tags.DRIFT_SPEED, _THEORY, "o", "predicted"),
         (tags.LIMIT_FROZEN_SPEED, _LIMIT, "D", "singular limit"),
     ):
-        _with_errors(speed, history, tag, color=color, marker=marker, label=label)
-    speed.axhline(1, color="0.6", lw=0.8, ls=":", zorder=0)
-    speed.set(xlabel="end of the window, optimizer steps", ylabel="measured / predicted", title="Speed")
-    speed.set_ylim(bottom=min(0, speed.get_ylim()[0]), top=max(1.15, speed.get_ylim()[1]))
-    for axes in (direction, speed):
-        if axes.containers:
+        _plot_curves(speed, history, tag, color=color, marker=marker, label=label)
+    for tag, color, marker, label in (
+        (tags.NOISE_RATIO, _MEASURED, "o", "measured / predicted"),
+        (tags.NOISE_COSINE, _THEORY, "^", "cosine"),
+        (tags.NOISE_CEILING, _CEILING, "_", "noise ceiling"),
+    ):
+        _plot_curves(noise, history, tag, color=color, marker=marker, label=label)
+    direction.axhline(0, color="0.8", lw=0.5, zorder=0)
+    direction.set(ylabel="cosine with the measured drift", title="Direction of the drift", ylim=(-0.35, 1.08))
+    speed.set(ylabel="measured / predicted", title="Speed")
+    noise.set(ylabel="ratio, or cosine", title="Noise-induced drift: run minus baseline")
+    for axes in (speed, noise):
+        axes.axhline(1, color="0.6", lw=0.8, ls=":", zorder=0)
+        # values at the first steps of a window are uncertain, and would set the scale
+        axes.set_ylim(max(-0.5, min(0.0, axes.get_ylim()[0])), min(2.0, max(1.15, axes.get_ylim()[1])))
+    for axes in (direction, speed, noise):
+        axes.set_xlabel("optimizer steps")
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="lower left" if axes is direction else "best", ncols=2 if axes is direction else 1)
         else:
             axes.cla()
-            _empty(axes, "no drift was compared with the theory")
+            _empty(axes, "no noise-induced drift" if axes is noise else "no drift was compared with the theory")
     return figure
-
-
-def _with_errors(axes: Axes, history: History, tag: Tag, **style: Any) -> None:
-    """A logged series, with its standard errors if it has any."""
-    steps, values = _series(history, tag)
-    errors = [history[step].get(tag.stderr_name, 0.0) for step in steps]
-    if steps:
-        axes.errorbar(steps, values, yerr=errors, lw=1, capsize=2, **style)
 
 
 @_COLUMN
@@ -168,7 +181,8 @@ def speed_figure(runs: Mapping[str, History]) -> Figure:
     figure, (axes,) = _panels(1)
     largest = 0.0
     for color, (name, history) in zip(_CYCLE * (1 + len(runs) // len(_CYCLE)), runs.items(), strict=False):
-        points = [p for _, p in sorted(history.items()) if tags.DRIFT_SPEED.name in p]
+        ends = [steps[-1] for steps in tags.windows(history).values()]
+        points = [history[end] for end in ends if tags.DRIFT_SPEED.name in history[end]]
         if not points:
             continue
         q = [p[tags.DRIFT_PREDICTED.name] / p[tags.WINDOW_STEPS.name] for p in points]
@@ -187,30 +201,6 @@ def speed_figure(runs: Mapping[str, History]) -> Figure:
         xlabel="predicted, weight norm per step", ylabel="measured, weight norm per step", title="Speed of the drift"
     )
     axes.ticklabel_format(style="sci", scilimits=(-2, 3))
-    axes.legend()
-    return figure
-
-
-@_COLUMN
-def plane_figure(window: Window) -> Figure:
-    """The measured and the predicted path over a window, in the plane of the prediction and the deviation at the end.
-
-    Args:
-        window: a window with a prediction.
-    """
-    figure, (axes,) = _panels(1)
-    axes.set(xlabel="along the predicted drift, weight norm", ylabel="across it, weight norm")
-    axes.set_title(f"Drift from step {window.start} to {window.stop}")
-    if window.plane is None:
-        _empty(axes, "no prediction")
-        return figure
-    for path, color, marker, style, label in (
-        (window.plane.measured, _MEASURED, "o", "-", "measured"),
-        (window.plane.predicted, _THEORY, "^", "--", "effective flow"),
-    ):
-        axes.plot(*path.T.tolist(), color=color, marker=marker, ls=style, lw=1, label=label)
-    axes.plot(0, 0, color=_CEILING, marker="o", ls="", label="start")
-    axes.set_aspect("equal", adjustable="datalim")
     axes.legend()
     return figure
 
@@ -306,8 +296,7 @@ def _line(axes: Axes, history: History, tag: Tag, **style: Any) -> None:
 
 def _windows(history: History) -> list[tuple[int, int]]:
     """Start and end of every window, in steps."""
-    ends = [(step, p[tags.WINDOW_STEPS.name]) for step, p in sorted(history.items()) if tags.WINDOW_STEPS.name in p]
-    return [(step - int(length), step) for step, length in ends]
+    return [(start, steps[-1]) for start, steps in tags.windows(history).items()]
 
 
 def _loss(axes: Axes, history: History) -> None:
@@ -332,14 +321,14 @@ def _distance(axes: Axes, history: History) -> None:
 
 def _agreement(axes: Axes, history: History) -> None:
     axes.axhline(0, color=_CONTROL, lw=0.5)
-    for i, (start, stop) in enumerate(_windows(history)):
-        ceiling = history[stop].get(tags.DRIFT_CEILING.name)
-        if ceiling is not None:
-            axes.hlines(ceiling, start, stop, color=_CEILING, lw=1, label="noise ceiling" if i == 0 else "")
-    _line(axes, history, tags.DRIFT_COSINE, color=_THEORY, marker="o", label="effective flow")
-    _line(axes, history, tags.LIMIT_FROZEN_COSINE, color=_LIMIT, marker="D", label="singular limit")
-    _line(axes, history, tags.DRIFT_BASELINE_COSINE, color=_CONTROL, marker="s", label="baseline (loss alone)")
-    axes.set(ylim=(-0.3, 1.05), xlabel="end of the window, optimizer steps", ylabel="cosine with the measured drift")
+    for tag, color, marker, label in (
+        (tags.DRIFT_CEILING, _CEILING, "_", "noise ceiling"),
+        (tags.DRIFT_COSINE, _THEORY, "o", "predicted"),
+        (tags.LIMIT_FROZEN_COSINE, _LIMIT, "D", "singular limit"),
+        (tags.DRIFT_BASELINE_COSINE, _CONTROL, "s", "baseline (noise off)"),
+    ):
+        _plot_curves(axes, history, tag, color=color, marker=marker, label=label)
+    axes.set(ylim=(-0.3, 1.05), xlabel="optimizer steps", ylabel="cosine with the measured drift")
     axes.set_title("Direction of the drift")
     if _windows(history):
         axes.legend(frameon=False, loc="lower left", ncols=2)
@@ -347,10 +336,10 @@ def _agreement(axes: Axes, history: History) -> None:
 
 def _parity(axes: Axes, last: Window | None) -> None:
     axes.set(xlabel="predicted displacement", ylabel="measured displacement", title="Drift, weight by weight")
-    flow = None if last is None else last.comparisons.get(Model.AVERAGED) or last.drift
-    if last is None or flow is None:
+    drift = None if last is None else last.drift
+    if last is None or drift is None or drift.prediction is None or last.displacement is None:
         return
-    q, m = flow.prediction.displacement.cpu().numpy(), last.displacement.cpu().numpy()
+    q, m = drift.prediction.displacement.cpu().numpy(), last.displacement.cpu().numpy()
     reach = float(max(abs(q).max(), abs(m).max())) or 1.0
     extent = (-reach, reach, -reach, reach)
     cells = axes.hexbin(q, m, gridsize=60, extent=extent, bins="log", cmap="cividis", mincnt=1)

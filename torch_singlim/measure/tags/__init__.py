@@ -23,6 +23,7 @@ from torch_singlim.measure.tags.clock import (
     UNRESOLVED,
 )
 from torch_singlim.measure.tags.distance import (
+    BASELINE_MOVED,
     EXCESS_LOSS,
     LINEARISED,
     NEAREST,
@@ -43,10 +44,16 @@ from torch_singlim.measure.tags.drift import (
     EXPANSION_RATIO,
     LIMIT_FROZEN_COSINE,
     LIMIT_FROZEN_SPEED,
+    NOISE_CEILING,
+    NOISE_COSINE,
+    NOISE_MEASURED,
+    NOISE_PREDICTED,
     NOISE_RATIO,
     NOISE_SHARE,
+    REPLAY_ERROR,
     SPREAD_MEASURED,
     SPREAD_PREDICTED,
+    WINDOW_STATUS,
     WINDOW_STEPS,
 )
 from torch_singlim.measure.tags.tag import Need, Place, Tag
@@ -64,6 +71,8 @@ __all__ = [
     "series",
     "shown_in",
     "tags_page",
+    "windows",
+    "BASELINE_MOVED",
     "CONVERGED",
     "DRIFT_BASELINE_COSINE",
     "DRIFT_CEILING",
@@ -82,6 +91,10 @@ __all__ = [
     "LINEAR_RESIDUAL",
     "NEAREST",
     "NOISE_LEVEL",
+    "NOISE_CEILING",
+    "NOISE_COSINE",
+    "NOISE_MEASURED",
+    "NOISE_PREDICTED",
     "NOISE_RATIO",
     "NOISE_SHARE",
     "OVERHEAD",
@@ -92,6 +105,7 @@ __all__ = [
     "RELAXED_COSINE",
     "RELAXED_EXPECTED",
     "RELAXED_SHARE",
+    "REPLAY_ERROR",
     "RESIDUAL",
     "SLOW_TIME",
     "SPREAD_MEASURED",
@@ -100,6 +114,7 @@ __all__ = [
     "TANGENT_STEPS",
     "TIME_SCALE",
     "UNRESOLVED",
+    "WINDOW_STATUS",
     "WINDOW_STEPS",
 ]
 
@@ -115,7 +130,9 @@ TAGS: tuple[Tag, ...] = (
     RELAXED_EXPECTED,
     RELAXED_COSINE,
     RELAXED_SHARE,
+    BASELINE_MOVED,
     WINDOW_STEPS,
+    WINDOW_STATUS,
     DRIFT_MEASURED,
     DRIFT_PREDICTED,
     DRIFT_COSINE,
@@ -123,6 +140,10 @@ TAGS: tuple[Tag, ...] = (
     DRIFT_SPEED,
     DRIFT_BASELINE_COSINE,
     DRIFT_RESIDUAL,
+    NOISE_MEASURED,
+    NOISE_PREDICTED,
+    NOISE_COSINE,
+    NOISE_CEILING,
     NOISE_RATIO,
     NOISE_SHARE,
     EXPANSION_COSINE,
@@ -141,6 +162,7 @@ TAGS: tuple[Tag, ...] = (
     LINEAR_RESIDUAL,
     UNRESOLVED,
     TANGENT_STEPS,
+    REPLAY_ERROR,
     PREDICTION_STDERR,
     PREDICTION_ERROR,
     OVERHEAD,
@@ -190,6 +212,18 @@ def series(history: History, tag: Tag) -> dict[int, float]:
     {0: 1.0}
     """
     return {step: point[tag.name] for step, point in sorted(history.items()) if tag.name in point}
+
+
+def windows(history: History) -> dict[int, list[int]]:
+    """Beginning of each window -> the steps at which its values were logged.
+
+    >>> windows({5: {"window/steps": 5.0}, 10: {"window/steps": 10.0}, 12: {"window/steps": 2.0}})
+    {0: [5, 10], 10: [12]}
+    """
+    found: dict[int, list[int]] = {}
+    for step, length in series(history, WINDOW_STEPS).items():
+        found.setdefault(step - int(length), []).append(step)
+    return found
 
 
 def last(history: History, name: str) -> float | None:

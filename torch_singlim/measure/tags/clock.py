@@ -11,7 +11,7 @@ from torch_singlim.measure.tags.tag import (
     needs,
     of_clock,
     of_distance,
-    of_drift,
+    of_quality,
     of_window,
     shown,
 )
@@ -37,7 +37,7 @@ POTENTIAL = Tag(
     value=_potential(error=False),
     stderr=_potential(error=True),
     band="Potential of the noise, standard error [loss]",
-    needs=needs(Need.MOVES),
+    needs=needs(Need.LIMIT, Need.MOVES),
 )
 SLOW_TIME = Tag(
     name="clock/slow_time",
@@ -48,7 +48,7 @@ SLOW_TIME = Tag(
     group="Clock",
     chart="Slow time [sum of step size^order sigma^2]",
     value=of_clock(lambda c: c.slow_time),
-    needs=needs(Need.MOVES),
+    needs=needs(Need.LIMIT, Need.MOVES),
 )
 TIME_SCALE = Tag(
     name="clock/time_scale",
@@ -59,7 +59,7 @@ TIME_SCALE = Tag(
     group="Clock",
     chart="Optimizer steps per unit of slow time",
     value=of_clock(lambda c: c.time_scale),
-    needs=needs(Need.MOVES),
+    needs=needs(Need.LIMIT, Need.MOVES),
 )
 STEP_SIZE = Tag(
     name="clock/step_size",
@@ -70,7 +70,7 @@ STEP_SIZE = Tag(
     group="Clock",
     chart="Step size",
     value=of_clock(lambda c: c.step_size),
-    needs=needs(),
+    needs=needs(Need.LIMIT),
     shown=shown(Place.REPORT),
 )
 NOISE_LEVEL = Tag(
@@ -82,7 +82,7 @@ NOISE_LEVEL = Tag(
     group="Clock",
     chart="",
     value=of_clock(lambda c: c.noise_level),
-    needs=needs(Need.MOVES),
+    needs=needs(Need.LIMIT, Need.MOVES),
     shown=shown(Place.REPORT),
 )
 
@@ -141,29 +141,30 @@ TANGENT_STEPS = Tag(
     group="Quality and cost",
     chart="",
     value=of_distance(lambda d: d.tangent_steps),
-    needs=needs(Need.MOVES),
+    needs=needs(Need.LIMIT, Need.MOVES),
 )
 PREDICTION_STDERR = Tag(
     name="quality/stderr",
     label="sampling error of the prediction",
     unit="weight norm",
-    meaning="sampling error of `drift/predicted` (an upper estimate)",
-    advice="Should be below a fifth of `drift/predicted`",
+    meaning="sampling error of `drift/predicted` at the end of the window: half the difference of the two averaged "
+    "paths. Cosine and speed are free of it, since they use products of the two",
+    advice="Above `drift/predicted`: pass more `draws`",
     group="Quality and cost",
     chart=_PREDICTION_ERROR,
-    value=of_drift(lambda c: c.prediction.stderr),
-    needs=needs(Need.FLOW),
+    value=of_quality(lambda p: p.stderr),
+    needs=needs(Need.PATHS),
 )
 PREDICTION_ERROR = Tag(
     name="quality/error",
     label="integration error of the prediction",
     unit="weight norm",
-    meaning="estimated integration error of `drift/predicted`; 0 for unit-step integration",
-    advice="Should be below a fifth of `drift/predicted`",
+    meaning="estimated integration error of `drift/predicted`; 0 for paths, which make every step",
+    advice="Between checkpoints: should be below a fifth of `drift/predicted`",
     group="Quality and cost",
     chart=_PREDICTION_ERROR,
-    value=of_drift(lambda c: c.prediction.error),
-    needs=needs(Need.FLOW),
+    value=of_quality(lambda p: p.error),
+    needs=needs(Need.PATHS),
 )
 OVERHEAD = Tag(
     name="cost/overhead",
@@ -179,10 +180,11 @@ GRADIENTS = Tag(
     name="cost/gradients",
     label="gradients",
     unit="gradients",
-    meaning="number of gradients over all samples for the predictions of the window",
-    advice="One gradient costs about as much as an epoch",
+    meaning="number of gradients for the predictions of the window so far: of training batches, or, between "
+    "checkpoints, of all samples",
+    advice="Fewer `draws` and `replicas` cost less",
     group="Quality and cost",
     chart="Gradients spent on a window [number]",
-    value=of_window(lambda w: float(w.gradients) if w.comparisons else None),
-    needs=needs(),
+    value=of_window(lambda w: float(w.gradients) if w.gradients else None),
+    needs=needs(Need.PATHS),
 )

@@ -6,7 +6,7 @@ import torch
 
 from torch_singlim.measure.distance import DistanceMeasurement
 from torch_singlim.measure.measurement import Measurement
-from torch_singlim.measure.tags.tag import Place, Tag, needs, of_distance, of_relaxed, shown
+from torch_singlim.measure.tags.tag import Need, Place, Tag, needs, of_distance, of_relaxed, of_window, shown
 
 
 def _relaxed_share(d: DistanceMeasurement) -> float | None:
@@ -68,7 +68,7 @@ RELAXED = Tag(
     group="Distance",
     chart=_RELAXED,
     value=of_relaxed(lambda r: r.measured),
-    needs=needs(),
+    needs=needs(Need.LIMIT),
     shown=shown(Place.DISTANCES, Place.REPORT),
 )
 RELAXED_EXPECTED = Tag(
@@ -82,7 +82,7 @@ RELAXED_EXPECTED = Tag(
     group="Distance",
     chart=_RELAXED,
     value=of_relaxed(lambda r: r.expected),
-    needs=needs(),
+    needs=needs(Need.LIMIT),
     shown=shown(Place.DISTANCES, Place.REPORT),
 )
 RELAXED_COSINE = Tag(
@@ -94,7 +94,7 @@ RELAXED_COSINE = Tag(
     group="Distance",
     chart="",
     value=of_relaxed(lambda r: r.cosine),
-    needs=needs(),
+    needs=needs(Need.LIMIT),
 )
 RELAXED_SHARE = Tag(
     name="distance/relaxed_share",
@@ -106,6 +106,18 @@ RELAXED_SHARE = Tag(
     group="Distance",
     chart="Relaxed modes [share]",
     value=of_distance(_relaxed_share),
-    needs=needs(),
+    needs=needs(Need.LIMIT),
     shown=shown(Place.DISTANCES),
+)
+BASELINE_MOVED = Tag(
+    name="distance/baseline_moved",
+    label="baseline's way",
+    unit="weight norm",
+    meaning="\\|n − w₀\\|, how far the path without noise has moved since the beginning of the window: the part of "
+    "the distance to Γ that relaxes within so many steps once the noise stops",
+    advice="Smaller than `drift/measured`: most of the motion is due to the noise",
+    group="Distance",
+    chart="Way of the path without noise [weight norm]",
+    value=of_window(lambda w: w.baseline_moved),
+    needs=needs(Need.BASELINE),
 )

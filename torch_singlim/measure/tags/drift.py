@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from torch_singlim.measure.tags.tag import (
     Need,
     Place,
@@ -12,24 +10,49 @@ from torch_singlim.measure.tags.tag import (
     of_distance,
     of_drift,
     of_model,
-    of_predicted_window,
+    of_noise,
     of_window,
     shown,
 )
 from torch_singlim.measure.window import Model
 
-_COSINES = "Cosine with the measured motion: baseline, effective flow, noise ceiling"
+_COSINES = "Cosine with the measured motion: baseline, averaged path, noise ceiling"
 _DISPLACEMENT = "Displacement over a window [weight norm]"
+_INDUCED = "Noise-induced drift over a window [weight norm]"
+_INDUCED_COSINES = "Cosine of the noise-induced drift, and its noise ceiling"
 
 WINDOW_STEPS = Tag(
     name="window/steps",
     label="steps",
     unit="steps",
-    meaning="length of the window that ends here; the values for this window are logged at the same step",
+    meaning="steps since the beginning of the window; all values for this window are logged at the same steps",
     advice="Weaker drifts are visible in longer windows",
     group="Drift",
     chart="",
     value=of_window(lambda w: float(w.steps)),
+)
+WINDOW_STATUS = Tag(
+    name="window/status",
+    label="followed",
+    unit="0 or 1",
+    meaning="whether paths beside the training followed it up to this step of the window; 0: the motion alone was "
+    "measured",
+    advice="0: the verdict gives the reason",
+    group="Drift",
+    chart="",
+    value=of_window(lambda w: float(w.coupled is not None or Model.FULL_BATCH in w.comparisons)),
+)
+REPLAY_ERROR = Tag(
+    name="window/replay_error",
+    label="replay error",
+    unit="share",
+    meaning="the step that ends here, repeated on a copy: \\|difference to what training did\\|/\\|step\\|. The "
+    "values of a step are logged only if it is below 10⁻³",
+    advice="About 10⁻⁶ in single precision, often 0",
+    group="Quality and cost",
+    chart="Error of replays [share of a step]",
+    value=of_window(lambda w: w.replay_error),
+    needs=needs(Need.PATHS),
 )
 DRIFT_MEASURED = Tag(
     name="drift/measured",
@@ -39,42 +62,41 @@ DRIFT_MEASURED = Tag(
     advice="Measured for every training, also if the drift is not predicted",
     group="Drift",
     chart=_DISPLACEMENT,
-    value=of_window(lambda w: torch.linalg.vector_norm(w.displacement).item()),
+    value=of_window(lambda w: w.measured),
 )
 DRIFT_PREDICTED = Tag(
     name="drift/predicted",
     label="predicted",
     unit="weight norm",
-    meaning="displacement by full-batch descent on the effective loss E_η L(w, η), plus α V for noises of order 2 "
-    "(`finite_window`: a few exponential steps; unit-step integration in windows up to 200 steps, and if the estimated "
-    "error of the long steps is above a fifth). Not available for Langevin noise and custom noises of order 2",
+    meaning="displacement of the averaged path: the same steps on the same batches, with the gradient averaged over "
+    "new draws of the noise. Between checkpoints: full-batch descent on the effective loss E_η L(w, η)",
     advice="Should be `drift/measured` times `drift/cosine`",
     group="Drift",
     chart=_DISPLACEMENT,
     value=of_drift(lambda c: c.agreement.predicted),
-    needs=needs(Need.FLOW),
+    needs=needs(Need.PATHS),
 )
 DRIFT_COSINE = Tag(
     name="drift/cosine",
     label="cosine",
     unit="–",
     meaning="cosine between those two displacements; compare it with `drift/ceiling` and `drift/baseline_cosine`",
-    advice="At the noise ceiling: as good as it can be. Well below: look at `quality/stderr` and `quality/error`, then "
-    "at the reasons in the verdict",
+    advice="At the noise ceiling: as good as it can be. Well below: the weights fluctuate too much for any "
+    "deterministic path, or they are far from the zero-loss set",
     group="Drift",
     chart=_COSINES,
     value=of_drift(lambda c: c.agreement.cosine),
-    stderr=of_predicted_window(lambda w: w.scatter.cosine),
-    band="Cosine with the effective flow, standard error",
-    needs=needs(Need.FLOW),
+    stderr=of_drift(lambda c: c.agreement.cosine_stderr),
+    band="Cosine with the averaged path, standard error",
+    needs=needs(Need.PATHS),
     shown=shown(Place.WINDOWS, Place.TERMINAL, Place.REPORT, Place.FINAL),
 )
 DRIFT_CEILING = Tag(
     name="drift/ceiling",
     label="ceiling",
     unit="–",
-    meaning="the noise ceiling: the best cosine that any deterministic prediction can have with one noisy run "
-    "(with `replicas`)",
+    meaning="the noise ceiling: the best cosine that any deterministic prediction can have with one noisy run on these "
+    "batches, from `replicas`. It bounds a mean: a single run may exceed it",
     advice="Low: use longer windows; more `replicas` make it more accurate",
     group="Drift",
     chart=_COSINES,
@@ -87,26 +109,26 @@ DRIFT_SPEED = Tag(
     label="speed",
     unit="–",
     meaning="⟨measured, predicted⟩/⟨predicted, predicted⟩; 1: as fast as predicted",
-    advice="Usually 0.9 to 1.1; otherwise, with a good cosine, the step size is near the edge of stability",
+    advice="Usually 0.95 to 1.05; otherwise the fluctuations themselves act on the drift",
     group="Drift",
     chart="",
     value=of_drift(lambda c: c.agreement.speed),
-    stderr=of_predicted_window(lambda w: w.scatter.speed),
+    stderr=of_drift(lambda c: c.agreement.speed_stderr),
     band="Speed, measured / predicted, standard error",
-    needs=needs(Need.FLOW),
+    needs=needs(Need.PATHS),
     shown=shown(Place.WINDOWS, Place.TERMINAL, Place.REPORT, Place.FINAL),
 )
 DRIFT_BASELINE_COSINE = Tag(
     name="drift/baseline_cosine",
     label="baseline cosine",
     unit="–",
-    meaning="the same cosine for the baseline, descent on L alone without noise. The effect of the noise is visible "
-    "only if it is lower than `drift/cosine`",
+    meaning="the same cosine for the baseline, the same steps on the same batches without noise. The effect of the "
+    "noise is visible only if it is lower than `drift/cosine`",
     advice="As high as `drift/cosine`: the loss alone explains the motion; train longer first",
     group="Drift",
     chart=_COSINES,
     value=of_model(Model.BASELINE, lambda c: c.agreement.cosine),
-    needs=needs(),
+    needs=needs(Need.BASELINE),
     shown=shown(Place.WINDOWS, Place.TERMINAL, Place.REPORT, Place.FINAL),
 )
 DRIFT_RESIDUAL = Tag(
@@ -118,22 +140,68 @@ DRIFT_RESIDUAL = Tag(
     group="Drift",
     chart="",
     value=of_drift(lambda c: c.agreement.residual),
-    needs=needs(Need.FLOW),
+    needs=needs(Need.PATHS),
 )
 
+NOISE_MEASURED = Tag(
+    name="noise/measured",
+    label="noise-induced, measured",
+    unit="weight norm",
+    meaning="\\|measured − baseline\\|, displacement of the run relative to the baseline",
+    advice="What the noise does, fluctuations included",
+    group="Noise-induced drift",
+    chart=_INDUCED,
+    value=of_noise(lambda n: n.measured),
+    needs=needs(Need.BASELINE),
+)
+NOISE_PREDICTED = Tag(
+    name="noise/predicted",
+    label="noise-induced, predicted",
+    unit="weight norm",
+    meaning="\\|predicted − baseline\\|, displacement of the averaged path relative to the baseline",
+    advice="Should be `noise/measured` times `noise/cosine`",
+    group="Noise-induced drift",
+    chart=_INDUCED,
+    value=of_noise(lambda n: n.predicted),
+    needs=needs(Need.BASELINE),
+)
+NOISE_COSINE = Tag(
+    name="noise/cosine",
+    label="noise cosine",
+    unit="–",
+    meaning="cosine between those two displacements; compare it with `noise/ceiling`",
+    advice="At the noise ceiling: as good as it can be",
+    group="Noise-induced drift",
+    chart=_INDUCED_COSINES,
+    value=of_noise(lambda n: n.cosine),
+    needs=needs(Need.BASELINE),
+)
+NOISE_CEILING = Tag(
+    name="noise/ceiling",
+    label="noise ceiling of it",
+    unit="–",
+    meaning="the noise ceiling of that cosine: the best that any deterministic prediction of the noise-induced drift "
+    "can have with one noisy run on these batches",
+    advice="Low: use longer windows; more `replicas` make it more accurate",
+    group="Noise-induced drift",
+    chart=_INDUCED_COSINES,
+    value=of_noise(lambda n: n.ceiling),
+    needs=needs(Need.BASELINE, Need.REPLICAS),
+)
 NOISE_RATIO = Tag(
     name="noise/ratio",
     label="noise ratio",
     unit="–",
     meaning="the noise-induced drift, measured over predicted: ⟨measured − baseline, predicted − baseline⟩/"
-    "\\|predicted − baseline\\|²; 1: as predicted. Standard error: scatter of independent runs (`replicas`)",
+    "\\|predicted − baseline\\|²; 1: as predicted. Standard error: from `replicas` and the two averaged paths; the "
+    "verdict pools the windows of a run",
     advice="1 within its error: the noise has the predicted effect",
     group="Noise-induced drift",
     chart="",
-    value=of_predicted_window(lambda w: w.noise_ratio.mean),
-    stderr=of_predicted_window(lambda w: w.noise_ratio.stderr),
+    value=of_noise(lambda n: n.ratio.mean),
+    stderr=of_noise(lambda n: n.ratio.stderr),
     band="Noise-induced drift, measured / predicted, standard error",
-    needs=needs(Need.FLOW, Need.REPLICAS, Need.MOVES),
+    needs=needs(Need.BASELINE),
     shown=shown(Place.WINDOWS, Place.REPORT, Place.FINAL),
 )
 NOISE_SHARE = Tag(
@@ -141,12 +209,12 @@ NOISE_SHARE = Tag(
     label="noise share",
     unit="–",
     meaning="size of the noise-induced drift in the prediction, \\|predicted − baseline\\|/\\|predicted\\|; it can "
-    "exceed 1. Below a few percent, other small effects hide the noise",
-    advice="Below 0.05 do not interpret `noise/ratio`",
+    "exceed 1. What training mode adds without being random, such as a penalty, is part of it",
+    advice="Small: long windows are needed to see the effect of the noise",
     group="Noise-induced drift",
     chart="",
-    value=of_predicted_window(lambda w: w.noise_share),
-    needs=needs(Need.FLOW),
+    value=of_noise(lambda n: n.share),
+    needs=needs(Need.BASELINE),
 )
 EXPANSION_COSINE = Tag(
     name="expansion/cosine",
@@ -160,7 +228,7 @@ EXPANSION_COSINE = Tag(
     chart="",
     value=of_distance(lambda d: None if d.expansion is None else d.expansion.cosine),
     stderr=of_distance(lambda d: None if d.expansion is None else d.expansion.stderr),
-    needs=needs(Need.MOVES),
+    needs=needs(Need.LIMIT, Need.MOVES),
 )
 EXPANSION_RATIO = Tag(
     name="expansion/ratio",
@@ -173,7 +241,7 @@ EXPANSION_RATIO = Tag(
     chart="",
     value=of_distance(lambda d: None if d.expansion is None else d.expansion.ratio),
     stderr=of_distance(lambda d: None if d.expansion is None else d.expansion.stderr),
-    needs=needs(Need.MOVES),
+    needs=needs(Need.LIMIT, Need.MOVES),
 )
 
 _ALONG = "Motion along the zero-loss set, and its limit [weight norm]"
@@ -188,7 +256,7 @@ LIMIT_FROZEN_COSINE = Tag(
     group="Singular limit",
     chart="",
     value=of_model(Model.LIMIT, lambda c: c.agreement.cosine),
-    needs=needs(Need.MOVES),
+    needs=needs(Need.LIMIT, Need.MOVES),
     shown=shown(Place.WINDOWS, Place.REPORT),
 )
 LIMIT_FROZEN_SPEED = Tag(
@@ -200,7 +268,7 @@ LIMIT_FROZEN_SPEED = Tag(
     group="Singular limit",
     chart="",
     value=of_model(Model.LIMIT, lambda c: c.agreement.speed),
-    needs=needs(Need.MOVES),
+    needs=needs(Need.LIMIT, Need.MOVES),
     shown=shown(Place.WINDOWS, Place.REPORT),
 )
 SPREAD_MEASURED = Tag(
@@ -212,7 +280,7 @@ SPREAD_MEASURED = Tag(
     group="Singular limit",
     chart=_ALONG,
     value=of_window(lambda w: None if w.spread is None else w.spread.measured),
-    needs=needs(Need.MOVES),
+    needs=needs(Need.LIMIT, Need.MOVES),
     shown=shown(Place.LENGTHS),
 )
 SPREAD_PREDICTED = Tag(
@@ -224,6 +292,6 @@ SPREAD_PREDICTED = Tag(
     group="Singular limit",
     chart=_ALONG,
     value=of_window(lambda w: None if w.spread is None else w.spread.predicted),
-    needs=needs(Need.MOVES),
+    needs=needs(Need.LIMIT, Need.MOVES),
     shown=shown(Place.LENGTHS),
 )

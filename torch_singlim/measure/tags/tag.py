@@ -8,7 +8,8 @@ from enum import Enum, auto
 
 from torch_singlim.measure.distance import DistanceMeasurement, RelaxedPart
 from torch_singlim.measure.measurement import Clock, Measurement
-from torch_singlim.measure.window import Comparison, Model, Window
+from torch_singlim.measure.window import Comparison, Model, NoiseInduced, Window
+from torch_singlim.theory import WindowPrediction
 
 __all__ = [
     "Need",
@@ -20,7 +21,8 @@ __all__ = [
     "of_distance",
     "of_drift",
     "of_model",
-    "of_predicted_window",
+    "of_noise",
+    "of_quality",
     "of_relaxed",
     "of_window",
     "shown",
@@ -32,11 +34,11 @@ Reader = Callable[[Measurement], float | None]
 class Need(Enum):
     """A condition for a series to be logged."""
 
-    DRIFT = auto()  # the drift is predicted
+    PATHS = auto()  # there are paths beside the training
+    BASELINE = auto()  # one of them without noise
+    REPLICAS = auto()  # some of them with independent noise
+    LIMIT = auto()  # the singular limit covers the training
     MOVES = auto()  # the noise causes a drift of order 1 or 2
-    FLOW = auto()  # the noise has an effective loss with a known gradient
-    REPLICAS = auto()  # there are replicas
-    MARKS = auto()  # iterates within windows are recorded
 
 
 class Place(Enum):
@@ -115,13 +117,18 @@ def of_model(model: Model, read: Callable[[Comparison], float | None]) -> Reader
 
 
 def of_drift(read: Callable[[Comparison], float | None]) -> Reader:
-    """Read from the window's comparison with descent on the effective loss, unless it is invalidated."""
+    """Read from the window's comparison with the averaged path, or the effective flow, unless it is invalidated."""
     return of_window(lambda w: None if w.drift is None else read(w.drift))
 
 
-def of_predicted_window(read: Callable[[Window], float | None]) -> Reader:
-    """Read from the window, unless that comparison is invalidated."""
-    return of_window(lambda w: None if w.drift is None else read(w))
+def of_noise(read: Callable[[NoiseInduced], float | None]) -> Reader:
+    """Read from the window's noise-induced drift, unless the comparison is invalidated."""
+    return of_window(lambda w: None if w.noise is None or w.reason is not None else read(w.noise))
+
+
+def of_quality(read: Callable[[WindowPrediction], float | None]) -> Reader:
+    """Read from the prediction of a whole window, unless it is invalidated."""
+    return of_drift(lambda c: None if c.prediction is None else read(c.prediction))
 
 
 def of_clock(read: Callable[[Clock], float | None]) -> Reader:
@@ -129,9 +136,9 @@ def of_clock(read: Callable[[Clock], float | None]) -> Reader:
     return lambda m: None if m.clock is None else read(m.clock)
 
 
-def needs(*more: Need) -> frozenset[Need]:
-    """The condition that the drift is predicted, and further ones."""
-    return frozenset({Need.DRIFT, *more})
+def needs(*conditions: Need) -> frozenset[Need]:
+    """Conditions for a series to be logged."""
+    return frozenset(conditions)
 
 
 def shown(*places: Place) -> frozenset[Place]:

@@ -1,0 +1,237 @@
+"""Opens paths beside a Trainer's training, and gives the steps of the run to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
+
+from torch_singlim.callbacks.inject import InjectNoise
+from torch_singlim.callbacks.recording import SeveralCallsError, StepRecording, injections_of
+from torch_singlim.callbacks.twin import TrainingStepGradient, make_twin
+from torch_singlim.measure import Budget, Code, Engine, Measurement, Options, Reason
+from torch_singlim.measure.noise_off import compare_noise_off
+from torch_singlim.measure.paths import CoupledPaths, Path
+from torch_singlim.measure.steps import Recorded
+from torch_singlim.network import ProcessGroup, free_memory
+
+__all__ = ["Follower"]
+
+_GIB = 2.0**30
+# steps of the training that are timed before the first paths are opened
+_TIMED_STEPS = 3
+
+
+def plain_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
+    """The trainer's first optimizer, without Lightning's wrapper."""
+    return getattr(trainer.optimizers[0], "optimizer", trainer.optimizers[0])
+
+
+def _unsupported(trainer: Trainer, module: LightningModule) -> Reason | None:
+    """Why there can be no paths beside this training; None: none is known."""
+    if not module.automatic_optimization:
+        return Code.MANUAL_OPTIMIZATION()
+    if len(trainer.optimizers) != 1:
+        return Code.SEVERAL_OPTIMIZERS(count=len(trainer.optimizers))
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        return Code.NO_BATCHES()
+    return None
+
+
+class Follower:
+    """Copies a training when a window is opened, and records its steps until the window is closed.
+
+    Args:
+        trainer: whose training it is.
+        module: the module that is trained.
+        options: number of draws and replicas.
+        watched: the parameters whose motion is compared.
+        process_group: the processes among which the run averages its gradients.
+        generator: of the paths' noise.
+        spending: returns a context that counts the time of the recording.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        options: Options,
+        watched: list[nn.Parameter],
+        process_group: ProcessGroup,
+        generator: torch.Generator,
+        spending: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._trainer, self._module, self._options, self._watched = trainer, module, options, watched
+        self._group, self._generator, self._spending = process_group, generator, spending
+        self._recording: StepRecording | None = None
+        self._affine: bool | None = None  # whether the optimizer's updates are affine in the gradient; None: not tested
+        self._baseline: bool | None = None  # whether the noise can be switched off; None: not tested
+        self._began: tuple[int, float] | None = None  # a step, and the seconds that training had taken until then
+        self._seconds, self._advanced = 0.0, 0  # that advancing paths took, and how often
+        self.reason = _unsupported(trainer, module)
+        """Why there can be no paths; None: none is known."""
+
+    def open(self, engine: Engine, step: int, stop: int) -> None:
+        """Let the engine follow paths from the present state on, and record the steps; or tell it why this fails.
+
+        Args:
+            engine: with a window in progress.
+            step: optimizer steps so far.
+            stop: the step up to which.
+        """
+        found = self._open(step)
+        if isinstance(found, Reason):
+            engine.give_up(found)
+            return
+        engine.windows.follow(*found, step, stop)
+
+    def _open(self, step: int) -> tuple[CoupledPaths, Path] | Reason:
+        optimizer = plain_optimizer(self._trainer)
+        short = self._memory(optimizer, step)
+        if short is not None:
+            return short
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradient = TrainingStepGradient(
+            self._trainer.precision_plugin.train_step_context,
+            datamodule=getattr(self._trainer, "datamodule", None),
+            injections=injections_of(self._trainer, parameters),
+            process_group=self._group,
+        )
+        positions = {id(p): i for i, p in enumerate(parameters)}
+        try:
+            rehearsal = make_twin(self._module, optimizer)
+            paths = CoupledPaths(
+                self._path,
+                gradient,
+                draws=self._options.draws,
+                replicas=self._options.replicas,
+                baseline=self._baseline is not False,
+                affine=self._affine,
+                watched=[positions[id(p)] for p in self._watched if id(p) in positions],
+                generator=self._generator,
+            )
+        except Exception as error:  # a module may contain anything
+            return Code.NO_COPY(why=f"{type(error).__name__}: {error}")
+        self._affine = paths.affine
+        self._recording = StepRecording(self._trainer, self._module, optimizer, self._spending)
+        self._recording.install()
+        return paths, rehearsal
+
+    def _path(self) -> Path:
+        """A copy of the run, without transient perturbations."""
+        path = make_twin(self._module, plain_optimizer(self._trainer))
+        for each in self._trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets them from a helper
+            if isinstance(each, InjectNoise) and each.injection is not None and each.transient is not None:
+                (own,) = (i for i in injections_of(self._trainer, _held(self._trainer)) if i.noise is each.noise)
+                with torch.no_grad():
+                    for i, xi in zip(own.indices, each.injection.split(each.transient), strict=True):
+                        path.parameters[i].sub_(xi)
+        return path
+
+    def _memory(self, optimizer: torch.optim.Optimizer, step: int) -> Reason | None:
+        """Why there is not enough memory for copies; None: there is."""
+        held = [*self._module.parameters(), *self._module.buffers(), *(p for p in _held(self._trainer))]
+        state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
+        one = sum(t.numel() * t.element_size() for t in (*held, *state))
+        copies = 2 + self._options.replicas + (self._baseline is not False) + 1
+        free = self._group.all_reduce_min(free_memory(held[0].device))
+        return None if copies * one <= free else Code.MEMORY(step=step, needed=copies * one / _GIB, free=free / _GIB)
+
+    def watch(self, engine: Engine, step: int) -> None:
+        """Keep the state before the next step if it will be replayed; stop recording if there are no paths.
+
+        Args:
+            engine: after everything at this step was done.
+            step: optimizer steps so far.
+        """
+        if engine.windows.followed is None:
+            self.close()
+        if self._recording is not None:
+            self._recording.keep_before = engine.windows.replays(step + 1)
+
+    def before_step(self) -> None:
+        """Record the settings of the step that the optimizer is about to make."""
+        if self._recording is not None:
+            self._recording.before_step()
+
+    def advance(self, engine: Engine, step: int) -> Measurement | None:
+        """Make the step that has ended on all paths.
+
+        Args:
+            engine: with paths.
+            step: optimizer steps so far.
+
+        Raises:
+            Exception: the step could not be recorded, or not be made on paths.
+        """
+        assert self._recording is not None
+        recorded = self._recording.finish()
+        if recorded is None:
+            return None
+        engine.note(*self._check(engine, recorded))
+        start = engine.budget.clock()
+        found = engine.advance(step, recorded)
+        self._seconds, self._advanced = self._seconds + engine.budget.clock() - start, self._advanced + 1
+        return found
+
+    def close(self) -> None:
+        """Stop recording."""
+        if self._recording is not None:
+            self._recording.remove()
+        self._recording = None
+
+    def seconds_per_step(self, budget: Budget, step: int) -> float | None:
+        """The time that the paths' part of a step is expected to take; None: unknown.
+
+        Args:
+            budget: knows how long steps took so far, with and without paths.
+            step: optimizer steps so far.
+        """
+        if self._advanced:
+            return self._seconds / self._advanced
+        training = budget.elapsed - budget.spent
+        if self._began is None:
+            self._began = step, training
+        steps = step - self._began[0]
+        if steps < _TIMED_STEPS:
+            return None
+        o = self._options
+        return (1 + o.draws + o.replicas + 1) * (training - self._began[1]) / steps
+
+    def _check(self, engine: Engine, recorded: Recorded) -> list[Reason]:
+        """Before the first step on paths, once in a run: whether the noise can be switched off, and what that adds.
+
+        Args:
+            engine: with paths just opened.
+            recorded: the first step.
+        """
+        followed = engine.windows.followed
+        if self._baseline is not None or followed is None:
+            return []
+        found = compare_noise_off(followed.rehearsal, followed.paths.gradient, recorded.step)
+        self._baseline = found.deterministic
+        if not found.deterministic:
+            followed.paths.baseline = None
+            return [Code.NO_BASELINE()]
+        return [Code.PENALTY(share=found.added)] if found.added else []
+
+    def explain(self, error: Exception, step: int) -> Reason:
+        """Why paths failed.
+
+        Args:
+            error: what was raised.
+            step: optimizer steps so far.
+        """
+        if isinstance(error, SeveralCallsError):
+            return Code.SEVERAL_CALLS(count=error.count)
+        words = f"{type(error).__name__}: {error}"
+        return Code.NO_STEP_ON_COPY(why=words) if self._baseline is None else Code.FAILED(step=step, error=words)
+
+
+def _held(trainer: Trainer) -> list[nn.Parameter]:
+    return [p for group in plain_optimizer(trainer).param_groups for p in group["params"]]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from torch_singlim.measure import compare
 from torch_singlim.measure.coupling import CoupledWindow, noise_ceiling_of, pooled
 
 P = 400
@@ -73,6 +74,18 @@ def test_errors_within_a_window_cover(replicas, low):
     ratios = [w.speed.ratio for w in found]
     covered = sum(abs(r.mean - 1) <= 2 * r.stderr for r in ratios) / len(ratios)
     assert low <= covered <= 0.99
+    cosines = [w.speed.cosine for w in found]
+    mean = sum(cosines) / len(cosines)
+    covered = sum(abs(w.speed.cosine - mean) <= 2 * w.speed.cosine_stderr for w in found) / len(found)
+    assert low <= covered <= 0.99
+
+
+@pytest.mark.parametrize(("wobble", "error"), [(0.4, 0.2), (0.4, 0.8), (3.0, 0.3)])
+def test_the_error_of_the_cosine_is_the_scatter_of_repetitions(wobble, error):
+    """Whether the run fluctuates little, so that its length fluctuates as much as the product, or more than it moves."""
+    found = [w.speed for w in windows(300, 6, speed=1.0, ratio=None, wobble=wobble, error=error, replicas=2)]
+    cosines, stated = (torch.tensor([getattr(p, name) for p in found]) for name in ("cosine", "cosine_stderr"))
+    assert stated.square().mean().sqrt().item() == pytest.approx(cosines.std().item(), rel=0.2)
 
 
 def test_errors_pooled_over_windows_cover():
@@ -88,7 +101,9 @@ def test_halves_that_disagree_are_said_to_tell_too_little():
     d = 0.9 * y + 0.1 * d  # one half is long, the other short
     assert not CoupledWindow.of(y, y + d, y - d).speed.resolved
     assert CoupledWindow.of(y, 1.01 * y, y).speed.resolved
-    assert math.isnan(CoupledWindow.of(y, y, y).speed.stderr)  # no replica
+    alone = CoupledWindow.of(y, y, y).speed  # no replica
+    assert math.isnan(alone.stderr)
+    assert math.isnan(alone.cosine_stderr)
 
 
 def test_against_the_formulas_written_out():
@@ -104,6 +119,19 @@ def test_against_the_formulas_written_out():
     assert found.ratio.mean == pytest.approx(Q.item())
     assert found.ratio.stderr == pytest.approx((((s2 + ((x - 2 * Q * y) @ d) ** 2) / D**2).sqrt()).item())
     assert found.cosine == pytest.approx((x @ y / (x.norm() * D.sqrt())).item())
-    assert window.baseline_cosine == pytest.approx((m @ n / (m.norm() * n.norm())).item())
+    c = torch.stack([z @ y / (z.norm() * D.sqrt()) for z in (x, r1 - n, r2 - n)])
+    tilt = x @ d / (x.norm() * D.sqrt()) - c[0] * (y @ d) / D
+    assert found.cosine_stderr == pytest.approx((c.var() + tilt**2).sqrt().item())
     assert window.cosines(relative=True)[1] == pytest.approx((x @ (r2 - n) / (x.norm() * (r2 - n).norm())).item())
     assert window.residual == pytest.approx(((m @ m - m @ (a1 + a2) + a1 @ a2).clamp_min(0) / (m @ m)).sqrt().item())
+    assert window.norm_of_noise == pytest.approx(x.norm().item())
+    assert [window.norm(i) for i in range(6)] == pytest.approx([v.norm().item() for v in (m, n, a1, a2, r1, r2)])
+    assert window.sampling_error == pytest.approx((a1 - a2).norm().item() / 2)
+    assert vars(window.baseline) == pytest.approx(vars(compare(m, n)), nan_ok=True)
+
+
+def test_a_window_goes_through_a_checkpoint(tmp_path):
+    (window,) = windows(1, 7, speed=1.0, ratio=None, wobble=0.4, error=0.2, replicas=2)
+    torch.save(window.state_dict(), tmp_path / "window.pt")
+    again = CoupledWindow.from_state(torch.load(tmp_path / "window.pt", weights_only=True))
+    assert (again.speed, again.noise, again.num_replicas) == (window.speed, window.noise, 2)

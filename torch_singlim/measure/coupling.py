@@ -40,6 +40,7 @@ class Projection:
         cosine: nan if D is not positive.
         stderr: standard error of Q, from the replicas and from the difference of the halves; nan without replicas.
         resolved: whether the two halves agree well enough for the results to be meaningful.
+        cosine_stderr: standard error of the cosine, likewise.
     """
 
     product: float
@@ -47,6 +48,7 @@ class Projection:
     cosine: float
     stderr: float
     resolved: bool
+    cosine_stderr: float = math.nan
 
     @property
     def ratio(self) -> Estimate:
@@ -121,16 +123,22 @@ class CoupledWindow:
         product, square = self._inner(x, y), self._inner(y1, y2)
         size = self._inner(x, x)
         cosine = product / math.sqrt(size * square) if square > 0 and size > 0 else math.nan
-        stderr = math.nan
+        stderr = cosine_stderr = math.nan
         if self.num_replicas and square:
-            # t_0 of the run, t_r of the replicas: independent given the averaged paths
-            others = [self._combination((4 + r, 1.0), (1, -shift)) for r in range(self.num_replicas)]
-            t = torch.tensor([product, *(self._inner(z, y) for z in others)])
-            scatter = (t - t.mean()).square().sum().item() / self.num_replicas
+            # products and cosines of run and replicas with y: independent given the averaged paths
+            runs = [x, *(self._combination((4 + r, 1.0), (1, -shift)) for r in range(self.num_replicas))]
+            products = torch.tensor([self._inner(z, y) for z in runs], dtype=torch.float64)
             bias = self._inner(x - 2 * (product / square) * y, d)
-            stderr = math.sqrt(scatter + bias**2) / abs(square)
+            stderr = math.hypot(products.std().item(), bias) / abs(square)
+            if size > 0 and square > 0:
+                cosines = (
+                    products / torch.tensor([self._inner(z, z) * square for z in runs], dtype=torch.float64).sqrt()
+                )
+                # an error d of y changes both <x, y> and D
+                bias = self._inner(x, d) / math.sqrt(size * square) - cosine * self._inner(y, d) / square
+                cosine_stderr = math.hypot(cosines.std().item(), bias)
         resolved = square > 0 and abs(2 * self._inner(y, d)) <= _UNRESOLVED * square
-        return Projection(product, square, cosine, stderr, resolved)
+        return Projection(product, square, cosine, stderr, resolved, cosine_stderr)
 
     @property
     def speed(self) -> Projection:

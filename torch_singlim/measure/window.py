@@ -170,7 +170,5 @@ class Window:
 
 
 def _agreement(p: Projection, measured: float, residual: float) -> Agreement:
-    predicted, ratio = math.sqrt(p.square), p.ratio
-    # cosine = Q |predicted| / |measured|; both norms fluctuate much less than Q
-    error = ratio.stderr * predicted / measured if measured else math.nan
-    return Agreement(p.cosine, ratio.mean, residual, measured, predicted, error, ratio.stderr)
+    ratio = p.ratio
+    return Agreement(p.cosine, ratio.mean, residual, measured, math.sqrt(p.square), p.cosine_stderr, ratio.stderr)

@@ -15,6 +15,7 @@ from torch_singlim import (
     Dropout, SGDSettings, Snapshot, ZeroLossProblem, linearize, measure_distance, nearest_point,
 )
 from torch_singlim.measure import compare_window
+from torch_singlim.measure.limit import against_limit
 from torch_singlim.network import saved_bytes
 
 def status(key):
@@ -27,7 +28,7 @@ problem = ZeroLossProblem(net, "mse", torch.randn(4, 50), torch.randn(4, 4))
 w, generator = problem.weights(), torch.Generator().manual_seed(0)
 chunk = 4 * saved_bytes(lambda w: problem.function(w, problem.inputs), w, problem.inputs)
 noise, sgd = Dropout(), SGDSettings(lr=0.01, batch_size=2)
-end, between = w + 1e-3, {125: w + 2e-4, 150: w + 5e-4, 175: w + 7e-4}
+end = w + 1e-3
 found = {"P": w.nbytes, "chunk": chunk}
 distance = None
 
@@ -37,9 +38,8 @@ def measure(max_dense):
                                 generator=generator)
 
 def window(steps):
-    marks = {100 + round((step - 100) * steps / 100): v for step, v in between.items()}
-    compare_window(problem, w, end, start=100, stop=100 + steps, noise=noise, sgd=sgd, forecast=distance.forecast,
-                   between=marks, generator=generator)
+    window = compare_window(problem, w, end, start=100, stop=100 + steps, noise=noise, sgd=sgd, generator=generator)
+    against_limit(window, distance.forecast, end - w, steps)
 
 calls = {
     "product": lambda: linearize(problem, w).operator.normal_product(w),
@@ -47,7 +47,7 @@ calls = {
     "measurement": lambda: measure(4096),
     "measurement, by products": lambda: measure(0),
     "window, unit steps": lambda: window(8),
-    "window, long steps": lambda: window(400),
+    "window, long steps": lambda: window(210),
 }
 for name, call in [*calls.items(), *calls.items()]:  # the first time libraries allocate for themselves
     gc.collect()

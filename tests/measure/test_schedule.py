@@ -5,7 +5,7 @@ import math
 import pytest
 
 from torch_singlim.measure import Schedule
-from torch_singlim.measure.schedule import window_starts
+from torch_singlim.measure.schedule import marks_of, window_starts
 
 
 def test_windows_begin_at_powers_of_two_and_one_ends_with_the_run():
@@ -20,14 +20,50 @@ def test_a_run_of_unknown_length_has_windows_all_the_same(total):
     """Lightning gives -1 for a stream without max_steps."""
     schedule = Schedule.of_run(window=10, every_n_steps=None, total=total)
     assert list(schedule.windows.items())[:4] == [(0, 10), (10, 20), (20, 30), (40, 50)]
-    assert schedule.longest == 10
+    assert schedule.total is None
+    assert not any(schedule.is_last(stop) or schedule.in_last(stop) for stop in schedule.windows.values())
+    assert Schedule.of_run(window="auto", every_n_steps=None, total=total).windows[0] == 1000
 
 
-def test_marks_are_the_quarters_of_a_window():
-    schedule = Schedule.of_run(window=8, every_n_steps=8, total=16)
-    assert schedule.marks_of(0, 8) == {2, 4, 6}
-    assert schedule.marks_of(0, 2) == {1}
-    assert Schedule.between([0, 8]).marks_of(0, 8) == set()
+@pytest.mark.parametrize(
+    ("total", "every", "length", "shortest"),
+    [
+        (20, None, 20, 20),
+        (100, None, 50, 50),
+        (400, None, 100, 50),
+        (10_000, None, 1000, 50),
+        (10_000, 300, 300, 50),
+        (10_000, 30, 30, 30),
+        (None, 300, 300, 50),
+    ],
+)
+def test_windows_of_automatic_length_are_a_quarter_of_the_run(total, every, length, shortest):
+    """Between 50 and 1,000 steps, and never longer than the run or the steps from one window to the next."""
+    schedule = Schedule.of_run(window="auto", every_n_steps=every, total=total)
+    assert {stop - start for start, stop in schedule.windows.items()} == {length}
+    assert schedule.shortest == shortest
+
+
+def test_a_window_of_given_length_is_as_long_as_the_run_at_most():
+    assert Schedule.of_run(window=500, every_n_steps=None, total=30).windows == {0: 30}
+    assert Schedule.of_run(window=20, every_n_steps=5, total=10).windows == {0: 5, 5: 10}
+    given = Schedule.of_run(window=20, every_n_steps=None, total=100)
+    assert (given.windows, given.shortest) == ({0: 20, 20: 40, 40: 60, 80: 100}, 20)  # not to be shortened
+
+
+def test_the_last_window_ends_with_the_run():
+    schedule = Schedule.of_run(window=20, every_n_steps=None, total=100)
+    assert [step for step in range(101) if schedule.in_last(step)] == list(range(80, 101))
+    assert [stop for stop in schedule.windows.values() if schedule.is_last(stop)] == [100]
+
+
+def test_a_window_is_logged_at_twenty_steps():
+    assert marks_of(100, 600) == set(range(125, 601, 25))
+    assert marks_of(0, 8) == set(range(1, 9))
+    uneven = sorted(marks_of(7, 40))
+    assert len(uneven) == 20
+    assert uneven[-1] == 40
+    assert {b - a for a, b in zip(uneven, uneven[1:], strict=False)} == {1, 2}
 
 
 def test_a_window_begins_when_its_step_is_passed():
@@ -43,8 +79,7 @@ def test_a_window_begins_when_its_step_is_passed():
 def test_between_checkpoints():
     schedule = Schedule.between([0, 5, 30])
     assert schedule.windows == {0: 5, 5: 30}
-    assert schedule.longest == 25
-    assert schedule.losses == frozenset()
+    assert (schedule.total, schedule.losses) == (None, frozenset())
 
 
 def test_the_excess_loss_is_measured_ten_times_a_decade():

@@ -38,10 +38,12 @@ def test_each_tag_is_declared_once_and_completely():
         assert re.fullmatch(r"[a-z_]+(/[a-z_]+)?", tag.name)
         assert all((tag.label, tag.unit, tag.meaning, tag.advice, tag.group))
         assert tag.stderr is not None or not tag.band
-        assert not tag.needs or Need.DRIFT in tag.needs
+        # no noise moves anything where the limit is unknown
+        assert Need.MOVES not in tag.needs or Need.LIMIT in tag.needs
         # a cell of a table
         assert not re.search(r"(?<!\\)\||\n", tag.meaning + tag.advice)
     assert {place for tag in tags.TAGS for place in tag.shown} == set(Place)
+    assert {need for tag in tags.TAGS for need in tag.needs} == set(Need)
 
 
 def test_what_is_mentioned_in_the_meanings_exists():
@@ -62,6 +64,15 @@ def test_no_other_module_spells_a_tag():
 def test_what_is_not_measured_or_not_finite_is_not_logged():
     assert scalars(Measurement(0)) == {}
     assert scalars(Measurement(0, excess_loss=float("nan"), overhead=float("inf"))) == {}
+
+
+def test_the_steps_of_each_window_are_found_in_what_was_logged():
+    """Also of windows that were given up, or overlap, or are shorter than planned."""
+    lengths = {25: 25, 50: 50, 75: 25, 100: 50, 101: 1, 130: 10}
+    history = {step: {"window/steps": float(length)} for step, length in lengths.items()}
+    history |= {0: {"excess_loss": 1.0}, 60: {"drift/measured": 1.0}}
+    assert tags.windows(history) == {0: [25, 50], 50: [75, 100], 100: [101], 120: [130]}
+    assert tags.windows({}) == {}
 
 
 RENAMED = """

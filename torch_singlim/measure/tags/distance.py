@@ -102,7 +102,7 @@ RELAXED_SHARE = Tag(
     unit="share",
     meaning="relaxed modes as a share of all normal modes; the theory's two time scales exist for relaxed modes only. "
     "Above 4,096 residuals an estimate, as a share of all residuals",
-    advice="Low: the limit will not agree, but the effective flow may",
+    advice="Low: the limit will not agree, but the averaged path may",
     group="Distance",
     chart="Relaxed modes [share]",
     value=of_distance(_relaxed_share),

@@ -1,6 +1,14 @@
-"""The verdict from a history made to order."""
+"""The verdict from a history made to order, and whether the noise is visible in windows made to order."""
 
-from torch_singlim.measure import verdict
+import math
+from dataclasses import replace
+
+import pytest
+
+from tests.problems import displaced, make
+from torch_singlim import Dropout, Estimate, Minibatch, SGDSettings, Snapshot, measure_distance
+from torch_singlim.measure import Agreement, Code, Comparison, Model, NoiseInduced, Window, verdict, visibility
+from torch_singlim.measure.distance import Expansion
 
 
 def test_a_verdict_without_drift_is_a_table_still():
@@ -18,3 +26,72 @@ def test_a_verdict_without_drift_is_a_table_still():
     assert "window" not in verdict(history)  # nothing to compare its motion with
     history[10]["drift/baseline_cosine"] = 0.4
     assert "| 0-10 | - | - | - | 0.4 | - | - | - |" in verdict(history)
+
+
+def test_a_window_has_one_row_with_the_values_at_its_end():
+    steps = {5: (5, 0.8), 10: (10, 0.9), 12: (2, 0.7)}
+    history = {step: {"window/steps": float(k), "drift/cosine": cosine} for step, (k, cosine) in steps.items()}
+    rows = [line for line in verdict(history, reasons=[Code.MAXIMIZES()], noise="small").splitlines() if line]
+    assert rows[0] == "The distance was not measured."
+    assert [row[:14] for row in rows[3:5]] == ["| 0-10 | 0.9 |", "| 10-12 | 0.7 "]
+    assert rows[5:] == ["Noise: small.", "Unsupported: the optimizer maximizes."]
+
+
+def window(ratio=Estimate(0.9, 0.1), **changes):  # noqa: B008  # frozen
+    agreement = Agreement(cosine=0.9, speed=1.0, residual=0.4, measured=1.0, predicted=1.0)
+    noise = None if ratio is None else NoiseInduced(0.5, 0.4, 0.6, ratio, math.nan, share=0.37)
+    return replace(Window(0, 100, 1.0, comparisons={Model.AVERAGED: Comparison(agreement)}, noise=noise), **changes)
+
+
+@pytest.fixture(scope="module")
+def distance():
+    dense, point = make("two_layers")
+    w = displaced(point, 0.02)
+    return measure_distance(dense.problem, Snapshot(9, w, sgd=SGDSettings(lr=0.05)), noise=Dropout(), num_draws=40)
+
+
+def test_noise_is_visible_if_its_ratio_is_known_to_a_quarter(distance):
+    found = visibility(window(), distance)
+    steps = 0.01 * distance.weight_norm / distance.limit.drift.norm().item()
+    assert found.visible
+    assert found.words == (
+        f"order 1, the singular limit moves the weights by 1 % in {steps:.2g} steps; the noise-induced drift is "
+        "0.90 +- 0.10 times the predicted one, whose norm is 37% of that of the predicted motion"
+    )
+    assert visibility(window(Estimate(0.9, 0.26)), distance).visible is False
+    longer = visibility(window(Estimate(0.9, 0.5)), distance).words  # half the error in four times the steps
+    assert "not visible in windows of 100 steps" in longer
+    assert "it would take windows of about 4e+02 steps" in longer
+
+
+def test_the_ratio_of_all_windows_counts_if_its_error_is_known():
+    pooled = visibility(window(Estimate(0.9, 0.5)), None, Estimate(1.1, 0.05))
+    assert pooled.visible
+    assert "the limit was not predicted; the noise-induced drift over all windows is 1.10 +- 0.05" in pooled.words
+    for unknown in (Estimate(1.1, math.nan), Estimate(math.nan, math.nan)):
+        assert "the noise-induced drift is 0.90 +- 0.10" in visibility(window(), None, unknown).words
+
+
+@pytest.mark.parametrize(
+    ("of", "visible", "words"),
+    [
+        (None, False, "no window was compared with theory"),
+        (Window(0, 100, 1.0), False, "no window was compared with theory"),
+        (window(None), False, "the noise-induced drift was not resolved"),
+        (window(reason=Code.UNCERTAIN(start=0, stop=100)), False, "the noise-induced drift was not resolved"),
+        (window(Estimate(0.9, math.nan)), False, "without replicas the error of the noise-induced drift is unknown"),
+        (window(None, diffuses=True), True, "only the length of the motion can be predicted"),
+    ],
+)
+def test_what_is_not_visible_and_why(of, visible, words):
+    found = visibility(of, None)
+    assert found.visible is visible
+    assert words in found.words
+
+
+def test_the_clock_of_the_noise_in_words(distance):
+    failed = replace(distance, limit=None, expansion=Expansion(cosine=0.3, ratio=2.0, stderr=0.01))
+    assert "too large for the singular limit" in visibility(window(), failed).words
+    dense, point = make("two_layers")
+    still = measure_distance(dense.problem, Snapshot(9, point, sgd=SGDSettings(lr=0.05)), noise=Minibatch())
+    assert "no motion along the zero-loss set at order 1 or 2" in visibility(window(), still).words

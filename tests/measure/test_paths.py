@@ -9,15 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_singlim.measure.coupling import noise_ceiling_of
-from torch_singlim.measure.paths import (
-    Before,
-    CoupledPaths,
-    LossGradient,
-    Path,
-    Step,
-    is_affine,
-    replay,
-)
+from torch_singlim.measure.paths import CoupledPaths, LossGradient, Path, is_affine
+from torch_singlim.measure.replay import replay
+from torch_singlim.measure.steps import Before, Recorded, Step, flat, held_by
 from torch_singlim.network import RandomState
 
 
@@ -52,18 +46,26 @@ def sgd(net, **options):
     return torch.optim.SGD(net.parameters(), **{"lr": 0.1} | options)
 
 
-def advance(net, optimizer, *micro):
-    """A step of the run, and what it was."""
-    step = Step.of(net, optimizer, micro)
+def record(net, optimizer, *micro, habit=None):
+    """A step of the run, and everything that is recorded of it; `habit` acts between backward and step."""
+    before, step = Before.of(net, optimizer), Step.of(net, optimizer, micro)
     optimizer.zero_grad()
     for batch in micro:
         (mse(net, batch) / len(micro)).backward()
+    if habit is not None:
+        habit(net)
     optimizer.step()
-    return step
+    after = weights(net)
+    return Recorded(step, before, after, after, (after - before.weights).norm().item())
 
 
-def flat(net):
-    return torch.cat([p.detach().double().reshape(-1) for p in net.parameters()])
+def advance(net, optimizer, *micro):
+    """A step of the run, and what it was."""
+    return record(net, optimizer, *micro).step
+
+
+def weights(net):
+    return flat(list(net.parameters()))
 
 
 OPTIMIZERS = {
@@ -89,9 +91,9 @@ def test_without_noise_every_path_is_the_run(name):
         paths.advance(advance(net, optimizer, first, second))
         schedule.step()
     for path in (paths.baseline, *paths.replicas):
-        assert torch.equal(path.weights(), flat(net))
+        assert torch.equal(path.weights(), weights(net))
     for path in paths.averaged:
-        torch.testing.assert_close(path.weights(), flat(net), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(path.weights(), weights(net), rtol=1e-12, atol=1e-14)
 
 
 def test_paths_change_neither_the_run_nor_the_random_state():
@@ -109,7 +111,7 @@ def test_paths_change_neither_the_run_nor_the_random_state():
                 paths.advance(step)
         buffers = [b.clone() for b in net.buffers()]
         state = [s["momentum_buffer"] for s in optimizer.state.values()]
-        runs.append((flat(net), buffers, state, torch.get_rng_state(), net.training))
+        runs.append((weights(net), buffers, state, torch.get_rng_state(), net.training))
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
 
 
@@ -120,7 +122,7 @@ def test_one_draw_with_the_run_s_random_numbers_is_the_run():
     for seed, pair in enumerate(batches(6)):
         torch.manual_seed(seed)
         path.descend(GRADIENT, advance(net, optimizer, pair), [seed])
-    assert torch.equal(path.weights(), flat(net))
+    assert torch.equal(path.weights(), weights(net))
 
 
 def test_the_noise_is_off_in_the_baseline_alone():
@@ -132,7 +134,7 @@ def test_the_noise_is_off_in_the_baseline_alone():
     for pair in batches(5):
         paths.advance(advance(net, optimizer, pair))
         advance(bare, plain, pair)
-    torch.testing.assert_close(paths.baseline.weights(), flat(bare), rtol=0, atol=0)
+    torch.testing.assert_close(paths.baseline.weights(), weights(bare), rtol=0, atol=0)
     assert not torch.equal(paths.averaged[0].weights(), paths.averaged[1].weights())
     assert all(part.training for part in paths.baseline.module.modules())
 
@@ -167,7 +169,7 @@ def test_averaged_updates_are_those_of_adam_on_each_draw():
     reference, states = copy.deepcopy(net), [copy.deepcopy(optimizer.state_dict()) for _ in range(3)]
     for pair in batches(2, seed=5):
         path.descend_by_updates(GRADIENT, Step.of(net, optimizer, [pair]), [0, 1, 2], twins)
-        start, moved = flat(reference), 0
+        start, moved = weights(reference), 0
         for seed in range(3):
             trial = copy.deepcopy(reference)
             adam = torch.optim.Adam(trial.parameters(), lr=1e-2)
@@ -175,9 +177,9 @@ def test_averaged_updates_are_those_of_adam_on_each_draw():
             torch.manual_seed(seed)
             advance(trial, adam, pair)
             states[seed] = copy.deepcopy(adam.state_dict())
-            moved = moved + (flat(trial) - start) / 3
+            moved = moved + (weights(trial) - start) / 3
         nn.utils.vector_to_parameters(start + moved, reference.parameters())
-    torch.testing.assert_close(path.weights(), flat(reference), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(path.weights(), weights(reference), rtol=1e-12, atol=1e-14)
 
 
 class SignDescent(torch.optim.Optimizer):
@@ -218,11 +220,10 @@ def test_a_replayed_step_is_the_step(name, dtype):
     optimizer = OPTIMIZERS[name](net)
     path = Path(net, optimizer)
     for i, pair in enumerate(batches(8, dtype=dtype)):
-        before = Before.of(net, optimizer)
-        step = advance(net, optimizer, pair, pair)
+        recorded = record(net, optimizer, pair, pair)
         if i in (0, 7):
             state = torch.get_rng_state()
-            found = replay(path, GRADIENT, step, before, flat(net))
+            found = replay(path, GRADIENT, recorded)
             assert found.error < 1e-6
             assert found.passed
             assert torch.equal(torch.get_rng_state(), state)
@@ -247,12 +248,7 @@ def test_what_acts_between_backward_and_step_fails_the_replay(habit):
     net = network()
     optimizer = sgd(net)
     path, pair = Path(net, optimizer), next(batches(1))
-    before, step = Before.of(net, optimizer), Step.of(net, optimizer, [pair])
-    optimizer.zero_grad()
-    mse(net, pair).backward()
-    habit(net)
-    optimizer.step()
-    found = replay(path, GRADIENT, step, before, flat(net))
+    found = replay(path, GRADIENT, record(net, optimizer, pair, habit=habit))
     assert found.error > 0.1
     assert not found.passed
 
@@ -261,8 +257,8 @@ def test_a_step_that_did_not_move_is_not_judged():
     net = network()
     optimizer = sgd(net, lr=0.0)
     path, pair = Path(net, optimizer), next(batches(1))
-    before = Before.of(net, optimizer)
-    assert replay(path, GRADIENT, advance(net, optimizer, pair), before, flat(net)).passed
+    found = replay(path, GRADIENT, record(net, optimizer, pair))
+    assert (found.error, found.passed, found.judged) == (0.0, True, False)
 
 
 def test_tensors_on_a_graph_and_wrapped_steps_can_be_copied():
@@ -289,6 +285,75 @@ def test_all_generators_are_isolated():
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
+
+
+def test_the_state_before_a_step_is_without_perturbation():
+    """Where noise is added to the parameters for the time of a step: their true values are known by id."""
+    net = network()
+    optimizer, plain = sgd(net), Before.of(net, sgd(net))
+    first = next(net.parameters())
+    truth = {id(first): first.detach().clone()}
+    with torch.no_grad():
+        first.add_(1.0)
+    assert torch.equal(held_by(first, truth), truth[id(first)])
+    before = Before.of(net, optimizer, truth)
+    assert torch.equal(before.weights, plain.weights)
+    torch.testing.assert_close(dict(before.state), dict(plain.state), rtol=0, atol=0)
+
+
+def test_only_the_watched_parameters_are_compared():
+    net = network()
+    optimizer = sgd(net)
+    paths = coupled(net, optimizer, watched=[2], replicas=2)
+    start = weights(net)
+    paths.advance(advance(net, optimizer, next(batches(1))))
+    index = slice(4 * 16 + 16, 4 * 16 + 16 + 16 * 2)  # of the second layer's weights
+    assert torch.equal(paths.moved(weights(net)), (weights(net) - start)[index])
+    ends = [path.weights()[index] - start[index] for path in (*paths.averaged, paths.baseline, *paths.replicas)]
+    torch.testing.assert_close(paths.displacement(), (ends[0] + ends[1]) / 2)
+    assert torch.equal(paths.displacement_of_baseline(), ends[2])
+    gram = paths.window(weights(net)).gram
+    assert gram[0, 5].item() == pytest.approx((paths.moved(weights(net)) @ ends[4]).item())
+    assert paths.gradients_per_step == 4 + 2 + 1
+
+
+def test_without_a_baseline():
+    net = network()
+    optimizer = sgd(net)
+    paths = coupled(net, optimizer, baseline=False, replicas=0)
+    paths.advance(advance(net, optimizer, next(batches(1))))
+    assert paths.gradients_per_step == 4
+    assert not paths.displacement_of_baseline().any()
+    window = paths.window(weights(net))
+    assert (window.has_baseline, window.noise, window.num_replicas) == (False, None, 0)
+
+
+def test_clipping_and_loss_scaling_are_made_by_paths_too():
+    """Against a step by hand; the mean over draws is one of updates, since clipping is not linear."""
+    net, pair = network(), next(batches(1))
+    optimizer = sgd(net)
+
+    def clip(parameters):
+        nn.utils.clip_grad_norm_(parameters, 0.05)
+
+    step = Step.of(net, optimizer, [pair, pair], divisor=4, clip=clip, scale=1024.0)
+    assert step.share == 256.0
+    start, moved = weights(net), []
+    for seed in (0, 1):
+        trial = copy.deepcopy(net)
+        torch.manual_seed(seed)
+        for _ in range(2):
+            (mse(trial, pair) / 4).backward()
+        clip(list(trial.parameters()))
+        sgd(trial).step()
+        moved.append(weights(trial) - start)
+    path = Path(net, optimizer)
+    path.descend_by_updates(GRADIENT, step, [0, 1], path.twin_optimizers(2))
+    torch.testing.assert_close(path.weights() - start, (moved[0] + moved[1]) / 2)
+    paths = coupled(net, optimizer, replicas=0)
+    paths.advance(step)
+    assert paths.affine
+    assert all((path.weights() - start).norm() <= 0.1 * 0.05 * (1 + 1e-9) for path in paths.averaged)
 
 
 def test_an_odd_number_of_draws_is_refused():
@@ -319,11 +384,11 @@ def test_digits_under_dropout_follow_the_averaged_path():
     paths = coupled(net, optimizer)
     for _ in range(500):
         paths.advance(one())
-    window = paths.window(flat(net))
+    window = paths.window(weights(net))
     ceiling = noise_ceiling_of(window.cosines(relative=False))
-    print(window.speed, window.noise, ceiling, window.baseline_cosine)
+    print(window.speed, window.noise, ceiling, window.baseline.cosine)
     assert window.speed.resolved
     assert window.speed.cosine > 0.97 * ceiling
     assert window.speed.ratio.mean == pytest.approx(1, abs=0.05)
     assert window.noise.ratio.mean == pytest.approx(1, abs=0.07)
-    assert window.baseline_cosine < window.speed.cosine - 0.1
+    assert window.baseline.cosine < window.speed.cosine - 0.1

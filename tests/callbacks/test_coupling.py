@@ -14,71 +14,12 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from torch_singlim import AntiCorrelated, DropConnect, InjectNoise, InputNoise
-from torch_singlim.callbacks.recording import StepRecording, injections_of
+from tests.zoo import Trace, assert_identical
+from torch_singlim import AntiCorrelated, DropConnect, InjectNoise, InputNoise, SingularLimitMonitor
 from torch_singlim.callbacks.twin import MicroBatch, TrainingStepGradient, make_twin
-from torch_singlim.measure.coupling import noise_ceiling_of
-from torch_singlim.measure.paths import CoupledPaths, Step, replay
+from torch_singlim.measure import Code, tags
+from torch_singlim.measure.steps import Step
 from torch_singlim.network import RandomState
-
-
-class Coupled(L.Callback):
-    """Opens a window after `start` steps and follows it to the end; replays its first steps and every tenth."""
-
-    def __init__(self, start, *, draws=4, replicas=1):
-        self.start, self.options = start, {"draws": draws, "replicas": replicas}
-        self.recording, self.replays, self.moved = None, [], []
-
-    def _open(self, trainer, module):
-        optimizer = trainer.optimizers[0]
-        self.recording = StepRecording(trainer, module, optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradient = TrainingStepGradient(
-            trainer.precision_plugin.train_step_context,
-            datamodule=trainer.datamodule,
-            injections=injections_of(trainer, parameters),
-        )
-
-        def path():
-            found = make_twin(module, optimizer)
-            for each in trainer.callbacks:
-                if isinstance(each, InjectNoise) and each.transient is not None:
-                    with torch.no_grad():
-                        for p, xi in zip(found.parameters, each.injection.split(each.transient), strict=True):
-                            p.sub_(xi)
-            return found
-
-        self.rehearsal = make_twin(module, optimizer)
-        self.paths = CoupledPaths(path, gradient, **self.options, generator=torch.Generator().manual_seed(0))
-        self.recording.install()
-        self.recording.keep_before = True
-        self.step = trainer.global_step
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if self.recording is not None:
-            self.recording.before_step()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if self.recording is None:
-            if trainer.global_step == self.start:
-                self._open(trainer, pl_module)
-            return
-        if trainer.global_step == self.step:
-            return
-        self.step = trainer.global_step
-        recorded = self.recording.finish()
-        self.moved.append(recorded.moved)
-        if recorded.before is not None:
-            self.replays.append(
-                replay(self.rehearsal, self.paths.gradient, recorded.step, recorded.before, recorded.after)
-            )
-        self.recording.keep_before = self.step - self.start < 2 or self.step % 10 == 9
-        self.paths.advance(recorded.step)
-        xi = [e.transient for e in trainer.callbacks if isinstance(e, InjectNoise) and e.transient is not None]
-        self.window = self.paths.window(recorded.after - (sum(xi).double() if xi else 0))
-
-    def on_train_end(self, trainer, pl_module):
-        self.recording.remove()
 
 
 class Digits(L.LightningModule):
@@ -115,18 +56,19 @@ def loader(dataset=None, batch_size=20, **options):
     return DataLoader(data() if dataset is None else dataset, batch_size=batch_size, **{"shuffle": True} | options)
 
 
-def fit(model, *callbacks, steps=700, start=400, loaders=None, watch=True, **options):
+def fit(model, *callbacks, steps=350, window=150, loaders=None, watch=True, **options):
+    """A training whose last window ends with it; the monitor, and all that it could have disturbed."""
     L.seed_everything(0, verbose=False)
-    coupled = Coupled(start)
+    monitor, trace = SingularLimitMonitor(window=window, max_overhead=None, num_samples=8, num_draws=2), Trace()
     trainer = L.Trainer(
         **{"max_steps": steps, "accelerator": "cpu", "logger": False} | options,
-        callbacks=[*callbacks, *([coupled] if watch else [])],
+        callbacks=[*callbacks, *([monitor] if watch else []), trace],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(model, loaders or loader())
-    return coupled, torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    return monitor, trace
 
 
 # --- habits that paths follow ----------------------------------------------------------------------------------------
@@ -313,26 +255,38 @@ def run(case, *, watch=True, **more):
     return fit(case.get("make", Digits)(), *callbacks, loaders=loaders, watch=watch, **options)
 
 
+def steps_of(monitor):
+    """The steps at which each window was logged."""
+    return tags.windows(monitor.history)
+
+
+SHOWN = ("window/replay_error", "drift/cosine", "drift/ceiling", "drift/speed", "drift/baseline_cosine", "noise/ratio")
+# reasons with which paths end
+WINDOW_ENDS = {
+    Code.REPLAY,
+    Code.WEIGHTS_MOVED,
+    Code.PARAMETERS_CHANGED,
+    Code.NO_STEP_ON_COPY,
+    Code.NO_COPY,
+    Code.FAILED,
+}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_habits_that_are_followed(name):
     """Replayed to rounding, and right: direction at the ceiling, speed 1. And the training is the one without it."""
-    coupled, weights = run(FOLLOWED[name])
-    window, speed = coupled.window, coupled.window.speed
-    ceiling = noise_ceiling_of(window.cosines(relative=False))
-    worst = max(each.error for each in coupled.replays)
-    print(
-        f"{name}: rho {worst:.1e}, cosine {speed.cosine:.3f} of {ceiling:.3f}, speed {speed.ratio.mean:.3f}, ", end=""
-    )
-    print(f"baseline {window.baseline_cosine:.3f}, noise ratio {window.noise.ratio.mean:.3f}")
-    assert len(coupled.replays) > 15
-    assert all(each.passed for each in coupled.replays)
-    assert worst < 1e-5
-    assert max(coupled.moved) == 0.0
-    assert speed.cosine > 0.9 * ceiling
-    assert abs(speed.ratio.mean - 1) < 0.15
-    assert torch.equal(weights, run(FOLLOWED[name], watch=False)[1])
+    monitor, trace = run(FOLLOWED[name])
+    last = monitor.history[max(monitor.history)]
+    print(f"{name}: " + ", ".join(f"{tag} {last.get(tag, float('nan')):.3g}" for tag in SHOWN))
+    assert not {reason.code for reason in monitor.reasons} & WINDOW_ENDS
+    replays = [point["window/replay_error"] for point in monitor.history.values() if "window/replay_error" in point]
+    assert len(replays) >= 30
+    assert max(replays) < 1e-5
+    assert last["drift/cosine"] > 0.9 * last["drift/ceiling"]
+    assert abs(last["drift/speed"] - 1) < 0.15
+    assert_identical(trace, run(FOLLOWED[name], watch=False)[1])
 
 
 # --- habits that are found out ---------------------------------------------------------------------------------------
@@ -386,12 +340,16 @@ FOUND_OUT = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FOUND_OUT)
 def test_habits_that_are_found_out(name):
-    """A replay fails, or the weights were moved between two steps; the training goes on as without it."""
-    coupled, weights = run(FOUND_OUT[name])
-    failed = [each.error for each in coupled.replays if not each.passed]
-    print(f"{name}: {len(failed)} of {len(coupled.replays)} replays failed, moved {max(coupled.moved):.2g}")
-    assert failed or max(coupled.moved) > 1e-4
-    assert torch.equal(weights, run(FOUND_OUT[name], watch=False)[1])
+    """The window ends with a reason, and what was logged before is right; the training goes on as without it."""
+    monitor, trace = run(FOUND_OUT[name])
+    reasons = [each for each in monitor.reasons if each.code in WINDOW_ENDS]
+    print(f"{name}: {reasons[-1]}")
+    assert reasons[-1].values["start"] == max(steps_of(monitor))
+    last = monitor.history[max(monitor.history)]
+    assert "drift/cosine" not in last
+    assert last["window/status"] == 0.0
+    assert last["drift/measured"] > 0
+    assert_identical(trace, run(FOUND_OUT[name], watch=False)[1])
 
 
 def needs_a_strategy(self, batch, batch_idx):
@@ -430,6 +388,6 @@ def test_a_copy_keeps_nothing_and_logs_nothing():
 
 def test_the_wrapper_is_taken_off_again():
     model = Digits()
-    coupled, _ = fit(model, steps=12, start=4)
+    monitor, _ = fit(model, steps=12, window=8)
     assert "training_step" not in vars(model)
-    assert len(coupled.moved) == 8
+    assert [step for step, point in monitor.history.items() if "drift/cosine" in point] == list(range(5, 13))

@@ -57,15 +57,30 @@ BatchToProblem = Callable[[Any], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples that are measured, and the size of the training set (None: a stream of unknown length).
+    """The samples that are measured.
 
-    `batch` returns a slice of them in the form in which a training step gets a batch.
+    Args:
+        inputs: ``[N, ...]``.
+        targets: ``[N, ...]``.
+        train_size: size of the training set; None: a stream of unknown length.
+        trials: small batches in the form in which a training step gets them, with their inputs and targets.
     """
 
     inputs: Tensor
     targets: Tensor
     train_size: int | None
-    batch: Callable[[slice], Any] = field(repr=False)
+    trials: tuple[tuple[Any, Tensor, Tensor], ...] = field(repr=False)
+
+    @classmethod
+    def of(
+        cls, inputs: Tensor, targets: Tensor, train_size: int | None, batch: Callable[[slice], Any] | None = None
+    ) -> Samples:
+        """Samples and two trials from them; `batch` makes a batch of a slice; default: (inputs, targets)."""
+        half = min(max(len(inputs) // 2, 1), 64)
+        rest = slice(half, 2 * half) if len(inputs) >= 2 * half else slice(0, half)
+        made = batch or (lambda part: (inputs[part], targets[part]))
+        trials = tuple((made(part), inputs[part], targets[part]) for part in (slice(0, half), rest))
+        return cls(inputs, targets, train_size, trials)
 
     @property
     def is_subset(self) -> bool:
@@ -115,7 +130,7 @@ def read_samples(trainer: Trainer, num_samples: int, *, batch_to_problem: BatchT
             "is not finite and has no zero-loss set; remove the augmentation, or pass fixed samples: "
             "SingularLimitMonitor(data=(inputs, targets))"
         )
-    return Samples(inputs, targets, size, lambda part: collate(items[part]))
+    return Samples.of(inputs, targets, size, lambda part: collate(items[part]))
 
 
 def as_pair(batch: Any, batch_to_problem: BatchToProblem | None) -> tuple[Tensor, Tensor]:
@@ -137,7 +152,7 @@ def given_samples(trainer: Trainer, inputs: Tensor, targets: Tensor) -> Samples:
     """The samples that were passed; they are a subset if the training set is known to be larger."""
     dataset = getattr(trainer.train_dataloader, "dataset", None)
     size = len(dataset) if isinstance(dataset, Sized) else 0
-    return Samples(inputs, targets, max(size, len(inputs)), lambda part: (inputs[part], targets[part]))
+    return Samples.of(inputs, targets, max(size, len(inputs)))
 
 
 def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.dtype) -> list[float] | None:
@@ -149,6 +164,8 @@ def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.d
         return None
     twin: Any = in_precision(structural_copy(module), dtype).eval()
     twin.log = twin.log_dict = lambda *args, **kwargs: None  # a copy has no logger
+    if getattr(vars(twin).get("training_step"), "records", False):  # the run's calls, not the copy's
+        del twin.training_step
     losses = []
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -247,13 +264,10 @@ def _try_training_step(module: LightningModule, samples: Samples) -> _Trials:
     dtype = torch.promote_types(dtype, torch.float32)  # losses in half precision are too inaccurate
     function = FunctionalModule(module, dtype=dtype)
     function.check_deterministic(_cast(samples.inputs[:2], function))
-    half = min(max(len(samples.inputs) // 2, 1), 64)
-    rest = slice(half, 2 * half) if len(samples.inputs) >= 2 * half else slice(0, half)
-    slices = (slice(0, half), rest)
-    batches = [_cast((samples.inputs[part], samples.targets[part]), function) for part in slices]
+    batches = [_cast((x, y), function) for _, x, y in samples.trials]
     with torch.no_grad():
         outputs = [function(function.weights(), x).double() for x, _ in batches]
-    raw = [_cast(samples.batch(part), function) for part in slices]
+    raw = [_cast(batch, function) for batch, _, _ in samples.trials]
     return _Trials(batches, outputs, _training_losses(module, raw, dtype))
 
 
@@ -337,12 +351,9 @@ def detect_problem(
 
 
 def find_problem(
-    trainer: Trainer,
     module: LightningModule,
+    samples: Samples,
     *,
-    data: tuple[Tensor, Tensor] | None,
-    num_samples: int,
-    batch_to_problem: BatchToProblem | None,
     loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor], Tensor] | None,
     noise: NoiseSystem | None,
     dtype: torch.dtype,
@@ -352,13 +363,9 @@ def find_problem(
 ) -> tuple[ZeroLossProblem | Reason, Reason | None]:
     """The problem, or the reason why there is none; and a reason if only a subset of the samples is measured.
 
-    The arguments are those of the monitor.
+    The arguments are those of `detect_problem`; it raises nothing.
     """
     try:
-        if data:
-            samples = given_samples(trainer, *data)
-        else:
-            samples = read_samples(trainer, num_samples, batch_to_problem=batch_to_problem)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             problem = detect_problem(
@@ -373,10 +380,10 @@ def find_problem(
             )
     except ValueError as error:
         return Code.NO_PROBLEM(why=str(error)), None
-    except Exception as error:  # data sets and modules may raise anything if they are used in an unexpected way
-        _log.debug("samples and loss were not found", exc_info=error)
-        return Code.NO_PROBLEM(why=f"samples and loss were not found: {type(error).__name__}: {error}"), None
-    for warning in caught if trainer.is_global_zero else ():
+    except Exception as error:  # modules may raise anything if they are used in an unexpected way
+        _log.debug("the loss was not found", exc_info=error)
+        return Code.NO_PROBLEM(why=f"the loss was not found: {type(error).__name__}: {error}"), None
+    for warning in caught if process_group.rank == 0 else ():
         if warning.category is UserWarning and "over-parameterised" in str(warning.message):
             _log.warning("torch_singlim: %s", warning.message)
     if not samples.is_subset:

@@ -11,11 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor, nn
 
-from torch_singlim.callbacks.follower import Follower
 from torch_singlim.callbacks.isolation import attempt
 from torch_singlim.callbacks.publish import describe, log_point, provide, report_reasons, say
 from torch_singlim.callbacks.resume import state_of, take_over
-from torch_singlim.callbacks.snapshot import Subject
 from torch_singlim.callbacks.start import Asked, Started, start
 from torch_singlim.callbacks.tensorboard import (
     begin_hyperparameters,
@@ -155,8 +153,7 @@ class SingularLimitMonitor(Callback):
         self.engine: Engine | None = None
         """The engine, which makes the measurements; None before the start of training."""
         self.verdict = ""
-        self._subject: Subject | None = None  # of the snapshots; None before the start of training
-        self._follower: Follower | None = None  # opens paths; None before the start of training
+        self._started: Started | None = None  # what measures; None before the start of training
         self._reasons: tuple[Reason, ...] = ()  # if nothing is measured
         self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until training starts
         self._step_before = 0  # at the end of the last batch
@@ -200,9 +197,9 @@ class SingularLimitMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The engine's state and the sums over the optimizer's steps, as tensors and plain values."""
-        if self.engine is None or self._subject is None:
+        if self.engine is None or self._started is None:
             return {}
-        return state_of(self.engine, self._subject.recorder, self._figures_at)
+        return state_of(self.engine, self._started.subject.recorder, self._figures_at)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts, since the network is not on its device before."""
@@ -235,7 +232,7 @@ class SingularLimitMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detect what is trained, and how; measure the initial weights, or continue from a checkpoint."""
-        resumed, self._resumed, self.engine, self._subject = self._resumed, None, None, None
+        resumed, self._resumed, self.engine, self._started = self._resumed, None, None, None
         self.verdict, self._failed, self._figures_at = "", False, 0
         self._step_before = trainer.global_step
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it from a helper
@@ -246,7 +243,7 @@ class SingularLimitMonitor(Callback):
             self.verdict = verdict({}, reasons=self._reasons)
             report_reasons(trainer, self._reasons)
             return
-        self.engine, self._subject, self._follower = found.engine, found.subject, found.follower
+        self.engine, self._started = found.engine, found
         went_on = resumed is not None and self._resume(trainer, found, resumed)
         describe(trainer, found.engine)
         self._num_reported = len(found.engine.reasons)
@@ -255,20 +252,32 @@ class SingularLimitMonitor(Callback):
         self._attempt(trainer, lambda: self._open_dashboard(trainer, found.engine))
         self._open_paths(trainer)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Gather samples, if they are not known."""
+        started = self._started
+        if started is not None and (started.gatherer is not None or started.inputs is not None):
+            self._attempt(trainer, lambda: started.see(batch))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Be content with the samples of one epoch."""
+        if self._started is not None and self._started.gatherer is not None:
+            self._attempt(trainer, self._started.finish_gathering)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Record the settings of this step."""
-        if self._subject is not None and self._follower is not None:
-            self._subject.recorder.before_step(trainer, optimizer)
-            self._follower.before_step()
+        if self._started is not None:
+            self._started.subject.recorder.before_step(trainer, optimizer)
+            self._started.follower.before_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Advance the paths of a window, and measure what is due; otherwise only integers are compared."""
-        engine, subject, step, before = self.engine, self._subject, trainer.global_step, self._step_before
+        started, step, before = self._started, trainer.global_step, self._step_before
         self._step_before = step
-        if engine is None or subject is None or step == before:
+        if started is None or step == before:
             return
+        engine, subject = started.engine, started.subject
         subject.recorder.after_step(trainer)
         point = self._advance(trainer) if engine.windows.followed is not None else {}
         due = engine.due(before, step)
@@ -282,9 +291,10 @@ class SingularLimitMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the last weights and write the verdict."""
         engine = self.engine
-        if engine is None or self._follower is None:
+        if engine is None or self._started is None:
             return
-        self._follower.close()
+        self._started.follower.close()
+        self._attempt(trainer, self._started.finish_gathering)
         if trainer.global_step != engine.last_step:
             self._publish(trainer, self._measure(trainer, trainer.global_step - 1))
         if trainer.global_step != self._figures_at:
@@ -293,28 +303,28 @@ class SingularLimitMonitor(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module as it was."""
-        if self._follower is not None:
-            self._follower.close()
+        if self._started is not None:
+            self._started.follower.close()
 
     # --- paths beside the training ---------------------------------------------------------------------------------
 
     def _open_paths(self, trainer: Trainer) -> None:
         """Open paths if a window is in progress that has none yet, and there is time for them."""
-        engine, follower, step = self.engine, self._follower, trainer.global_step
-        assert engine is not None
-        assert follower is not None
+        assert self._started is not None
+        engine, follower, step = self._started.engine, self._started.follower, trainer.global_step
         # with several processes the first one decides, so that they have to communicate
-        asked = engine.budget.share is None or trainer.world_size == 1 or step % _ASKED == 0
+        asked = trainer.world_size == 1 or step % _ASKED == 0 or engine.budget.share is None
         stop = engine.opens(step, follower.seconds_per_step(engine.budget, step)) if asked else None
+        if asked and engine.budget.share is not None:
+            stop = int(engine.process_group.broadcast(stop or 0)) or None
         if stop is not None and not self._attempt(trainer, lambda: follower.open(engine, step, stop), Account.PATHS):
             engine.give_up(None)
         follower.watch(engine, step)
 
     def _advance(self, trainer: Trainer) -> dict[str, float]:
         """Make the step that has ended on all paths; what is to be logged of the window at this step."""
-        engine, follower, step = self.engine, self._follower, trainer.global_step
-        assert engine is not None
-        assert follower is not None
+        assert self._started is not None
+        engine, follower, step = self._started.engine, self._started.follower, trainer.global_step
         found: list[Measurement | None] = []
         self._attempt(
             trainer,
@@ -328,9 +338,8 @@ class SingularLimitMonitor(Callback):
 
     def _measure(self, trainer: Trainer, before: int) -> dict[str, float]:
         """Measure what is due at this step; draw figures if the number of steps has doubled."""
-        engine, subject, step = self.engine, self._subject, trainer.global_step
-        assert engine is not None
-        assert subject is not None
+        assert self._started is not None
+        engine, subject, step = self._started.engine, self._started.subject, trainer.global_step
         point: dict[str, float] = {}
 
         def measure() -> None:
@@ -395,17 +404,17 @@ class SingularLimitMonitor(Callback):
         """Write the card of what was detected; the last monitor that starts also writes the layout of all charts."""
         monitors = _monitors(trainer)
         running = {each.name: each.engine for each in monitors if each.engine is not None}
-        if has_board(trainer) and self._subject is not None:
-            found = settings(engine, self._subject.snapshot(trainer), window=self.asked.window)
+        if has_board(trainer) and self._started is not None:
+            found = settings(engine, self._started.subject.snapshot(trainer), window=self.asked.window)
             first, complete = monitors[0] is self, len(running) == len(monitors)
             open_board(trainer, self.name, running, found, first=first, complete=complete)
 
     def _draw(self, trainer: Trainer, engine: Engine) -> None:
         """Write figures if there is time; every process takes part in computing what they show."""
-        if has_board(trainer) and self._subject is not None and engine.affords("figures"):
+        if has_board(trainer) and self._started is not None and engine.affords("figures"):
             self._figures_at = trainer.global_step
             with engine.budget.timed("figures"):
-                draw(trainer, self.name, engine, self._subject.snapshot(trainer).sgd)
+                draw(trainer, self.name, engine, self._started.subject.snapshot(trainer).sgd)
 
     def _conclude(self, trainer: Trainer, engine: Engine) -> None:
         self.verdict = engine.verdict()

@@ -108,7 +108,7 @@ def _problem(
     try:
         return detect_problem(
             module,
-            Samples(inputs, targets, len(inputs), lambda part: (inputs[part], targets[part])),
+            Samples.of(inputs, targets, len(inputs)),
             loss=loss,
             noise=noise,
             dtype=dtype,

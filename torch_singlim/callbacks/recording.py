@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from torch_singlim.callbacks.inject import InjectNoise
 from torch_singlim.callbacks.optimizer import skipped
-from torch_singlim.callbacks.twin import InjectionOf, MicroBatch, trainer_values
+from torch_singlim.callbacks.twin import InjectionOf, MicroBatch, copy_batch, trainer_values
 from torch_singlim.measure.steps import Before, Clip, Recorded, Step, flat, held_by
 from torch_singlim.network import RandomState
 
-__all__ = ["SeveralCallsError", "StepRecording", "clip_of", "injections_of"]
+__all__ = ["SeveralCallsError", "StepRecording", "clip_of", "injections_of", "unperturbed"]
 
 
 def clip_of(trainer: Trainer) -> Clip | None:
@@ -35,6 +34,14 @@ def clip_of(trainer: Trainer) -> Clip | None:
 def _injectors(trainer: Trainer) -> list[InjectNoise]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets them from a helper
     return [each for each in callbacks if isinstance(each, InjectNoise)]
+
+
+def unperturbed(trainer: Trainer) -> dict[int, Tensor]:
+    """id of each tensor that the trainer's callbacks perturb at present -> its data without perturbation."""
+    truth: dict[int, Tensor] = {}
+    for each in reversed(_injectors(trainer)):
+        truth |= each.injection.unperturbed() if each.injection is not None else {}
+    return truth
 
 
 def injections_of(trainer: Trainer, parameters: Sequence[nn.Parameter]) -> list[InjectionOf]:
@@ -99,6 +106,7 @@ class StepRecording:
                     self._error = error
             return original(*args, **kwargs)
 
+        training_step.records = True  # type: ignore[attr-defined]  # for those who copy the module
         self._module.training_step = training_step  # type: ignore[method-assign]
 
     def remove(self) -> None:
@@ -114,10 +122,7 @@ class StepRecording:
 
     def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the arguments of a call of training_step, without changing the random state."""
-        injectors = _injectors(self._trainer)
-        truth: dict[int, Tensor] = {}
-        for each in reversed(injectors):
-            truth |= each.injection.unperturbed() if each.injection is not None else {}
+        injectors, truth = _injectors(self._trainer), unperturbed(self._trainer)
         if not self._batches:
             self._modes = tuple(part.training for part in self._module.modules())
             self._transients = [each.transient for each in injectors]
@@ -126,13 +131,10 @@ class StepRecording:
             if self.keep_before:
                 self._before = Before.of(self._module, self._optimizer, truth)
 
-        def copied(tensor: Tensor) -> Tensor:
-            return held_by(tensor, truth).clone()
-
         self._batches.append(
             MicroBatch(
-                args=apply_to_collection(args, Tensor, copied),
-                kwargs=apply_to_collection(kwargs, Tensor, copied),
+                args=copy_batch(args, truth),
+                kwargs=copy_batch(kwargs, truth),
                 trainer=trainer_values(self._trainer),
                 random=RandomState.now(),
                 etas=tuple(tuple(each.etas) for each in injectors),

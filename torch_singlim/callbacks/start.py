@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from torch_singlim.callbacks.detect import find_problem
+from torch_singlim.callbacks.detect import Samples, find_problem, given_samples
 from torch_singlim.callbacks.follower import Follower
+from torch_singlim.callbacks.gather import Gatherer, tensor_samples
 from torch_singlim.callbacks.inject import injected_noise
 from torch_singlim.callbacks.isolation import isolated
-from torch_singlim.callbacks.optimizer import StepRecorder, read_optimizer, select_parameters, step_batch_size
+from torch_singlim.callbacks.optimizer import (
+    OptimizerSettings,
+    StepRecorder,
+    read_optimizer,
+    select_parameters,
+    step_batch_size,
+)
+from torch_singlim.callbacks.recording import unperturbed
 from torch_singlim.callbacks.snapshot import Subject
-from torch_singlim.measure import Account, Budget, Code, Engine, Options, Reason, Schedule, Scope, training_of
-from torch_singlim.network import ProcessGroup, SampleLoss, WeightSpace
+from torch_singlim.measure import Account, Budget, Code, Engine, Options, Reason, Schedule, Scope, Training, training_of
+from torch_singlim.network import ProcessGroup, SampleLoss, WeightSpace, ZeroLossProblem
 from torch_singlim.noise import NoiseSystem
 
 __all__ = ["Asked", "Started", "start"]
 
+P = TypeVar("P", bound=ZeroLossProblem | Reason | None)
 # strategies with which each process has only a part of the weights
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
@@ -67,19 +76,64 @@ class Asked:
             raise ValueError(f"max_overhead must be a share of the wall time, or None, got {self.max_overhead}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Started:
     """What measures one training.
 
     Args:
+        trainer: of the training.
+        module: the module that is trained.
+        asked: of the monitor.
         engine: makes the measurements.
         subject: of the snapshots.
         follower: opens paths beside the training.
+        settings: of the optimizer at the start.
+        gatherer: gathers samples from the run's batches; None: they are known, or there are enough.
+        inputs: the samples that were gathered, until it is known whether they come again.
+        epoch: in which they were gathered.
     """
 
+    trainer: Trainer
+    module: LightningModule
+    asked: Asked
     engine: Engine
     subject: Subject
     follower: Follower
+    settings: OptimizerSettings
+    gatherer: Gatherer | None
+    inputs: Tensor | None = None
+    epoch: int = 0
+
+    def see(self, batch: Any) -> None:
+        """Gather samples from a batch; when there are enough, find out whether a later one brings them again."""
+        engine, truth = self.engine, unperturbed(self.trainer)
+        if self.gatherer is not None:
+            try:
+                self.gatherer.take(batch, truth)
+            except ValueError as error:
+                self.gatherer = None
+                engine.found(*_problem_of(Code.NO_PROBLEM(why=str(error)), self.settings, self.asked, self.trainer))
+                return
+            if self.gatherer.complete:
+                self.finish_gathering()
+        elif self.inputs is not None and self.trainer.current_epoch > self.epoch:
+            if not Gatherer.contain(self.inputs, batch, self.asked.batch_to_problem, truth):
+                engine.note(Code.FRESH_SAMPLES())
+            self.inputs = None
+
+    def finish_gathering(self) -> None:
+        """Measure distances of the samples that were gathered so far, if there are any."""
+        gatherer, self.gatherer = self.gatherer, None
+        samples = None if gatherer is None else gatherer.samples(self.trainer)
+        if samples is None:
+            return
+        engine, group = self.engine, self.engine.process_group
+        problem, subset = _find(self.trainer, self.module, samples, self.asked, self.settings, group)
+        engine.found(*_problem_of(problem, self.settings, self.asked, self.trainer, subset))
+        if not isinstance(problem, Reason):
+            engine.note(Code.GATHERED(step=self.trainer.global_step, samples=problem.num_samples))
+            self.subject = replace(self.subject, space=problem.function)
+            self.inputs, self.epoch = samples.inputs, self.trainer.current_epoch
 
 
 def start(trainer: Trainer, module: LightningModule, asked: Asked) -> Started | Reason:
@@ -113,29 +167,22 @@ def _start(trainer: Trainer, module: LightningModule, names: Sequence[str], aske
             "do not pass it to the monitor, which detects injected noise"
         )
     group = ProcessGroup(trainer.global_rank, trainer.world_size, str(trainer.strategy.root_device))
-    optimizer = read_optimizer(trainer, module, names, step_batch_size(trainer))
-    problem, subset = find_problem(
-        trainer,
-        module,
-        data=asked.data,
-        num_samples=asked.num_samples,
-        batch_to_problem=asked.batch_to_problem,
-        loss=asked.loss,
-        noise=injected or asked.noise,
-        dtype=asked.dtype,
-        batch_size=asked.batch_size,
-        step_ratios=optimizer.step_ratios,
-        process_group=group,
-    )
-    plain = WeightSpace(module, dtype=asked.dtype, step_ratios=optimizer.step_ratios)
-    space = plain if isinstance(problem, Reason) else problem.function
-    training = training_of(
-        problem,
-        given=asked.noise,
-        weight_decay=optimizer.weight_decay,
-        injected=injected,
-        reasons=(*optimizer.reasons, *([subset] if subset else [])),
-    )
+    settings = read_optimizer(trainer, module, names, step_batch_size(trainer))
+    problem, subset, gatherer = None, None, None
+    try:
+        if asked.data:
+            samples = given_samples(trainer, *asked.data)
+        else:
+            samples = tensor_samples(trainer, module, asked.num_samples, asked.batch_to_problem)
+        if samples is None:
+            gatherer = Gatherer(asked.num_samples, asked.batch_to_problem, group)
+        else:
+            problem, subset = _find(trainer, module, samples, asked, settings, group)
+    except ValueError as error:
+        problem = Code.NO_PROBLEM(why=str(error))
+    plain = WeightSpace(module, dtype=asked.dtype, step_ratios=settings.step_ratios)
+    space = problem.function if isinstance(problem, ZeroLossProblem) else plain
+    problem, training = _problem_of(problem, settings, asked, trainer, subset)
     total = trainer.estimated_stepping_batches
     schedule = Schedule.of_run(window=asked.window, every_n_steps=asked.every_n_steps, total=total)
     generator = torch.Generator().manual_seed(asked.seed)
@@ -150,7 +197,43 @@ def _start(trainer: Trainer, module: LightningModule, names: Sequence[str], aske
         lambda: budget.spending(Account.PATHS),
     )
     engine.note(follower.reason)
-    for account, scope in ((Account.PATHS, Scope.PATHS), (Account.GEOMETRY, Scope.GEOMETRY)):
-        if not engine.supports(scope):
-            budget.close(account)
-    return Started(engine, Subject(module, space, StepRecorder(optimizer)), follower)
+    if not engine.supports(Scope.PATHS):
+        budget.close(Account.PATHS)
+    if gatherer is None and not engine.supports(Scope.GEOMETRY):
+        budget.close(Account.GEOMETRY)
+    subject = Subject(module, space, StepRecorder(settings))
+    return Started(trainer, module, asked, engine, subject, follower, settings, gatherer)
+
+
+def _find(
+    trainer: Trainer,
+    module: LightningModule,
+    samples: Samples,
+    asked: Asked,
+    settings: OptimizerSettings,
+    group: ProcessGroup,
+) -> tuple[ZeroLossProblem | Reason, Reason | None]:
+    return find_problem(
+        module,
+        samples,
+        loss=asked.loss,
+        noise=injected_noise(trainer) or asked.noise,
+        dtype=asked.dtype,
+        batch_size=asked.batch_size,
+        step_ratios=settings.step_ratios,
+        process_group=group,
+    )
+
+
+def _problem_of(
+    problem: P, settings: OptimizerSettings, asked: Asked, trainer: Trainer, subset: Reason | None = None
+) -> tuple[P, Training]:
+    """The problem, and the training with its noise and the reasons."""
+    training = training_of(
+        problem,
+        given=asked.noise,
+        weight_decay=settings.weight_decay,
+        injected=injected_noise(trainer),
+        reasons=(*settings.reasons, *([subset] if subset else [])),
+    )
+    return problem, training

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch_singlim.callbacks.detect import BatchToProblem, as_pair
 from torch_singlim.callbacks.injection import Injection
 from torch_singlim.measure.paths import Path
-from torch_singlim.measure.steps import Before, Step
+from torch_singlim.measure.steps import Before, Step, held_by
 from torch_singlim.network import ProcessGroup, RandomState, noise_off
 from torch_singlim.noise import NoiseSystem
 
@@ -120,9 +120,9 @@ def make_twin(module: LightningModule, optimizer: torch.optim.Optimizer) -> Path
     return path
 
 
-def copy_batch(batch: Any) -> Any:
-    """The same containers with copies of the tensors."""
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+def copy_batch(batch: Any, truth: Mapping[int, Tensor] | None = None) -> Any:
+    """The same containers with copies of the tensors; of those that are perturbed at present, without perturbation."""
+    return apply_to_collection(batch, Tensor, lambda tensor: held_by(tensor, truth or {}).clone())
 
 
 @dataclass(frozen=True)

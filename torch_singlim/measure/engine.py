@@ -10,7 +10,7 @@ import torch
 
 from torch_singlim.geometry import linearised_displacement, nearest_point
 from torch_singlim.linalg import Solution
-from torch_singlim.measure.budget import Budget, expected_seconds
+from torch_singlim.measure.budget import Account, Budget, expected_seconds
 from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
 from torch_singlim.measure.full_batch_window import compare_window
 from torch_singlim.measure.limit import against_limit
@@ -67,7 +67,7 @@ class Engine:
     checkpoints: the drift is then compared with descent on the loss of all samples.
 
     Args:
-        problem: loss and samples, or the reason why there are none.
+        problem: loss and samples, or the reason why there are none; None: they will be given to `found`.
         training: the noise, and what of the training the theory does not cover.
         options: what to measure.
         schedule: the steps at which to measure.
@@ -79,7 +79,7 @@ class Engine:
 
     def __init__(
         self,
-        problem: ZeroLossProblem | Reason,
+        problem: ZeroLossProblem | Reason | None,
         training: Training,
         options: Options,
         schedule: Schedule,
@@ -102,6 +102,19 @@ class Engine:
         self.last_step = -1
         """The last step at which everything was measured."""
         self._timed = self._checked = False
+
+    def found(self, problem: ZeroLossProblem | Reason, training: Training) -> None:
+        """Measure distances from now on, as loss and samples have been found in the course of the training.
+
+        Args:
+            problem: loss and samples, or the reason why there are none.
+            training: with the noise of this problem.
+        """
+        self.problem = None if isinstance(problem, Reason) else problem
+        self.noise = training.noise
+        self.note(*training.reasons)
+        if not self.supports(Scope.GEOMETRY):
+            self.budget.close(Account.GEOMETRY)
 
     # --- what can be measured --------------------------------------------------------------------------------------
 

@@ -115,6 +115,18 @@ class Code(Enum):
         "{samples} of {total} training samples are measured, so that the distance is a lower bound: pass num_samples "
         "to measure all of them",
     )
+    GATHERED = (
+        _NOTED,
+        Scope.NOTHING,
+        "the {samples} samples that are measured were gathered from the run's own batches until step {step}, as "
+        "training saw them",
+    )
+    FRESH_SAMPLES = (
+        _UNSUPPORTED,
+        Scope.LIMIT,
+        "the samples change from epoch to epoch (augmentation, or noise in the data set); distances are those of the "
+        "samples that training saw first",
+    )
     # paths beside the training
     NO_COPY = _UNSUPPORTED, Scope.PATHS, "module and optimizer cannot be copied: {why}"
     NO_STEP_ON_COPY = (

@@ -55,7 +55,7 @@ def unsupported_noise(problem: ZeroLossProblem, noise: NoiseSystem) -> tuple[Rea
 
 
 def training_of(
-    problem: ZeroLossProblem | Reason,
+    problem: ZeroLossProblem | Reason | None,
     *,
     given: NoiseSystem | None,
     weight_decay: float,
@@ -65,7 +65,7 @@ def training_of(
     """The noise that was given, or else that is detected, with every reason why its drift cannot be predicted.
 
     Args:
-        problem: loss and samples, or the reason why there are none.
+        problem: loss and samples, or the reason why there are none; None: they are not known yet.
         given: the noise as given by the user; None: it is detected.
         weight_decay: the optimizer's.
         injected: noise that is injected.
@@ -74,8 +74,8 @@ def training_of(
     Raises:
         ValueError: a given noise that does not fit the problem.
     """
-    if isinstance(problem, Reason):
-        return Training(given or injected or Minibatch(), (problem, *reasons))
+    if problem is None or isinstance(problem, Reason):
+        return Training(given or injected or Minibatch(), (*([problem] if problem else []), *reasons))
     noise = given or detect_noise(problem, weight_decay=weight_decay, injected=injected)
     noise.check(problem)
     return Training(noise, (*reasons, *unsupported_noise(problem, noise)))

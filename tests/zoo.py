@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from torch_singlim import InjectNoise, SingularLimitMonitor
+from torch_singlim.measure import Code
 
 # --- data and modules ----------------------------------------------------------------------------------------------
 
@@ -214,6 +215,11 @@ def monitor_of(**options):
 def injected(noise, **options):
     """Callbacks, made anew for each training, that inject a noise."""
     return lambda: [InjectNoise(noise, **options)]
+
+
+def reasons_of(monitor):
+    """All but those that windows of a few steps are too short for their noise to be resolved."""
+    return [reason for reason in monitor.reasons if reason.code is not Code.UNRESOLVED]
 
 
 def tags_of(monitor):

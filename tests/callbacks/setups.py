@@ -245,7 +245,6 @@ NO_PROBLEM = {
     "step needs trainer": Case(lambda: Net("trainer"), message=r"pass it: SingularLimitMonitor\(loss"),
     "random forward": Case(Noisy, {"loss": "mse"}, message="random in evaluation mode"),
     "two inputs": Case(TwoInputs, message="TypeError.*scale"),
-    "augmentation": Case(dataset=Augmented(), message="random augmentation"),
     "dict batches": Case(OfDict, {"loss": "mse"}, dataset=Named(), message=r"data=\(inputs, targets\)"),
     "batches of three": Case(
         reading(lambda batch: batch[:2]), {"loss": "mse"}, dataset=Triples(), message="two tensors, got list of 3"
@@ -302,6 +301,7 @@ UNSUPPORTED = {
     ),
     "batch norm": Case(Normed, code=Code.BATCH_NORMALISATION, message="batch normalisation couples"),
     "functional dropout": Case(Functional, code=Code.OTHER_RANDOMNESS, message=r"random beyond the nn\.Dropout layers"),
+    "augmentation": Case(dataset=Augmented(), code=Code.FRESH_SAMPLES, message="samples change from epoch to epoch"),
     "subset": Case(monitor={"num_samples": 10}, code=Code.SUBSET, message="10 of 20 training samples"),
     "a long stream": Case(
         monitor={"num_samples": 10}, dataset=Stream(), code=Code.SUBSET, message="10 of a stream of training samples"

@@ -20,6 +20,7 @@ from tests.zoo import (
     fit,
     groups,
     monitor_of,
+    reasons_of,
     scheduled,
     seeded,
     tags_of,
@@ -27,14 +28,24 @@ from tests.zoo import (
     with_optimizer,
 )
 from torch_singlim import SingularLimitMonitor
-from torch_singlim.measure import Code, Kind, Scope
+from torch_singlim.measure import Code, Kind, Need, Scope
 from torch_singlim.measure.tags import TAGS
 
-# all that rests on a prediction of the drift, or on its clock
-PREDICTED = {name for tag in TAGS if tag.needs for name in (tag.name, tag.stderr_name)}
-PREDICTED -= {"distance/relaxed", "distance/relaxed_share"}  # measured at any known step size
+# all that rests on the theory of this noise, or on its clock
+LIMIT = {name for tag in TAGS if Need.LIMIT in tag.needs for name in (tag.name, tag.stderr_name)}
+LIMIT -= {"distance/relaxed", "distance/relaxed_share"}  # measured at any known step size
+# paths beside the training, in any of them
+PATHS = {"drift/predicted", "drift/cosine", "drift/speed", "drift/residual", "drift/ceiling", "window/replay_error"}
+# and those that are only there if the noise can be seen
+OF_PATHS = {
+    name
+    for tag in TAGS
+    if Need.PATHS in tag.needs or Need.BASELINE in tag.needs
+    for name in (tag.name, tag.stderr_name)
+}
+OF_PATHS |= {"drift/ceiling"}
 GEOMETRY = {"excess_loss", "distance/nearest", "distance/linearised", "quality/converged", "quality/residual"}
-MOTION = {"window/steps", "drift/measured"}
+MOTION = {"window/steps", "window/status", "drift/measured"}
 ALWAYS = MOTION | {"cost/overhead"}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's own, about trainings this small
@@ -66,7 +77,7 @@ def test_what_is_unsupported_is_said_and_the_rest_measured(name, caplog):
         watched, trainer = run(case, monitor)
     assert_identical(watched, run(case, alone=True)[0])
 
-    (reason,) = monitor.reasons
+    (reason,) = (each for each in reasons_of(monitor) if each.code.scope is not Scope.NOTHING)
     assert reason.code is (case.code or Code.NO_PROBLEM)
     assert reason.code.kind is Kind.UNSUPPORTED
     assert re.search(case.message, str(reason), re.DOTALL)
@@ -74,13 +85,17 @@ def test_what_is_unsupported_is_said_and_the_rest_measured(name, caplog):
     assert reason.sentence in monitor.verdict
 
     tags = tags_of(monitor)
-    assert not tags & PREDICTED
+    assert not tags & LIMIT
+    assert tags >= ALWAYS
+    followed = reason.code.scope not in (Scope.MOTION, Scope.PATHS)
+    assert (tags >= PATHS) == followed
+    if not followed:
+        assert not tags & OF_PATHS
     if name in UNSUPPORTED:
-        assert tags >= ALWAYS | GEOMETRY
+        assert tags >= GEOMETRY
         assert monitor.last_distance.limit is None
     else:
-        assert tags == (ALWAYS if reason.code is Code.NO_PROBLEM else ALWAYS | {"excess_loss"})
-    assert not monitor.last_window.comparisons
+        assert tags - OF_PATHS == (ALWAYS if reason.code is Code.NO_PROBLEM else ALWAYS | {"excess_loss"})
     assert trainer.logger.of_monitor() == list(monitor.history.items())
 
 
@@ -90,8 +105,8 @@ def test_what_is_supported_is_measured(name):
     monitor = monitor_of(**case.monitor)
     watched, _ = run(case, monitor)
     assert_identical(watched, run(case, alone=True)[0])
-    assert list(monitor.reasons) == []
-    assert ALWAYS | GEOMETRY | {"drift/cosine", "drift/baseline_cosine"} <= tags_of(monitor)
+    assert {reason.code.scope for reason in reasons_of(monitor)} <= {Scope.NOTHING}
+    assert tags_of(monitor) >= ALWAYS | GEOMETRY | PATHS
     assert len([step for step, point in monitor.history.items() if "drift/cosine" in point]) >= 2
 
 

@@ -164,7 +164,7 @@ def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.d
         return None
     twin: Any = in_precision(structural_copy(module), dtype).eval()
     twin.log = twin.log_dict = lambda *args, **kwargs: None  # a copy has no logger
-    if getattr(vars(twin).get("training_step"), "records", False):  # the run's calls, not the copy's
+    if getattr(vars(twin).get("training_step"), "recording", None):  # of the run's calls, not the copy's
         del twin.training_step
     losses = []
     try:

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import nn
+from torch import Tensor, nn
 
+from torch_singlim.callbacks.detect import BatchToProblem, as_pair
 from torch_singlim.callbacks.inject import InjectNoise
 from torch_singlim.callbacks.recording import SeveralCallsError, StepRecording, injections_of
-from torch_singlim.callbacks.twin import TrainingStepGradient, make_twin
+from torch_singlim.callbacks.twin import MicroBatch, TrainingStepGradient, make_twin
 from torch_singlim.measure import Budget, Code, Engine, Measurement, Options, Reason
 from torch_singlim.measure.noise_off import compare_noise_off
 from torch_singlim.measure.paths import CoupledPaths, Path
+from torch_singlim.measure.second_order import BatchPotential, without_potential
 from torch_singlim.measure.steps import Recorded
 from torch_singlim.network import ProcessGroup, free_memory
+from torch_singlim.noise import parts
 
 __all__ = ["Follower"]
 
@@ -51,6 +54,7 @@ class Follower:
         module: the module that is trained.
         options: number of draws and replicas.
         watched: the parameters whose motion is compared.
+        batch_to_problem: a batch -> (inputs, targets), for batches of another form.
         process_group: the processes among which the run averages its gradients.
         generator: of the paths' noise.
         spending: returns a context that counts the time of the recording.
@@ -62,11 +66,13 @@ class Follower:
         module: LightningModule,
         options: Options,
         watched: list[nn.Parameter],
+        batch_to_problem: BatchToProblem | None,
         process_group: ProcessGroup,
         generator: torch.Generator,
         spending: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._trainer, self._module, self._options, self._watched = trainer, module, options, watched
+        self._batch_to_problem = batch_to_problem
         self._group, self._generator, self._spending = process_group, generator, spending
         self._recording: StepRecording | None = None
         self._affine: bool | None = None  # whether the optimizer's updates are affine in the gradient; None: not tested
@@ -84,13 +90,33 @@ class Follower:
             step: optimizer steps so far.
             stop: the step up to which.
         """
-        found = self._open(step)
+        found = self._open(step, self._potential(engine))
         if isinstance(found, Reason):
             engine.give_up(found)
             return
         engine.windows.follow(*found, step, stop)
 
-    def _open(self, step: int) -> tuple[CoupledPaths, Path] | Reason:
+    def _potential(self, engine: Engine) -> BatchPotential | None:
+        """The potential of the noise that is known; None: paths do not need one. What they lack is noted."""
+        second = [part for part in parts(engine.noise) if part.order == 2]
+        if not second and not self._options.expanded:
+            return None
+        problem, optimizer = engine.problem, plain_optimizer(self._trainer)
+        plain = problem is not None and set(problem.function.step_ratios.values()) == {1.0}
+        missing = [str(part) for part in second]
+        if problem is not None and plain and isinstance(optimizer, torch.optim.SGD):
+            missing = without_potential(engine.noise, problem)
+        if missing:
+            engine.note(Code.NO_POTENTIAL(noises=" and ".join(missing)))
+        if problem is None or not plain or (len(missing) == len(second) and not self._options.expanded):
+            return None
+
+        def samples(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+            return as_pair(batch.args[0], self._batch_to_problem)
+
+        return BatchPotential(problem, engine.noise, samples, self._group.size)
+
+    def _open(self, step: int, potential: BatchPotential | None) -> tuple[CoupledPaths, Path] | Reason:
         optimizer = plain_optimizer(self._trainer)
         short = self._memory(optimizer, step)
         if short is not None:
@@ -110,6 +136,8 @@ class Follower:
                 gradient,
                 draws=self._options.draws,
                 replicas=self._options.replicas,
+                expanded=self._options.expanded,
+                potential=potential,
                 baseline=self._baseline is not False,
                 affine=self._affine,
                 watched=[positions[id(p)] for p in self._watched if id(p) in positions],
@@ -138,7 +166,7 @@ class Follower:
         held = [*self._module.parameters(), *self._module.buffers(), *(p for p in _held(self._trainer))]
         state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
         one = sum(t.numel() * t.element_size() for t in (*held, *state))
-        copies = 2 + self._options.replicas + (self._baseline is not False) + 1
+        copies = 3 + self._options.replicas + (self._baseline is not False) + self._options.expanded
         free = self._group.all_reduce_min(free_memory(held[0].device))
         return None if copies * one <= free else Code.MEMORY(step=step, needed=copies * one / _GIB, free=free / _GIB)
 
@@ -214,10 +242,10 @@ class Follower:
         if self._baseline is not None or followed is None:
             return []
         found = compare_noise_off(followed.rehearsal, followed.paths.gradient, recorded.step)
-        self._baseline = found.deterministic
-        if not found.deterministic:
+        self._baseline = found.deterministic and (found.random or found.added > 0)
+        if not self._baseline:
             followed.paths.baseline = None
-            return [Code.NO_BASELINE()]
+            return [Code.NO_NOISE() if found.deterministic else Code.NO_BASELINE()]
         return [Code.PENALTY(share=found.added)] if found.added else []
 
     def explain(self, error: Exception, step: int) -> Reason:

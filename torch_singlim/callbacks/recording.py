@@ -77,8 +77,8 @@ class StepRecording:
         self._trainer, self._module, self._optimizer, self._spending = trainer, module, optimizer, spending
         self._parameters = _held(optimizer)
         self._trained = [p.requires_grad for p in self._parameters]
-        self._original: Any = None
-        self._own = False  # whether the instance had a training_step of its own
+        self.active = False
+        """Whether calls are recorded."""
         self._error: Exception | None = None
         self._batches: list[MicroBatch] = []
         self._modes: tuple[bool, ...] = ()
@@ -92,13 +92,12 @@ class StepRecording:
 
     def install(self) -> None:
         """Wrap training_step on the instance."""
-        self._own = "training_step" in vars(self._module)
-        original = self._original = self._module.training_step
+        original = self._module.training_step
         self._last = [p.detach().clone() for p in self._parameters]
 
         @functools.wraps(original)  # Lightning reads its signature
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            if self._error is None:
+            if self.active and self._error is None:
                 try:
                     with self._spending(), torch.no_grad():
                         self._note(args, kwargs)
@@ -106,19 +105,20 @@ class StepRecording:
                     self._error = error
             return original(*args, **kwargs)
 
-        training_step.records = True  # type: ignore[attr-defined]  # for those who copy the module
+        training_step.recording = self  # type: ignore[attr-defined]  # for those who copy or unwrap the module
+        self.active = True
         self._module.training_step = training_step  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        """Remove the wrapper."""
-        if self._original is None:
-            return
-        if self._own:
-            self._module.training_step = self._original  # type: ignore[method-assign]
-        else:
-            vars(self._module).pop("training_step", None)
-        self._original = None
-        self._last = []
+        """Remove the wrapper, and those below it that recorded before; one above it stays, and passes its calls on."""
+        self.active, self._last = False, []
+        held = vars(self._module)
+        while (recording := getattr(held.get("training_step"), "recording", None)) and not recording.active:
+            below = held["training_step"].__wrapped__
+            if getattr(below, "recording", None) is None and getattr(below, "__self__", None) is self._module:
+                del held["training_step"]  # the method of the class
+            else:
+                held["training_step"] = below
 
     def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the arguments of a call of training_step, without changing the random state."""
@@ -169,6 +169,8 @@ class StepRecording:
         if self._error is not None:
             raise self._error
         if not batches or settings is None:
+            if _distance(self._parameters, self._last) != 0:
+                raise RuntimeError("the optimizer moved the weights in a step that could not be recorded")
             return None
         if settings.divisor and len(batches) > settings.divisor:
             raise SeveralCallsError(len(batches))

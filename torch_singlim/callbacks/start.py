@@ -110,7 +110,7 @@ class Started:
         if self.gatherer is not None:
             try:
                 self.gatherer.take(batch, truth)
-            except ValueError as error:
+            except Exception as error:  # a user's function may raise anything
                 self.gatherer = None
                 engine.found(*_problem_of(Code.NO_PROBLEM(why=str(error)), self.settings, self.asked, self.trainer))
                 return
@@ -192,6 +192,7 @@ def _start(trainer: Trainer, module: LightningModule, names: Sequence[str], aske
         module,
         asked.options,
         space.parameters(),
+        asked.batch_to_problem,
         group,
         torch.Generator().manual_seed(asked.seed),
         lambda: budget.spending(Account.PATHS),

@@ -61,8 +61,10 @@ class CoupledWindow:
     """A window of a run and the paths coupled to it, reduced to the inner products of their displacements.
 
     Args:
-        gram: inner products of (m, n, a_1, a_2, r_1, ..., r_R) ``[4 + R, 4 + R]``, float64; n = 0 without baseline.
+        gram: inner products of (m, n, a_1, a_2, r_1, ..., r_R) and of s, the expanded path, if there is one, float64;
+            n = 0 without baseline.
         has_baseline: whether there is a baseline.
+        has_expanded: whether there is an expanded path.
 
     >>> m, a = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])
     >>> window = CoupledWindow.of(m, a, a, baseline=torch.tensor([0.5, 0.0]))
@@ -72,6 +74,7 @@ class CoupledWindow:
 
     gram: Tensor = field(repr=False)
     has_baseline: bool
+    has_expanded: bool = False
 
     @classmethod
     def of(
@@ -81,29 +84,31 @@ class CoupledWindow:
         averaged_2: Tensor,
         *,
         baseline: Tensor | None = None,
+        expanded: Tensor | None = None,
         replicas: Sequence[Tensor] = (),
     ) -> CoupledWindow:
         """From the displacements themselves  ``[P]``."""
         vectors = [run, torch.zeros_like(run) if baseline is None else baseline, averaged_1, averaged_2, *replicas]
+        vectors += [] if expanded is None else [expanded]
         count = len(vectors)
         gram = torch.zeros(count, count, dtype=torch.float64)
         for i, j in itertools.combinations_with_replacement(range(count), 2):  # one by one, to save memory
             gram[i, j] = gram[j, i] = torch.dot(vectors[i].double(), vectors[j].double()).item()
-        return cls(gram, baseline is not None)
+        return cls(gram, baseline is not None, expanded is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """A tensor and a plain value, for a checkpoint."""
-        return {"gram": self.gram, "has_baseline": self.has_baseline}
+        return {"gram": self.gram, "has_baseline": self.has_baseline, "has_expanded": self.has_expanded}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> CoupledWindow:
         """The window with this state."""
-        return cls(state["gram"].cpu(), state["has_baseline"])
+        return cls(state["gram"].cpu(), state["has_baseline"], state["has_expanded"])
 
     @property
     def num_replicas(self) -> int:
         """R."""
-        return len(self.gram) - 4
+        return len(self.gram) - 4 - self.has_expanded
 
     def _inner(self, u: Tensor, v: Tensor) -> float:
         return (u @ self.gram @ v).item()
@@ -149,6 +154,17 @@ class CoupledWindow:
     def noise(self) -> Projection | None:
         """The noise-induced part, x = m - n on y_i = a_i - n (None without a baseline)."""
         return self._project(relative=True) if self.has_baseline else None
+
+    @property
+    def expansion(self) -> tuple[float, float] | None:
+        """Cosine and ratio of norms of s - n with the averaged paths; None without an expanded path and a baseline."""
+        if not (self.has_expanded and self.has_baseline):
+            return None
+        s, y1, y2 = (self._combination((i, 1.0), (1, -1.0)) for i in (len(self.gram) - 1, 2, 3))
+        square, size = self._inner(y1, y2), self._inner(s, s)
+        if square <= 0 or size <= 0:
+            return None
+        return self._inner(s, (y1 + y2) / 2) / math.sqrt(square * size), math.sqrt(size / square)
 
     def _cosines(self, shift: float) -> list[float]:
         """Cosines between the run and each replica."""

@@ -22,12 +22,14 @@ class NoiseOff:
     """The gradient of one step without noise, compared with itself and with the one in training.
 
     Args:
-        deterministic: whether it does not depend on the random state any more than on nothing at all.
+        deterministic: whether it does not depend on the random state.
+        random: whether the gradient in training does.
         added: norm of what training mode adds without being random, relative to the gradient; 0 if training is random,
             since the two cannot be told apart then.
     """
 
     deterministic: bool
+    random: bool
     added: float
 
 
@@ -60,7 +62,7 @@ def compare_noise_off(path: Path, gradient: Gradient, step: Step) -> NoiseOff:
         one, two = noisy(1), noisy(2)
         random = torch.linalg.vector_norm(one - two).item() > _ROUNDING * size
         added = torch.linalg.vector_norm(one - first).item() / size
-    return NoiseOff(deterministic, added if deterministic and not random and added > _ROUNDING else 0.0)
+    return NoiseOff(deterministic, random, added if deterministic and not random and added > _ROUNDING else 0.0)
 
 
 def _gradient(path: Path) -> Tensor:

@@ -88,8 +88,17 @@ class Path:
             step.clip(self.parameters)
         self.optimizer.step(_no_closure)
 
-    def descend(self, gradient: Gradient, step: Step, seeds: Sequence[int]) -> None:
-        """Make the step with the mean gradient over independent draws, one for each seed; no seeds: without noise."""
+    def descend(
+        self, gradient: Gradient, step: Step, seeds: Sequence[int], add: Callable[[Path], object] | None = None
+    ) -> None:
+        """Make the step with the mean gradient over independent draws, one for each seed; no seeds: without noise.
+
+        Args:
+            gradient: computes the gradient.
+            step: of the run.
+            seeds: of the draws.
+            add: adds a further term to the gradient.
+        """
         self.take_settings(step)
         self.optimizer.zero_grad()
         if not seeds:
@@ -108,6 +117,8 @@ class Path:
                         totals[i] = share if known is None else known + share
             for p, total in zip(self.parameters, totals, strict=True):
                 p.grad = total
+        if add is not None:
+            add(self)
         self.update(step)
 
     def descend_by_updates(
@@ -152,6 +163,19 @@ class Gradient(Protocol):
 
     def again(self, path: Path, step: Step, before: Before) -> None:
         """With the random numbers of the run."""
+        ...
+
+
+class Potential(Protocol):
+    """Adds the gradient of the potential of known noise to the gradients of a path."""
+
+    @property
+    def second(self) -> bool:
+        """Whether there is noise of order 2."""
+        ...
+
+    def add(self, path: Path, step: Step, seed: int, *, first: bool) -> None:
+        """Add alpha grad V of the noises of order 2, and, with `first`, grad V of those of order 1."""
         ...
 
 
@@ -221,6 +245,8 @@ class CoupledPaths:
         gradient: computes the gradient of a step on a copy.
         draws: m, number of noise draws per step in both averaged paths together; even.
         replicas: R.
+        expanded: whether there is a path with the second-order expansion of the noise; it needs a potential.
+        potential: of the noise, as far as it is known.
         baseline: whether there is a path without noise.
         affine: whether gradients are averaged; otherwise updates are. None: by a test of the optimizer.
         watched: positions, among the optimizer's parameters, of those whose motion is compared; None: all.
@@ -237,6 +263,8 @@ class CoupledPaths:
         *,
         draws: int = 4,
         replicas: int = 1,
+        expanded: bool = False,
+        potential: Potential | None = None,
         baseline: bool = True,
         affine: bool | None = None,
         watched: Sequence[int] | None = None,
@@ -247,6 +275,7 @@ class CoupledPaths:
         self.gradient, self.draws, self.generator = gradient, draws, generator
         self.averaged = (make_path(), make_path())
         self.baseline = make_path() if baseline else None
+        self.potential, self.expanded = potential, make_path() if expanded and potential is not None else None
         self.replicas = tuple(make_path() for _ in range(replicas))
         first = self.averaged[0]
         self.affine = is_affine(first.module, first.optimizer, generator=generator) if affine is None else affine
@@ -277,13 +306,24 @@ class CoupledPaths:
                 seeds = self._seeds(self.draws // 2)
                 # with clipping, no rule is affine
                 if self.affine and step.clip is None:
-                    path.descend(self.gradient, step, seeds)
+                    path.descend(self.gradient, step, seeds, self._second_order(step))
                     continue
                 if not self._optimizers[i]:
                     self._optimizers[i] = path.twin_optimizers(len(seeds))
                 path.descend_by_updates(self.gradient, step, seeds, self._optimizers[i])
             for path in self.replicas:
                 path.descend(self.gradient, step, self._seeds(1))
+            if self.expanded is not None and self.potential is not None:
+                (seed,), potential = self._seeds(1), self.potential
+                self.expanded.descend(self.gradient, step, (), lambda path: potential.add(path, step, seed, first=True))
+
+    def _second_order(self, step: Step) -> Callable[[Path], object] | None:
+        """Adds to the gradient of an averaged path what noise of order 2 does through its fluctuations."""
+        potential = self.potential
+        if potential is None or not potential.second:
+            return None
+        (seed,) = self._seeds(1)
+        return lambda path: potential.add(path, step, seed, first=False)
 
     def moved(self, weights: Tensor) -> Tensor:
         """Displacement since the beginning of weights of a path or the run  ``[P]`` -> watched ones."""
@@ -303,6 +343,7 @@ class CoupledPaths:
         return CoupledWindow.of(
             self.moved(weights),
             *(self.moved(path.weights()) for path in self.averaged),
+            expanded=None if self.expanded is None else self.moved(self.expanded.weights()),
             baseline=None if self.baseline is None else self.moved(self.baseline.weights()),
             replicas=[self.moved(path.weights()) for path in self.replicas],
         )

@@ -150,11 +150,23 @@ class Code(Enum):
         "the noise cannot be switched off: in evaluation mode two evaluations of training_step with different random "
         "numbers differ, so that there is no baseline and no noise-induced drift",
     )
+    NO_NOISE = (
+        _NOTED,
+        Scope.NOTHING,
+        "given its batches, the training is not random, so that there is no noise-induced drift, and the baseline is "
+        "the averaged path",
+    )
     PENALTY = (
         _NOTED,
         Scope.NOTHING,
         "training mode adds {share:.2g} of the gradient without being random (a penalty under self.training); it "
         "counts as noise-induced",
+    )
+    NO_POTENTIAL = (
+        _UNSUPPORTED,
+        Scope.PART,
+        "the averaged path lacks the drift of second order of {noises}: it is known for label noise and label flips "
+        "under torch.optim.SGD with one learning rate, where the loss is recognised",
     )
     REPLAY = (
         _INVALIDATED,
@@ -181,7 +193,7 @@ class Code(Enum):
         _INVALIDATED,
         Scope.PART,
         "the noise-induced drift in the window {start}-{stop} is smaller than the sampling error of the averaged "
-        "paths, {share:.2g} of the motion, or there is no noise: pass more draws, or a longer window",
+        "paths, {share:.2g} of the motion: pass more draws, or a longer window",
     )
     MEMORY = (
         _SKIPPED,

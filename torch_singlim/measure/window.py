@@ -92,6 +92,8 @@ class Window:
         reason: why the prediction for this window is invalidated (None if it is not).
         noise: the noise-induced drift (None without a prediction for it).
         ceiling: the noise ceiling, the best cosine that any deterministic prediction can have (nan without replicas).
+        expansion: cosine and ratio of norms of the expanded path's noise-induced drift with the averaged path's (None
+            without an expanded path).
         baseline_moved: |n - w_0|, displacement of the baseline (None without a baseline beside the training).
         replay_error: of the replay at the end (None without paths beside the training).
         coupled: inner products of the run's and the paths' displacements (None without paths beside the training).
@@ -108,6 +110,7 @@ class Window:
     reason: Reason | None = None
     noise: NoiseInduced | None = None
     ceiling: float = math.nan
+    expansion: tuple[float, float] | None = None
     baseline_moved: float | None = None
     replay_error: float | None = None
     coupled: CoupledWindow | None = field(default=None, repr=False)
@@ -150,6 +153,7 @@ class Window:
             comparisons=comparisons,
             noise=noise,
             ceiling=noise_ceiling_of(coupled.cosines(relative=False)),
+            expansion=None if noise is None else coupled.expansion,
             baseline_moved=coupled.norm(1) if coupled.has_baseline else None,
             replay_error=replay_error,
             coupled=coupled,

@@ -167,6 +167,25 @@ class ZeroLossProblem:
         part.sites = part.function.sites(part.inputs)
         return part
 
+    def on(self, inputs: Tensor, targets: Tensor) -> ZeroLossProblem:
+        """The same loss on other samples, such as a batch, evaluated by this process.
+
+        Args:
+            inputs: ``[n, ...]``.
+            targets: ``[n, ...]``, in the form in which they were given to this problem.
+        """
+        other = self.alone()
+        other.inputs = inputs.detach().to(self.device)
+        if other.inputs.is_floating_point():
+            other.inputs = other.inputs.to(self.dtype)
+        other.num_samples = len(inputs)
+        other.batch_size = min(self.batch_size, len(inputs))
+        other.num_residuals = len(inputs) * (self.num_residuals // self.num_samples)
+        with torch.no_grad():
+            outputs = self.function(self.weights(), other.inputs[:2])
+        other.targets = self.sample_loss.prepare(targets.detach().to(self.device), outputs)
+        return other
+
     @cached_property
     def flops(self) -> float:
         """Floating point operations of a forward pass of one sample; a multiply-add counts as two."""

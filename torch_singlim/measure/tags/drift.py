@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch_singlim.measure.distance import Expansion
+from torch_singlim.measure.measurement import Measurement
 from torch_singlim.measure.tags.tag import (
     Need,
     Place,
+    Reader,
     Tag,
     needs,
     of_distance,
@@ -20,6 +25,18 @@ _COSINES = "Cosine with the measured motion: baseline, averaged path, noise ceil
 _DISPLACEMENT = "Displacement over a window [weight norm]"
 _INDUCED = "Noise-induced drift over a window [weight norm]"
 _INDUCED_COSINES = "Cosine of the noise-induced drift, and its noise ceiling"
+
+
+def _of_expansion(which: int, read: Callable[[Expansion], float]) -> Reader:
+    """Read from the distance measurement, or from the window if there is an expanded path."""
+
+    def value(m: Measurement) -> float | None:
+        if m.distance is not None and m.distance.expansion is not None:
+            return read(m.distance.expansion)
+        return None if m.window is None or m.window.expansion is None else m.window.expansion[which]
+
+    return value
+
 
 WINDOW_STEPS = Tag(
     name="window/steps",
@@ -222,11 +239,12 @@ EXPANSION_COSINE = Tag(
     unit="–",
     meaning="cosine at w between ∇V, the second-order expansion of the noise, and the average over noise of finite "
     "size, E_η ∇L(w, η) − ∇L. If it is significantly below 0.85, the prediction of the limit, which rests on the "
-    "expansion, is invalidated",
+    "expansion, is invalidated. In windows with `expanded=True`: between the noise-induced drift of the expanded and "
+    "of the averaged path",
     advice="Near 1: the assumption of the limit holds",
     group="Noise-induced drift",
     chart="",
-    value=of_distance(lambda d: None if d.expansion is None else d.expansion.cosine),
+    value=_of_expansion(0, lambda e: e.cosine),
     stderr=of_distance(lambda d: None if d.expansion is None else d.expansion.stderr),
     needs=needs(Need.LIMIT, Need.MOVES),
 )
@@ -235,11 +253,11 @@ EXPANSION_RATIO = Tag(
     label="norm of the expansion",
     unit="–",
     meaning="\\|∇V\\| over the norm of that average; the prediction of the limit is invalidated if this differs "
-    "significantly from 1 by more than 0.15",
+    "significantly from 1 by more than 0.15. In windows with `expanded=True`: the same of the two paths",
     advice="Near 1: the assumption of the limit holds",
     group="Noise-induced drift",
     chart="",
-    value=of_distance(lambda d: None if d.expansion is None else d.expansion.ratio),
+    value=_of_expansion(1, lambda e: e.ratio),
     stderr=of_distance(lambda d: None if d.expansion is None else d.expansion.stderr),
     needs=needs(Need.LIMIT, Need.MOVES),
 )

@@ -19,6 +19,7 @@ from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,7 @@ _CLEAN_STEPS = 2_000  # of training before the projections: their difficulty dep
 _WARM_UP = 35
 _REPEATS = 15
 _CLEAR = Path("/proc/self/clear_refs")
+_WINDOW = 40  # steps that are timed in a training
 _PATIENCE = 20.0  # another library's solve is given up after so many times ours
 
 
@@ -292,31 +294,71 @@ def growth(data_dir: Path | None) -> dict[str, Any]:
     return {"rows": rows, "exponents": exponents}
 
 
+class StepTimes(L.Callback):
+    """The times at which steps begin."""
+
+    def __init__(self) -> None:
+        self.began: list[float] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.began.append(time.perf_counter())
+
+    @property
+    def median(self) -> float:
+        """Seconds from one step to the next."""
+        return statistics.median(b - a for a, b in pairwise(self.began))
+
+
+def fit(problem: str, data: TensorDataset, steps: int, *callbacks: L.Callback, lr: float, batch_size: int) -> float:
+    """Seconds of a training of one problem's network on data with dropout."""
+    build, shape, _ = PROBLEMS[problem]
+    L.seed_everything(0, verbose=False)
+    net = build(shape)
+    set_dropout(net, DROPOUT)
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    loader = DataLoader(data, batch_size, sampler=RandomSampler(data, num_samples=steps * batch_size))
+    start = time.perf_counter()
+    trainer.fit(Classifier(net, lr), loader)
+    return time.perf_counter() - start
+
+
+def window(problem: str, samples: int | None, data_dir: Path | None) -> dict[str, float]:
+    """Seconds of a training step in Lightning without and with paths beside it, four draws and one replica.
+
+    The ratio is what the paths cost, in training steps: their steps, and the records that these need.
+    """
+    _, shape, default = PROBLEMS[problem]
+    batch_size = min(100, samples or default)
+    data = TensorDataset(*images(shape, batch_size, data_dir))
+    train = partial(fit, problem, data, _WINDOW, lr=1e-3, batch_size=batch_size)
+    without, beside = StepTimes(), StepTimes()
+    train(without)
+    train(beside, SingularLimitMonitor(window=_WINDOW, max_overhead=None, num_samples=1, num_draws=2))
+    found = {"without": without.median, "with": beside.median}
+    found["ratio"] = beside.median / without.median - 1
+    print(
+        f"{problem}: a training step of {batch_size} samples takes {without.median:.3g} s; all paths beside it take",
+        end=" ",
+    )
+    print(f"{found['ratio']:.2f} such steps\n", flush=True)
+    return found
+
+
 def training(target: float, data_dir: Path | None) -> dict[str, float]:
     """Seconds of the same training, about `target` long, without and with a monitor of default settings."""
     data = TensorDataset(*images((1, 28, 28), 1_000, data_dir))
-
-    def fit(steps: int, *callbacks: L.Callback) -> float:
-        L.seed_everything(0, verbose=False)
-        net = mlp((1, 28, 28))
-        set_dropout(net, DROPOUT)
-        trainer = L.Trainer(
-            max_steps=steps,
-            accelerator="cpu",
-            logger=False,
-            callbacks=list(callbacks),
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
-        loader = DataLoader(data, batch_size=100, sampler=RandomSampler(data, num_samples=steps * 100))
-        start = time.perf_counter()
-        trainer.fit(Classifier(net, SGD.lr), loader)
-        return time.perf_counter() - start
-
-    steps = round(target * 1_000 / fit(1_000))
-    found = {"steps": float(steps), "without": fit(steps)}
-    found["with"] = fit(steps, SingularLimitMonitor())
+    train = partial(fit, "mlp", data, lr=SGD.lr, batch_size=100)
+    steps = round(target * 1_000 / train(1_000))
+    found = {"steps": float(steps), "without": train(steps)}
+    found["with"] = train(steps, SingularLimitMonitor())
     found["ratio"] = found["with"] / found["without"]
     print(f"{steps} steps: {found['without']:.1f} s without the monitor, {found['with']:.1f} s with it")
     print(f"a step: {found['without'] / steps:.3g} s, {found['with'] / steps:.3g} s; ratio {found['ratio']:.3f}")
@@ -330,6 +372,7 @@ def main(
     samples: int | None = None,
     deep: bool = False,
     scaling: bool = False,
+    paths: bool = False,
     overhead: float | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -345,6 +388,7 @@ def main(
         samples: default: 1,000; ResNet-18: 64.
         deep: also projection, distance, a window and a whole measurement of the MLP, on trained weights.
         scaling: also whole measurements for growing samples and weights, and the exponents.
+        paths: also what a step of a window takes beside a training step: baseline, averaged paths, one replica.
         overhead: also a training of so many seconds without and with the monitor.
         device: cpu, cuda, ...
         threads: of torch.
@@ -361,6 +405,8 @@ def main(
         results[problem] = pieces(problem, kind, where, samples, data_dir, deep=deep and problem == "mlp")
     if scaling:
         results["scaling"] = growth(data_dir)
+    if paths:
+        results["paths"] = {name: window(name, samples, data_dir) for name in filter(None, problems.split(","))}
     if overhead is not None:
         results["overhead"] = training(overhead, data_dir)
     out.parent.mkdir(parents=True, exist_ok=True)

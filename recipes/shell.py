@@ -25,11 +25,11 @@ def command(main: Callable[..., None]) -> None:
 def compared_window(monitor: SingularLimitMonitor) -> Window:
     """The monitor's last window; where there is none, or theory has no prediction for it, exit with the reasons."""
     window = monitor.last_window
-    if window is not None and window.comparisons and window.reason is None:
+    if window is not None and (window.drift is not None or window.diffuses):
         return window
     reasons = [str(reason) for reason in monitor.reasons]
     if window is None:
-        reasons.append(f"no window of {monitor.window} steps was completed: make it shorter, or train longer")
+        reasons.append("no window was completed: make it shorter, or train longer")
     raise SystemExit(f"nothing was compared with the theory: {'; '.join(reasons)}")
 
 

@@ -37,3 +37,14 @@ def test_the_table_and_its_file(tmp_path, capsys, monkeypatch):
     rows = {row["name"]: row["seconds"] for row in written["mlp"]["rows"]}
     assert all(seconds > 0 for seconds in rows.values())
     assert f"| Hessian product | {rows['Hessian product']:.3g} |" in printed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_cost_of_paths_is_in_training_steps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "_WINDOW", 12)
+    monkeypatch.setattr(benchmark, "_REPEATS", 2)
+    benchmark.main(problems="mlp", samples=8, paths=True, out=tmp_path / "benchmark.json")
+    row = json.loads((tmp_path / "benchmark.json").read_text())["paths"]["mlp"]
+    assert row["ratio"] == pytest.approx(row["with"] / row["without"] - 1)
+    assert row["ratio"] > 1  # six gradients beside one
+    assert f"all paths beside it take {row['ratio']:.2f} such steps" in capsys.readouterr().out

@@ -25,23 +25,15 @@ def test_it_fails_where_theory_and_training_part(tmp_path):
         main(**SMALL, out=tmp_path / "digits")
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_it_fails_where_no_window_was_completed(tmp_path):
-    with pytest.raises(SystemExit, match=r"no window of 80 steps was completed"):
-        main(**(SMALL | {"window": 80}), out=tmp_path / "digits")
-
-
 @pytest.mark.parametrize("noise", ["label_noise", "langevin", "input_noise", "minibatch"])
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_other_noises_are_reported_where_they_are_too_weak(noise, tmp_path, capsys):
-    level = None if noise == "minibatch" else 1e-3
+    level = None if noise == "minibatch" else 1e-4
     main(noise=noise, level=level, **SMALL, out=tmp_path / "digits", check=noise != "langevin")
     printed = capsys.readouterr().out
-    expected = {
-        "langevin": "diffusion hides that",
-        "minibatch": "no motion along the zero-loss set",
-    }.get(noise, "not visible in windows of 20 steps")
-    assert expected in printed
-    if noise in ("label_noise", "input_noise"):
-        assert "it would take windows of about" in printed
-        assert "nothing to check" in printed
+    if noise == "langevin":
+        assert "diffusion hides that" in printed
+        return
+    assert "nothing to check" in printed
+    assert "not resolved" in printed or "it would take windows of about" in printed
+    assert ("no motion along the zero-loss set" in printed) == (noise == "minibatch")

@@ -1,0 +1,186 @@
+"""Drift of a transformer on handwritten digits: attention, layer normalisation and dropout, compared with theory.
+
+An image of 8 x 8 pixels is 8 tokens, one for each of its rows. The drift is compared with paths beside the training,
+which make steps on the same batches: the averaged path, descent on the effective loss, and the baseline, the same
+descent with the noise switched off. They need gradients of a batch alone, and work for any network that trains. The
+distance to the zero-loss set takes second derivatives, and is measured on a few samples.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+from data import digits
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from networks import Classifier, set_dropout
+from shell import command, compared_window, require
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from torch_singlim import Model, SingularLimitMonitor, Window, drift_figure
+
+TOKENS, PIXELS = 8, 8  # rows of an image, and pixels of a row
+SMOOTHING = 0.1  # of the labels
+MEASURED = 50  # samples on which the distance is measured
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, with dropout of the attention weights.
+
+    Args:
+        width: of a token.
+        heads: divide the width.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.inputs, self.outputs = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.dropout = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``[n, tokens, width]`` -> tokens ``[n, tokens, width]``."""
+        per_head = self.inputs(x).unflatten(-1, (3 * self.heads, -1)).transpose(-2, -3)
+        q, k, v = per_head.chunk(3, dim=-3)  # [n, heads, tokens, width / heads]
+        attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # [n, heads, tokens, tokens]
+        mixed = self.dropout(attention) @ v
+        return self.outputs(mixed.transpose(-2, -3).flatten(-2))
+
+
+class Block(nn.Module):
+    """Attention and a layer of hidden units, both with layer normalisation before and dropout after them.
+
+    Args:
+        width: of a token.
+        heads: of the attention.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(nn.LayerNorm(width), Attention(width, heads), nn.Dropout())
+        self.hidden = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.GELU(),
+            nn.Dropout(),
+            nn.Linear(2 * width, width),
+            nn.Dropout(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``[n, tokens, width]`` -> tokens ``[n, tokens, width]``."""
+        x = x + self.attention(x)
+        return x + self.hidden(x)
+
+
+class Transformer(nn.Module):
+    """Rows of pixels as tokens -> blocks -> mean over tokens -> 10 outputs.
+
+    Args:
+        width: of a token.
+        heads: of each attention.
+        layers: blocks.
+    """
+
+    def __init__(self, width: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(PIXELS, width)
+        self.position = nn.Parameter(0.02 * torch.randn(TOKENS, width))
+        self.dropout = nn.Dropout()
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[n, 64]`` -> outputs ``[n, 10]``."""
+        tokens = self.embedding(x.unflatten(-1, (TOKENS, PIXELS))) + self.position  # [n, tokens, width]
+        return self.head(self.blocks(self.dropout(tokens)).mean(-2))
+
+
+def promises(window: Window) -> dict[str, bool]:
+    """What theory promises of a window."""
+    assert window.drift is not None
+    drift, baseline, noise = window.drift.agreement, window.comparisons[Model.BASELINE].agreement, window.noise
+    return {
+        "cosine >= 0.95 of the noise ceiling": drift.cosine >= 0.95 * window.ceiling,
+        "speed within 0.93 to 1.07": 0.93 <= drift.speed <= 1.07,
+        "baseline cosine at least 0.1 lower": baseline.cosine <= drift.cosine - 0.1,
+        "noise-induced drift within 0.85 to 1.15 of the predicted": noise is not None
+        and abs(noise.ratio.mean - 1) <= 0.15,
+    }
+
+
+def main(
+    samples: int = 1_797,
+    width: int = 64,
+    heads: int = 4,
+    layers: int = 2,
+    dropout: float = 0.1,
+    lr: float = 0.1,
+    batch_size: int = 64,
+    steps: int = 1_500,
+    window: int = 500,
+    replicas: int = 1,
+    seed: int = 0,
+    out: Path = Path("runs/transformer"),
+    check: bool = True,
+) -> None:
+    """Train a transformer on handwritten digits with dropout; compare its drift with the theory.
+
+    Args:
+        samples: training images.
+        width: of a token.
+        heads: of each attention.
+        layers: blocks of attention and hidden units.
+        dropout: rate, of attention weights and of the outputs of layers.
+        lr: step size of SGD.
+        batch_size: images per step.
+        steps: optimizer steps.
+        window: steps over which drift is measured, one window after another.
+        replicas: paths with independent noise, for the noise ceiling, the best cosine that a prediction can have.
+        seed: of weights, batches and noise.
+        out: folder for TensorBoard's event files and the figure.
+        check: fail unless the last window agrees with the theory.
+    """
+    # settings
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data are in memory
+    L.seed_everything(seed)
+
+    # data: shuffled passes, one after another, as one long epoch: one progress bar for the whole run
+    data = digits(samples, one_hot=False)
+    loader = DataLoader(data, batch_size, sampler=RandomSampler(data, num_samples=steps * batch_size))
+
+    # model
+    net = Transformer(width, heads, layers)
+    set_dropout(net, dropout)
+    model = Classifier(net, lr, smoothing=SMOOTHING)
+
+    # training; windows follow one another without a gap, whatever that costs
+    monitor = SingularLimitMonitor(every_n_steps=window, window=window, replicas=replicas, num_samples=MEASURED)
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=TensorBoardLogger(out.parent, name=out.name, default_hp_metric=False),
+        callbacks=[monitor, TQDMProgressBar(refresh_rate=50)],
+        enable_checkpointing=False,
+        log_every_n_steps=50,
+    )
+    trainer.fit(model, loader)
+
+    # result
+    figure = Path(trainer.log_dir or out) / "drift.png"
+    title = f"{samples} digits, transformer, dropout {dropout:g}, SGD {lr:g}, batch {batch_size}"
+    drift_figure(monitor.history, monitor.last_window, title=title).savefig(figure)
+    seen = monitor.visibility
+    assert seen is not None
+    print(f"dropout {dropout:g}: {seen.words}\nfigure: {figure}\nlook:   tensorboard --logdir {out}")
+    if check:
+        require(promises(compared_window(monitor)))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -207,6 +207,7 @@ class Case:
         callbacks: beside the monitor, made anew for each run.
         code: of the one reason that is expected.
         message: what it says, or an error.
+        also: of a second reason, for what it does to paths.
     """
 
     make: Any = Net
@@ -216,6 +217,7 @@ class Case:
     callbacks: Any = tuple
     code: Code | None = None
     message: str = ""
+    also: Code | None = None
 
 
 # options that contradict each other, or the training
@@ -243,14 +245,14 @@ NO_PROBLEM = {
     "wrong loss": Case(monitor={"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, message="where training_step gives"),
     "no loss of that kind": Case(monitor={"loss": nn.L1Loss()}, message="loss"),
     "step needs trainer": Case(lambda: Net("trainer"), message=r"pass it: SingularLimitMonitor\(loss"),
-    "random forward": Case(Noisy, {"loss": "mse"}, message="random in evaluation mode"),
+    "random forward": Case(Noisy, {"loss": "mse"}, message="random in evaluation mode", also=Code.NO_BASELINE),
     "two inputs": Case(TwoInputs, message="TypeError.*scale"),
     "dict batches": Case(OfDict, {"loss": "mse"}, dataset=Named(), message=r"data=\(inputs, targets\)"),
     "batches of three": Case(
         reading(lambda batch: batch[:2]), {"loss": "mse"}, dataset=Triples(), message="two tensors, got list of 3"
     ),
     "several loaders": Case(
-        reading(lambda batch: batch[0]), dataset=[data(), data()], message="one DataLoader, got list"
+        reading(lambda batch: batch[0]), dataset=[data(), data()], message="two tensors, got list of 2"
     ),
     "a hook that does not fit": Case(
         OfDict,
@@ -259,7 +261,7 @@ NO_PROBLEM = {
         message=r"batch_to_problem must return \(inputs, targets\), two tensors, got Tensor",
     ),
     "a hook that fails": Case(
-        OfDict, {"batch_to_problem": lambda batch: (batch["x"], batch["z"])}, dataset=Named(), message="KeyError: 'z'"
+        OfDict, {"batch_to_problem": lambda batch: (batch["x"], batch["z"])}, dataset=Named(), message="'z'"
     ),
     "infinite data": Case(monitor={"data": INFINITE}, message="inputs contain nan"),
     "labels out of range": Case(
@@ -272,7 +274,9 @@ UNSUPPORTED = {
     "adam": Case(Adam, code=Code.OPTIMIZER, message="Adam rescales"),
     "two optimizers": Case(Two, {"loss": "mse"}, code=Code.SEVERAL_OPTIMIZERS, message="one optimizer, got 2"),
     "manual optimization": Case(Manual, {"loss": "mse"}, code=Code.MANUAL_OPTIMIZATION, message="manual optimization"),
-    "clipping of one's own": Case(OwnClipping, code=Code.OWN_CLIPPING, message="clips gradients in its own way"),
+    "clipping of one's own": Case(
+        OwnClipping, code=Code.OWN_CLIPPING, message="clips gradients in its own way", also=Code.REPLAY
+    ),
     "groups with different momentum": Case(
         with_optimizer(lambda m: groups(m, {"momentum": 0.5}, {})),
         code=Code.GROUPS_DIFFER,

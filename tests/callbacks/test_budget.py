@@ -1,21 +1,27 @@
 """What the monitor measures in the time that it is allowed."""
 
+import math
+
 import pytest
 
 from tests.zoo import Net, Recorder, Trace, assert_identical, fit, monitor_of, seeded, tags_of
 from torch_singlim import SingularLimitMonitor
-from torch_singlim.measure import Budget, Code
+from torch_singlim.measure import Account, Budget, Code
 
 # what is logged whatever is afforded, and what each affords
-ALWAYS = {"excess_loss", "cost/overhead", "window/steps", "drift/measured"}
+ALWAYS = {"cost/overhead", "window/steps", "window/status", "drift/measured"}
 CLOCK = {"clock/step_size", "clock/noise_level", "clock/slow_time", "clock/time_scale"}
 CASES = {
     "nothing": ((), set()),
-    "check": (("check",), set()),
-    "linearised": (("check", "linearised"), {"distance/linearised", "quality/linear_residual"}),
-    "drift": (("check", "window"), {"drift/cosine", "drift/baseline_cosine"}),
-    "distance": (("check", "window", "distance"), {"drift/cosine", "distance/nearest"}),
-    "all": (("check", "window", "distance", "limit", "steps"), {"distance/relaxed_expected", "limit/frozen_cosine"}),
+    "excess loss": (("loss",), {"excess_loss"}),
+    "check": (("loss", "check"), {"excess_loss"}),
+    "linearised": (("loss", "check", "linearised"), {"distance/linearised", "quality/linear_residual"}),
+    "paths": (("paths",), {"drift/cosine", "drift/baseline_cosine"}),
+    "distance": (("loss", "check", "distance"), {"distance/nearest"}),
+    "all": (
+        ("loss", "check", "paths", "distance", "limit"),
+        {"drift/cosine", "distance/relaxed_expected", "limit/frozen_cosine"},
+    ),
 }
 
 
@@ -36,19 +42,21 @@ def test_what_is_dropped_first(name, monkeypatch):
     class Allowing(Budget):
         """Affords this, whatever it costs."""
 
-        def affords(self, kind):
-            if kind not in afforded:
-                self.skipped[kind] = 1
-            return kind in afforded
+        def affords(self, kind, *, part=1.0):
+            return kind in afforded or self.skip(kind)
 
-    monkeypatch.setattr("torch_singlim.callbacks.monitor.Budget", Allowing)
+        def left(self, account):
+            return math.inf if account is Account.GEOMETRY or "paths" in afforded else 0.0
+
+    monkeypatch.setattr("torch_singlim.callbacks.start.Budget", Allowing)
     monitor = SingularLimitMonitor(window=10, num_draws=2)
     logged = fitted(monitor)
     assert ALWAYS | CLOCK | tags <= logged
-    assert ("drift/cosine" in logged) == ("window" in afforded)
+    assert ("excess_loss" in logged) == ("loss" in afforded)
+    assert ("drift/cosine" in logged) == ("paths" in afforded)
     assert ("distance/nearest" in logged) == ("distance" in afforded)
     assert ("limit/frozen_cosine" in logged) == ("limit" in afforded)
-    assert ("Skipped: to keep measurements below 10% of the wall time" in monitor.verdict) == (name != "all")
+    assert ("Skipped: to keep measurements below 15 s and 10% of the wall time" in monitor.verdict) == (name != "all")
     distance = bool({"linearised", "distance"} & set(afforded))
     assert ("distance/linearised" in logged) == distance
     assert ("The distance was not measured" in monitor.verdict) == (not distance)
@@ -57,16 +65,15 @@ def test_what_is_dropped_first(name, monkeypatch):
 def test_no_time_at_all():
     """The excess loss, the motion of the weights and the clock, which cost nothing."""
     monitor = monitor_of(max_overhead=0)
-    assert fitted(monitor) == ALWAYS | CLOCK
+    assert fitted(monitor) == ALWAYS | CLOCK | {"excess_loss"}
     assert list(monitor.reasons) == []
     assert monitor.engine.budget.reason.code is Code.TIME
-    assert "below 0% of the wall time: the check of the derivatives" in monitor.verdict
+    assert "below 15 s and 0% of the wall time: the check of the derivatives" in monitor.verdict
     assert monitor.last_distance is None
 
 
 def test_steps_that_are_asked_for_are_measured_whatever_they_cost():
     monitor = SingularLimitMonitor(window=5, every_n_steps=5, max_overhead=0.01, num_draws=2)
-    assert monitor.max_overhead is None
     fit(seeded(Net), monitor, steps=5)
     assert {"distance/nearest", "limit/frozen_cosine", "drift/cosine"} <= monitor.history[5].keys()
     assert monitor.engine.budget.reason is None

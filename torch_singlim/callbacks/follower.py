@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -37,10 +37,10 @@ def plain_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
 
 def _unsupported(trainer: Trainer, module: LightningModule) -> Reason | None:
     """Why there can be no paths beside this training; None: none is known."""
-    if not module.automatic_optimization:
-        return Code.MANUAL_OPTIMIZATION()
     if len(trainer.optimizers) != 1:
         return Code.SEVERAL_OPTIMIZERS(count=len(trainer.optimizers))
+    if not module.automatic_optimization:
+        return Code.MANUAL_OPTIMIZATION()
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return Code.NO_BATCHES()
     return None
@@ -241,24 +241,48 @@ class Follower:
         followed = engine.windows.followed
         if self._baseline is not None or followed is None:
             return []
-        found = compare_noise_off(followed.rehearsal, followed.paths.gradient, recorded.step)
+        with self._untouched():
+            found = compare_noise_off(followed.rehearsal, followed.paths.gradient, recorded.step)
         self._baseline = found.deterministic and (found.random or found.added > 0)
         if not self._baseline:
             followed.paths.baseline = None
             return [Code.NO_NOISE() if found.deterministic else Code.NO_BASELINE()]
         return [Code.PENALTY(share=found.added)] if found.added else []
 
-    def explain(self, error: Exception, step: int) -> Reason:
-        """Why paths failed.
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """Restore gradients and buffers of the module if the block has changed them.
+
+        Raises:
+            RuntimeError: it has: a copy of the module calls methods of the module itself.
+        """
+        module = self._module
+        gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
+        buffers = [(b, b.clone()) for b in module.buffers()]
+        yield
+        changed = False
+        for p, held, value in gradients:
+            if p.grad is not held or (held is not None and value is not None and not torch.equal(held, value)):
+                changed, p.grad = True, held
+                if held is not None and value is not None:
+                    held.copy_(value)
+        with torch.no_grad():
+            for b, value in buffers:
+                if not torch.equal(b, value):
+                    changed = True
+                    b.copy_(value)
+        if changed:
+            raise RuntimeError("it calls methods of the module itself, which were set on the instance")
+
+    def explain(self, error: Exception) -> Reason | None:
+        """Why there can be no paths for the rest of the run; None: the failure says nothing about later windows.
 
         Args:
             error: what was raised.
-            step: optimizer steps so far.
         """
         if isinstance(error, SeveralCallsError):
             return Code.SEVERAL_CALLS(count=error.count)
-        words = f"{type(error).__name__}: {error}"
-        return Code.NO_STEP_ON_COPY(why=words) if self._baseline is None else Code.FAILED(step=step, error=words)
+        return Code.NO_STEP_ON_COPY(why=f"{type(error).__name__}: {error}") if self._baseline is None else None
 
 
 def _held(trainer: Trainer) -> list[nn.Parameter]:

@@ -103,8 +103,13 @@ class Gatherer:
         self._count += len(x)
         self.complete = self._count >= self._wanted
 
-    def samples(self, trainer: Trainer) -> Samples | None:
-        """The samples of all processes; None: there are none."""
+    def samples(self, trainer: Trainer, *, whole: bool) -> Samples | None:
+        """The samples of all processes; None: there are none.
+
+        Args:
+            trainer: with its train loader.
+            whole: whether an epoch has passed.
+        """
         count = int(self._group.all_reduce_min(min(self._count, self._wanted)))
         if not count:
             return None
@@ -112,7 +117,7 @@ class Gatherer:
         if self._group.size > 1:
             inputs, targets = (self._group.all_gather(each, count * self._group.size) for each in (inputs, targets))
         dataset = getattr(trainer.train_dataloader, "dataset", None)
-        size = len(dataset) if isinstance(dataset, Sized) else None
+        size = len(dataset) if isinstance(dataset, Sized) else len(inputs) if whole and not self.complete else None
         return Samples(inputs, targets, size, (*self._trials, *self._trials)[:2])
 
     @staticmethod

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor, nn
 
-from torch_singlim.callbacks.isolation import attempt
+from torch_singlim.callbacks.attempts import Attempts
 from torch_singlim.callbacks.publish import describe, log_point, provide, report_reasons, say
 from torch_singlim.callbacks.resume import state_of, take_over
 from torch_singlim.callbacks.start import Asked, Started, start
@@ -158,8 +158,7 @@ class SingularLimitMonitor(Callback):
         self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until training starts
         self._step_before = 0  # at the end of the last batch
         self._figures_at = 0  # the step at which figures were drawn last
-        self._failed = False  # whether a failure was noted
-        self._num_reported = 0  # reasons that were reported so far
+        self._attempts: Attempts | None = None  # makes measurements harmless; None before the start of training
 
     # --- what was measured -----------------------------------------------------------------------------------------
 
@@ -233,7 +232,7 @@ class SingularLimitMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detect what is trained, and how; measure the initial weights, or continue from a checkpoint."""
         resumed, self._resumed, self.engine, self._started = self._resumed, None, None, None
-        self.verdict, self._failed, self._figures_at = "", False, 0
+        self.verdict, self._figures_at = "", 0
         self._step_before = trainer.global_step
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it from a helper
             return
@@ -246,22 +245,27 @@ class SingularLimitMonitor(Callback):
         self.engine, self._started = found.engine, found
         went_on = resumed is not None and self._resume(trainer, found, resumed)
         describe(trainer, found.engine)
-        self._num_reported = len(found.engine.reasons)
+        self._attempts = Attempts(trainer, found.engine)
         if not went_on:
             self._publish(trainer, self._measure(trainer, trainer.global_step - 1))
-        self._attempt(trainer, lambda: self._open_dashboard(trainer, found.engine))
-        self._open_paths(trainer)
+        self._attempt(lambda: self._open_dashboard(trainer, found.engine))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open paths at the first step, when all callbacks have started."""
+        if self._started is not None:
+            self._open_paths(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Gather samples, if they are not known."""
         started = self._started
         if started is not None and (started.gatherer is not None or started.inputs is not None):
-            self._attempt(trainer, lambda: started.see(batch))
+            self._attempt(lambda: started.see(batch))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Be content with the samples of one epoch."""
         if self._started is not None and self._started.gatherer is not None:
-            self._attempt(trainer, self._started.finish_gathering)
+            started = self._started
+            self._attempt(lambda: started.finish_gathering(whole=True))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Record the settings of this step."""
@@ -284,7 +288,7 @@ class SingularLimitMonitor(Callback):
         if due is Due.MEASUREMENT:
             point |= self._measure(trainer, before)
         elif due is Due.EXCESS_LOSS:
-            self._attempt(trainer, lambda: point.update(scalars(engine.measure_loss(subject.snapshot(trainer)))))
+            self._attempt(lambda: point.update(scalars(engine.measure_loss(subject.snapshot(trainer)))))
         self._publish(trainer, point)
         self._open_paths(trainer)
 
@@ -294,12 +298,12 @@ class SingularLimitMonitor(Callback):
         if engine is None or self._started is None:
             return
         self._started.follower.close()
-        self._attempt(trainer, self._started.finish_gathering)
+        self._attempt(self._started.finish_gathering)
         if trainer.global_step != engine.last_step:
             self._publish(trainer, self._measure(trainer, trainer.global_step - 1))
         if trainer.global_step != self._figures_at:
-            self._attempt(trainer, lambda: self._draw(trainer, engine))
-        self._attempt(trainer, lambda: self._conclude(trainer, engine))
+            self._attempt(lambda: self._draw(trainer, engine))
+        self._attempt(lambda: self._conclude(trainer, engine))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module as it was."""
@@ -317,7 +321,7 @@ class SingularLimitMonitor(Callback):
         stop = engine.opens(step, follower.seconds_per_step(engine.budget, step)) if asked else None
         if asked and engine.budget.share is not None:
             stop = int(engine.process_group.broadcast(stop or 0)) or None
-        if stop is not None and not self._attempt(trainer, lambda: follower.open(engine, step, stop), Account.PATHS):
+        if stop is not None and not self._attempt(lambda: follower.open(engine, step, stop), Account.PATHS):
             engine.give_up(None)
         follower.watch(engine, step)
 
@@ -326,11 +330,9 @@ class SingularLimitMonitor(Callback):
         assert self._started is not None
         engine, follower, step = self._started.engine, self._started.follower, trainer.global_step
         found: list[Measurement | None] = []
+
         self._attempt(
-            trainer,
-            lambda: found.append(follower.advance(engine, step)),
-            Account.PATHS,
-            lambda error: engine.give_up(follower.explain(error, step)),
+            lambda: found.append(follower.advance(engine, step)), Account.PATHS, engine.give_up, follower.explain
         )
         return {} if not found or found[0] is None else scalars(found[0])
 
@@ -349,53 +351,21 @@ class SingularLimitMonitor(Callback):
         profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # Lightning sets it from a helper
         with profiler.profile(f"[{type(self).__name__}]{self.name}.measure"):
             say(trainer, logging.INFO, f"step {step}: measuring ...")
-            if not self._attempt(trainer, measure):
+            if not self._attempt(measure):
                 engine.windows.abandon(step)
             if step >= 2 * max(self._figures_at, 1):
-                self._attempt(trainer, lambda: self._draw(trainer, engine))
+                self._attempt(lambda: self._draw(trainer, engine))
         return point
 
-    def _attempt(
-        self,
-        trainer: Trainer,
-        what: Callable[[], object],
-        account: Account = Account.GEOMETRY,
-        failed: Callable[[Exception], None] | None = None,
-    ) -> bool:
-        """Call a function that must not end the training; returns whether it succeeded, on all processes."""
-        engine = self.engine
-        assert engine is not None
-
-        def smaller() -> bool:
-            problem = engine.problem
-            if account is Account.PATHS or trainer.world_size > 1 or problem is None or problem.batch_size == 1:
-                return False
-            problem.batch_size = (problem.batch_size + 1) // 2
-            say(trainer, logging.INFO, f"out of memory, trying again with {problem.batch_size} samples at once")
-            return True
-
-        def noted(error: Exception) -> None:
-            if not self._failed:  # only the first failure is reported
-                engine.note(Code.FAILED(step=trainer.global_step, error=f"{type(error).__name__}: {error}"))
-            self._failed = True
-
-        worked = attempt(
-            what,
-            budget=engine.budget,
-            device_type=trainer.strategy.root_device.type,
-            smaller=smaller,
-            failed=failed or noted,
-            account=account,
-            process_group=engine.process_group,
-        )
-        report_reasons(trainer, engine.reasons[self._num_reported :])
-        self._num_reported = len(engine.reasons)
-        return worked
+    def _attempt(self, *what: Any) -> bool:
+        """Call a function that must not end the training; returns whether it succeeded: see `Attempts`."""
+        assert self._attempts is not None
+        return self._attempts(*what)
 
     def _publish(self, trainer: Trainer, point: Mapping[str, float]) -> None:
         """Send what was measured to loggers, to callbacks that monitor a metric, and to the progress bar."""
         if point:
-            self._attempt(trainer, lambda: log_point(trainer, self.name, trainer.global_step, point))
+            self._attempt(lambda: log_point(trainer, self.name, trainer.global_step, point))
             provide(trainer, self.name, point, prog_bar=self.prog_bar)
 
     # --- TensorBoard -----------------------------------------------------------------------------------------------

@@ -121,10 +121,10 @@ class Started:
                 engine.note(Code.FRESH_SAMPLES())
             self.inputs = None
 
-    def finish_gathering(self) -> None:
-        """Measure distances of the samples that were gathered so far, if there are any."""
+    def finish_gathering(self, *, whole: bool = False) -> None:
+        """Measure distances of the samples that were gathered so far, if there are any; `whole`: of one epoch."""
         gatherer, self.gatherer = self.gatherer, None
-        samples = None if gatherer is None else gatherer.samples(self.trainer)
+        samples = None if gatherer is None else gatherer.samples(self.trainer, whole=whole)
         if samples is None:
             return
         engine, group = self.engine, self.engine.process_group

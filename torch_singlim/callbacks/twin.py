@@ -19,7 +19,7 @@ from torch_singlim.callbacks.detect import BatchToProblem, as_pair
 from torch_singlim.callbacks.injection import Injection
 from torch_singlim.measure.paths import Path
 from torch_singlim.measure.steps import Before, Step, held_by
-from torch_singlim.network import ProcessGroup, RandomState, noise_off
+from torch_singlim.network import ProcessGroup, RandomState, noise_off, uncompile
 from torch_singlim.noise import NoiseSystem
 
 __all__ = [
@@ -115,6 +115,7 @@ def make_twin(module: LightningModule, optimizer: torch.optim.Optimizer) -> Path
     twin = path.module
     vars(twin).pop("training_step", None)  # a function that was set on the instance belongs to the run
     for part in twin.modules():
+        uncompile(part)
         if isinstance(part, LightningModule):
             part.log = part.log_dict = _ignore  # type: ignore[method-assign]
     return path

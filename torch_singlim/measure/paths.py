@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +27,8 @@ __all__ = ["CoupledPaths", "Gradient", "LossGradient", "Path", "is_affine"]
 # loss of one micro-batch on a copy of the module
 Loss = Callable[[nn.Module, Any], Tensor]
 
+# by which the loss is scaled at least, and by which a scale is reduced if a gradient overflows
+_SMALLEST_SCALE = 16.0
 # relative tolerance for an update to count as affine in the gradient
 _AFFINE = 1e-5
 
@@ -79,14 +81,24 @@ class Path:
             group.update(settings)
 
     def update(self, step: Step) -> None:
-        """Scale back and clip the gradients as in the run, and make an optimizer step."""
-        if step.scale != 1:
-            for p in self.parameters:
-                if p.grad is not None:
-                    p.grad.div_(step.scale)
+        """Clip the gradients as in the run, and make an optimizer step."""
         if step.clip is not None:
             step.clip(self.parameters)
         self.optimizer.step(_no_closure)
+
+    def _evaluate(self, step: Step, evaluate: Callable[[Step], object]) -> Step:
+        """Compute the gradient of a step, without its scale, which is reduced if the gradient overflows."""
+        while True:
+            self.optimizer.zero_grad()
+            evaluate(step)
+            if step.scale == 1:
+                return step
+            found = [p.grad for p in self.parameters if p.grad is not None]
+            if step.scale < _SMALLEST_SCALE or all(bool(g.isfinite().all()) for g in found):
+                for g in found:
+                    g.div_(step.scale)
+                return step
+            step = replace(step, scale=step.scale / _SMALLEST_SCALE)
 
     def descend(
         self, gradient: Gradient, step: Step, seeds: Sequence[int], add: Callable[[Path], object] | None = None
@@ -100,16 +112,14 @@ class Path:
             add: adds a further term to the gradient.
         """
         self.take_settings(step)
-        self.optimizer.zero_grad()
         if not seeds:
-            gradient.quiet(self, step)
+            step = self._evaluate(step, lambda scaled: gradient.quiet(self, scaled))
         elif len(seeds) == 1:
-            gradient.noisy(self, step, seeds[0])
+            step = self._evaluate(step, lambda scaled: gradient.noisy(self, scaled, seeds[0]))
         else:
             totals: list[Tensor | None] = [None] * len(self.parameters)
             for seed in seeds:
-                self.optimizer.zero_grad()
-                gradient.noisy(self, step, seed)
+                step = self._evaluate(step, lambda scaled, seed=seed: gradient.noisy(self, scaled, seed))
                 for i, p in enumerate(self.parameters):
                     if p.grad is not None:
                         share = p.grad / len(seeds)
@@ -133,8 +143,7 @@ class Path:
         for seed, optimizer in zip(seeds, optimizers, strict=True):
             self.optimizer = optimizer
             self.take_settings(step)
-            optimizer.zero_grad()
-            gradient.noisy(self, step, seed)
+            self._evaluate(step, lambda scaled, seed=seed: gradient.noisy(self, scaled, seed))
             self.update(step)
             with torch.no_grad():
                 for p, origin, total in zip(self.parameters, start, totals, strict=True):

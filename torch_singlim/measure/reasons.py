@@ -208,7 +208,11 @@ class Code(Enum):
     )
     TOO_SHORT = _SKIPPED, Scope.PART, "the run ended at step {step}, before the window {start}-{stop} did"
     # windows
-    CLIPPED = _INVALIDATED, Scope.WINDOW, "gradients were clipped in {count} of the steps {start}-{stop}"
+    CLIPPED = (
+        _INVALIDATED,
+        Scope.PART,
+        "gradients were clipped in {count} of the steps {start}-{stop}: the limit is not compared with this window",
+    )
     NOT_MOVED = _INVALIDATED, Scope.WINDOW, "the optimizer moved no weight in the steps {start}-{stop}"
     UNCERTAIN = (
         _INVALIDATED,

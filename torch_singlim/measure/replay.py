@@ -48,6 +48,9 @@ def replay(path: Path, gradient: Gradient, recorded: Recorded) -> Replay:
         path.take_settings(step)
         path.optimizer.zero_grad()
         gradient.again(path, step, before)
+        for p in path.parameters:
+            if step.scale != 1 and p.grad is not None:
+                p.grad.div_(step.scale)
         path.update(step)
     off = torch.linalg.vector_norm(path.weights() - after).item()
     moved = torch.linalg.vector_norm(after - before.weights).item()

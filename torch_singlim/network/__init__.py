@@ -1,6 +1,6 @@
 """A module, its loss and its samples as functions of a flat weight vector."""
 
-from torch_singlim.network.copying import in_precision, structural_copy
+from torch_singlim.network.copying import in_precision, structural_copy, uncompile
 from torch_singlim.network.functional import FunctionalModule, LinearCall
 from torch_singlim.network.layers import ActivationSite
 from torch_singlim.network.loss import CustomLoss, MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
@@ -21,6 +21,7 @@ __all__ = [
     "LinearCall",
     "structural_copy",
     "in_precision",
+    "uncompile",
     # its noise, and the global random state
     "noise_off",
     "RandomState",

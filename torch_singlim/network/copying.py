@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-__all__ = ["in_precision", "structural_copy"]
+__all__ = ["in_precision", "structural_copy", "uncompile"]
 
 
 def structural_copy(module: nn.Module) -> nn.Module:
@@ -24,12 +24,15 @@ def structural_copy(module: nn.Module) -> nn.Module:
         shared |= {id(v): v for v in vars(part).values() if isinstance(v, Tensor) and v.grad_fn is not None}
     twin = copy.deepcopy(module, shared)  # a LightningModule drops its trainer
     for part in twin.modules():
-        _uncompile(part)
+        uncompile(part)
     return twin
 
 
-def _uncompile(part: nn.Module) -> None:
-    """Undo torch.compile: derivatives of every order are those of the original module, including its hooks."""
+def uncompile(part: nn.Module) -> None:
+    """Undo torch.compile in a copy, whose compiled functions are those of the original module.
+
+    >>> uncompile(nn.Linear(2, 1))  # was not compiled
+    """
     if hasattr(part, "_orig_mod"):  # torch.compile wraps a module like this
         part.forward = part._orig_mod.__call__  # type: ignore[union-attr]  # a module
     elif getattr(part, "_compiler_ctx", None) is not None:  # Lightning marks a compiled LightningModule like this

@@ -331,9 +331,9 @@ def fit(problem: str, data: TensorDataset, steps: int, *callbacks: L.Callback, l
 
 
 def window(problem: str, samples: int | None, data_dir: Path | None) -> dict[str, float]:
-    """Seconds of a training step in Lightning without and with paths beside it, four draws and one replica.
+    """Seconds of a training step, in Lightning, without and with paths beside it: four draws, one replica.
 
-    The ratio is what the paths cost, in training steps: their steps, and the records that these need.
+    The ratio is what a step of all paths costs, in training steps, including the records that it needs.
     """
     _, shape, default = PROBLEMS[problem]
     batch_size = min(100, samples or default)
@@ -344,11 +344,8 @@ def window(problem: str, samples: int | None, data_dir: Path | None) -> dict[str
     train(beside, SingularLimitMonitor(window=_WINDOW, max_overhead=None, num_samples=1, num_draws=2))
     found = {"without": without.median, "with": beside.median}
     found["ratio"] = beside.median / without.median - 1
-    print(
-        f"{problem}: a training step of {batch_size} samples takes {without.median:.3g} s; all paths beside it take",
-        end=" ",
-    )
-    print(f"{found['ratio']:.2f} such steps\n", flush=True)
+    print(f"{problem}, batch {batch_size}: a training step {without.median:.3g} s, with paths {beside.median:.3g} s")
+    print(f"a step of all paths: {found['ratio']:.2f} training steps\n", flush=True)
     return found
 
 
@@ -388,7 +385,7 @@ def main(
         samples: default: 1,000; ResNet-18: 64.
         deep: also projection, distance, a window and a whole measurement of the MLP, on trained weights.
         scaling: also whole measurements for growing samples and weights, and the exponents.
-        paths: also what a step of a window takes beside a training step: baseline, averaged paths, one replica.
+        paths: also a step of all paths beside a training: baseline, averaged paths, one replica.
         overhead: also a training of so many seconds without and with the monitor.
         device: cpu, cuda, ...
         threads: of torch.

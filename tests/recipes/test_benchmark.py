@@ -47,4 +47,4 @@ def test_the_cost_of_paths_is_in_training_steps(tmp_path, capsys, monkeypatch):
     row = json.loads((tmp_path / "benchmark.json").read_text())["paths"]["mlp"]
     assert row["ratio"] == pytest.approx(row["with"] / row["without"] - 1)
     assert row["ratio"] > 1  # six gradients beside one
-    assert f"all paths beside it take {row['ratio']:.2f} such steps" in capsys.readouterr().out
+    assert f"a step of all paths: {row['ratio']:.2f} training steps" in capsys.readouterr().out

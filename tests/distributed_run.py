@@ -37,20 +37,22 @@ CASES = {
 
 
 class Failing(L.Callback):
-    """One process cannot measure at a step."""
+    """One process cannot measure at a step, nor advance its paths at another one."""
 
-    def __init__(self, monitor, rank, step):
-        self.monitor, self.rank, self.step = monitor, rank, step
+    def __init__(self, monitor, rank, *, measure, advance):
+        self.monitor, self.rank, self.steps = monitor, rank, {"measure": measure, "advance": advance}
 
     def on_train_start(self, trainer, pl_module):
-        measure = self.monitor.engine.measure
+        for name, step in self.steps.items():
+            setattr(self.monitor.engine, name, self.failing(trainer, step, getattr(self.monitor.engine, name)))
 
-        def failing(snapshot, **options):
-            if (trainer.global_rank, snapshot.step) == (self.rank, self.step):
+    def failing(self, trainer, at, original):
+        def called(*args, **options):
+            if (trainer.global_rank, trainer.global_step) == (self.rank, at):
                 raise ArithmeticError("thrown on purpose")
-            return measure(snapshot, **options)
+            return original(*args, **options)
 
-        self.monitor.engine.measure = failing
+        return called
 
 
 def main(name: str, devices: int, out: Path, fault: bool, monitored: bool) -> None:
@@ -70,10 +72,10 @@ def main(name: str, devices: int, out: Path, fault: bool, monitored: bool) -> No
     if "way" in case:
         gram_matrix = curvature.gram_matrix
         curvature.gram_matrix = lambda *args, **options: gram_matrix(*args, **options | {"way": case["way"]})
-    monitor = SingularLimitMonitor(every_n_steps=5, window=5, replicas=2, reference=True)
+    monitor = SingularLimitMonitor(every_n_steps=5, window=5, replicas=2)
     callbacks = [InjectNoise(case["inject"])] if "inject" in case else []
     callbacks += [monitor] if monitored else []
-    callbacks += [Failing(monitor, rank=1, step=5)] if fault else []
+    callbacks += [Failing(monitor, rank=1, measure=5, advance=12)] if fault else []
     net = case.get("network", Net)
     model, trainer = fit(
         seeded(lambda: net(loss=case.get("loss", "mse"), dropout=case.get("dropout", 0.0), momentum=0.5)),

@@ -1,4 +1,4 @@
-"""Two processes, gloo: they log what one logs, and share the work; where one fails, the job ends with a word."""
+"""Two processes, gloo: they log what one logs, and share the work; where one fails, the job goes on."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_two_processes_log_what_one_logs(case, tmp_path):
     if CASES[case].get("loss") == "half":
         assert "not recognised" in one["verdict"]
         return
-    assert one["reasons"] == []
+    assert {reason["code"] for reason in one["reasons"]} <= {"NO_NOISE", "UNRESOLVED"}
     print(f"{case}: samples evaluated alone {one['rows']}, by each of two {[each['rows'] for each in two]}")
     assert all(each["rows"] < 0.65 * one["rows"] for each in two)
 
@@ -84,8 +84,17 @@ def test_two_processes_train_the_same_with_and_without_the_monitor(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failing_process_ends_the_job(tmp_path):
-    process = run("plain", 2, tmp_path / "out", "fault")
-    assert process.returncode != 0
-    assert "the measurement at step 5 failed on rank 1" in process.stderr
-    assert "ArithmeticError: thrown on purpose" in process.stderr
+def test_a_failing_process_costs_its_measurement_on_all_and_the_job_goes_on(tmp_path):
+    """A measurement fails on one of two processes, and later a step on paths does."""
+    faulty = finished("weight noise", 2, tmp_path / "faulty", "fault")
+    right = finished("weight noise", 2, tmp_path / "right")
+    assert faulty[0]["weights"] == faulty[1]["weights"] == right[0]["weights"]
+    own, other = ([each["values"].get("error", "") for each in found["reasons"]] for found in (faulty[1], faulty[0]))
+    assert "ArithmeticError: thrown on purpose" in own
+    assert "PeerFailed: the measurement failed on another process" in other
+    for each in faulty:
+        assert "0 drift/cosine" not in each["history"]
+        assert "10 distance/nearest" in each["history"]
+        assert "11 drift/cosine" in each["history"]
+        assert "15 drift/measured" in each["history"]
+        assert "15 drift/cosine" not in each["history"]

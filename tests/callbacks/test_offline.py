@@ -27,8 +27,8 @@ from torch_singlim.__main__ import main
 from torch_singlim.measure import Code
 
 SAME = ("excess_loss", "distance/nearest", "distance/linearised", "distance/relaxed", "distance/relaxed_share")
-SAME += ("window/steps", "drift/measured")
-MOTION = {"window/steps", "drift/measured"}
+SAME += ("window/steps", "window/status", "drift/measured", "limit/spread_measured")
+MOTION = {"window/steps", "window/status", "drift/measured"}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's own, about trainings this small
 
@@ -40,10 +40,10 @@ class Saver(ModelCheckpoint):
         trainer.save_checkpoint(f"{self.dirpath}/step=0.ckpt", weights_only=self.save_weights_only)
 
 
-def saved(folder, make, *callbacks, **options):
+def saved(folder, make, *callbacks, batch_size=6, **options):
     """Checkpoints of a training of 20 steps."""
     saver = Saver(folder, filename="{step}", every_n_train_steps=10, save_top_k=-1, **options)
-    fit(seeded(make), *callbacks, saver)
+    fit(seeded(make), *callbacks, saver, batch_size=batch_size)
     files = sorted(folder.glob("*.ckpt"))
     assert [file.name for file in files] == ["step=0.ckpt", "step=10.ckpt", "step=20.ckpt"]
     return files
@@ -52,7 +52,7 @@ def saved(folder, make, *callbacks, **options):
 def measured(module, files, **options):
     """On samples and batches of `fit`; the module is put back."""
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    found = measure_checkpoints(module, data().tensors, files, batch_size=6, num_draws=4, **options)
+    found = measure_checkpoints(module, data().tensors, files, **{"batch_size": 6, "num_draws": 4} | options)
     assert all(identical(tensor, before[name]) for name, tensor in module.state_dict().items())
     return found
 
@@ -92,11 +92,21 @@ def test_the_same_as_live(kind, live):
             assert (tag in point) == (tag in known), (step, tag)
             if tag in known:
                 assert point[tag] == pytest.approx(known[tag], rel=1e-6), (step, tag)
-        # what is drawn at random agrees within its errors
         if step:
-            error = 3 * (point["quality/stderr"] + known["quality/stderr"])
-            assert point["drift/predicted"] == pytest.approx(known["drift/predicted"], abs=error + 1e-9)
-            assert "limit/frozen_cosine" in point
+            assert {"drift/cosine", "drift/baseline_cosine", "noise/ratio", "limit/frozen_cosine"} <= point.keys()
+            assert not {"window/replay_error", "distance/baseline_moved"} & point.keys()
+
+
+def test_of_full_batches_the_effective_flow_is_the_averaged_path(tmp_path):
+    """Then the two models of the motion are one, up to sampling errors, and the baselines up to rounding errors."""
+    monitor = monitor_of(every_n_steps=10, window=10, num_draws=4, draws=64)
+    found = measured(Net(), saved(tmp_path, Net, monitor, batch_size=20), batch_size=20)
+    for step in (10, 20):
+        point, known = found.history[step], monitor.history[step]
+        assert point["drift/baseline_cosine"] == pytest.approx(known["drift/baseline_cosine"], rel=1e-3)
+        error = 3 * (point["quality/stderr"] + known["quality/stderr"])
+        assert error < 0.5 * known["drift/predicted"]
+        assert point["drift/predicted"] == pytest.approx(known["drift/predicted"], abs=error)
 
 
 def test_from_the_shell(live, tmp_path, capsys, monkeypatch):

@@ -10,12 +10,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from tests.zoo import Adam, Hyper, Net, fit, injected, monitor_of, seeded
+from tests.zoo import Adam, Hyper, Manual, Net, fit, injected, monitor_of, seeded
 from torch_singlim import AntiCorrelated, LabelFlips, Langevin
 from torch_singlim.callbacks.tensorboard import layout, writers
-from torch_singlim.measure import Code
+from torch_singlim.measure import Code, Need
+from torch_singlim.measure.tags import TAGS
 
-OPTIONS = {"every_n_steps": 5, "window": 5, "replicas": 2}
+OPTIONS = {"every_n_steps": 5, "window": 5, "replicas": 2, "draws": 32}
 
 
 def written(folder, *monitors, make=Net, callbacks=(), steps=20):
@@ -41,6 +42,7 @@ KINDS = {
     "diffusing": {"make": lambda: Net(dropout=0.0), "callbacks": injected(Langevin(0.01))},
     "flips": {"make": lambda: Net("hard", dropout=0.0), "callbacks": injected(LabelFlips(0.2))},
     "adam": {"make": Adam},
+    "manual": {"make": Manual},
     "no problem": {"make": lambda: Net("half")},
 }
 # with figures
@@ -79,24 +81,40 @@ def text_of(events, tag):
     return events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
+def excused(verdict):
+    """Tags that are not logged, or once, though there are charts for them: what is known only when steps were made."""
+    names = set()
+    if "the training is not random" in verdict:
+        names |= {tag.name for tag in TAGS if Need.BASELINE in tag.needs}
+    if "is smaller than the sampling error of the averaged paths" in verdict:
+        names |= {tag.name for tag in TAGS if tag.name.startswith("noise/")}
+    return {f"singlim/{name}" for name in names}
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "no problem"])
 def test_every_chart_of_the_layout_has_its_series(kind, events):
     """Each tag is there with two points or more; a band has the steps of its series."""
     found, read = charts(events(kind)), events(kind)
     scalars = {tag: [event.step for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+    missing = excused(text_of(read, "singlim/verdict"))
+    assert not missing or kind not in ("dropout", "hyperparameters", "adam")
     for category, titled in found.items():
         for title, (patterns, bands) in titled.items():
             for pattern in patterns:
                 assert pattern.startswith("^")
+                if any(re.match(pattern, tag) for tag in missing):
+                    continue
                 (tag,) = [tag for tag in scalars if re.match(pattern, tag)]
                 assert len(scalars[tag]) > 1, (category, title, tag)
             for series in bands:
-                assert len({tuple(scalars[tag]) for tag in series}) == 1, (category, title)
-                assert len(scalars[series[0]]) > 1
+                if series[0] not in missing:
+                    assert len({tuple(scalars[tag]) for tag in series}) == 1, (category, title)
+                    assert len(scalars[series[0]]) > 1
     assert next(iter(found)) == "Distance"
-    predicted = any("baseline" in title for title in found["Drift"])
-    assert predicted == (kind != "adam")
-    assert ("Noise-induced drift" in found) == (kind not in ("no noise", "no replicas", "diffusing", "adam"))
+    assert any("baseline" in title for title in found["Drift"]) == (kind != "manual")
+    assert ("Noise-induced drift" in found) == (kind != "manual")
+    assert ("Singular limit" in found) == (kind not in ("no noise", "adam", "manual"))
+    assert any("standard error" in title for title in found["Drift"]) == (kind not in ("no replicas", "manual"))
 
 
 def test_a_training_without_a_problem_has_its_motion_and_the_reason(events):
@@ -113,8 +131,8 @@ def test_cards_figures_and_one_row_of_hyperparameters(kind, events):
     assert "| noise | Dropout() |" in card
     assert "| steps per unit of slow time | 20 |" in card
     assert "| 15-20 |" in text_of(read, "singlim/verdict")
-    names = ("1_time_scales", "2_agreement", "3_speed", "4_plane", "5_spectrum")
-    assert {f"singlim/figures/{name}" for name in names} <= set(read.Tags()["images"])
+    names = ("1_time_scales", "2_agreement", "3_speed", "4_spectrum")
+    assert {f"singlim/figures/{name}" for name in names} == set(read.Tags()["images"])
     steps = [event.step for event in read.Images("singlim/figures/1_time_scales")]
     assert steps == sorted(set(steps))
     assert steps[-1] == 20
@@ -153,7 +171,7 @@ def test_a_figure_that_fails_ends_neither_training_nor_window(tmp_path, monkeypa
     assert caplog.text.count("no ink") == 1
     assert max(monitor.history) == 20
     assert "| 15-20 |" in monitor.verdict
-    assert len([point for point in monitor.history.values() if "drift/cosine" in point]) == 4
+    assert len([point for point in monitor.history.values() if "drift/cosine" in point]) == 20
     assert all(math.isfinite(v) for point in monitor.history.values() for v in point.values())
 
 

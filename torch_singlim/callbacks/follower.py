@@ -26,6 +26,8 @@ from torch_singlim.noise import parts
 __all__ = ["Follower"]
 
 _GIB = 2.0**30
+# between the seeds of two monitors: more than there are steps
+_STRIDE = 2**40 + 15
 # steps of the training that are timed before the first paths are opened
 _TIMED_STEPS = 3
 
@@ -56,7 +58,7 @@ class Follower:
         watched: the parameters whose motion is compared.
         batch_to_problem: a batch -> (inputs, targets), for batches of another form.
         process_group: the processes among which the run averages its gradients.
-        generator: of the paths' noise.
+        seed: of the paths' noise; each window has a generator of its own, so that a resumed run has the same.
         spending: returns a context that counts the time of the recording.
     """
 
@@ -68,12 +70,12 @@ class Follower:
         watched: list[nn.Parameter],
         batch_to_problem: BatchToProblem | None,
         process_group: ProcessGroup,
-        generator: torch.Generator,
+        seed: int,
         spending: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._trainer, self._module, self._options, self._watched = trainer, module, options, watched
         self._batch_to_problem = batch_to_problem
-        self._group, self._generator, self._spending = process_group, generator, spending
+        self._group, self._seed, self._spending = process_group, seed, spending
         self._recording: StepRecording | None = None
         self._affine: bool | None = None  # whether the optimizer's updates are affine in the gradient; None: not tested
         self._baseline: bool | None = None  # whether the noise can be switched off; None: not tested
@@ -141,7 +143,7 @@ class Follower:
                 baseline=self._baseline is not False,
                 affine=self._affine,
                 watched=[positions[id(p)] for p in self._watched if id(p) in positions],
-                generator=self._generator,
+                generator=torch.Generator().manual_seed((self._seed * _STRIDE + step) % 2**63),
             )
         except Exception as error:  # a module may contain anything
             return Code.NO_COPY(why=f"{type(error).__name__}: {error}")

@@ -194,7 +194,7 @@ def _start(trainer: Trainer, module: LightningModule, names: Sequence[str], aske
         space.parameters(),
         asked.batch_to_problem,
         group,
-        torch.Generator().manual_seed(asked.seed),
+        asked.seed,
         lambda: budget.spending(Account.PATHS),
     )
     engine.note(follower.reason)

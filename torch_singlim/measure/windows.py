@@ -89,7 +89,7 @@ class Windows:
             return None
         last = self.schedule.is_last(window.stop)
         # the others leave half of the time to those that come after
-        affordable = int(budget.left(Account.PATHS) / seconds_per_step * (1.0 if last else 0.5))
+        affordable = int(min(budget.left(Account.PATHS) / seconds_per_step * (1.0 if last else 0.5), remaining))
         if affordable >= remaining:
             return window.stop
         return step + affordable if affordable >= shortest and not last else None

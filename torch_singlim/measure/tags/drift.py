@@ -218,7 +218,7 @@ NOISE_RATIO = Tag(
     value=of_noise(lambda n: n.ratio.mean),
     stderr=of_noise(lambda n: n.ratio.stderr),
     band="Noise-induced drift, measured / predicted, standard error",
-    needs=needs(Need.BASELINE),
+    needs=needs(Need.PATHS, Need.BASELINE),
     shown=shown(Place.WINDOWS, Place.REPORT, Place.FINAL),
 )
 NOISE_SHARE = Tag(

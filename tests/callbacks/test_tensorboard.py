@@ -42,7 +42,7 @@ KINDS = {
     "diffusing": {"make": lambda: Net(dropout=0.0), "callbacks": injected(Langevin(0.01))},
     "flips": {"make": lambda: Net("hard", dropout=0.0), "callbacks": injected(LabelFlips(0.2))},
     "adam": {"make": Adam},
-    "manual": {"make": Manual},
+    "manual": {"make": Manual, "loss": "mse", "every_n_steps": 4, "window": 4},
     "no problem": {"make": lambda: Net("half")},
 }
 # with figures

@@ -40,6 +40,8 @@ def test_each_tag_is_declared_once_and_completely():
         assert tag.stderr is not None or not tag.band
         # no noise moves anything where the limit is unknown
         assert Need.MOVES not in tag.needs or Need.LIMIT in tag.needs
+        # the error of what comes from paths is that of replicas, so that without these there is no band
+        assert not tag.band or Need.PATHS in tag.needs or Need.BASELINE not in tag.needs
         # a cell of a table
         assert not re.search(r"(?<!\\)\||\n", tag.meaning + tag.advice)
     assert {place for tag in tags.TAGS for place in tag.shown} == set(Place)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from tests.zoo import Net, fit, monitor_of, seeded
+from tests.zoo import Manual, Net, fit, monitor_of, seeded
 from torch_singlim import DropConnect, Estimate, InjectNoise
 from torch_singlim.__main__ import main
 from torch_singlim.report import find_runs, read_run, report
@@ -134,16 +134,16 @@ def test_bad_input_is_said_and_writes_nothing(sweep, tmp_path, capsys):
 def test_runs_with_different_tags_are_shown_side_by_side(sweep, tmp_path):
     """A run whose drift is not predicted beside one whose is; what one has not stays empty."""
     root, _ = sweep
-    part = monitor_of(every_n_steps=10, window=10, num_samples=10)
-    fit(seeded(Net), part, steps=20, logger=TensorBoardLogger(tmp_path, name="subset", version=""))
+    part = monitor_of(every_n_steps=10, window=10, loss="mse")
+    fit(seeded(Manual), part, steps=20, logger=TensorBoardLogger(tmp_path, name="manual", version=""))
     fit(seeded(Net), steps=4, logger=TensorBoardLogger(tmp_path, name="plain", version=""))
-    page = report([tmp_path / "subset", tmp_path / "plain", root / "csv"], tmp_path / "report")
+    page = report([tmp_path / "manual", tmp_path / "plain", root / "csv"], tmp_path / "report")
     assert f"no monitor logged there: {tmp_path / 'plain'}." in page.read_text()
     rows = {row["run"]: row for row in csv.DictReader((tmp_path / "report" / "runs.csv").read_text().splitlines())}
     assert len(rows) == 2
-    (subset,) = [row for name, row in rows.items() if name.endswith("subset")]
-    assert subset["cosine"] == ""
-    assert float(subset["distance [weight norm]"]) > 0
+    (manual,) = [row for name, row in rows.items() if name.endswith("manual")]
+    assert manual["cosine"] == ""
+    assert float(manual["distance [weight norm]"]) > 0
 
 
 def test_as_a_module():

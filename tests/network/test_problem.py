@@ -137,3 +137,17 @@ def test_bad_input_is_refused_with_advice(case):
 def test_too_few_weights_warns():
     with pytest.warns(UserWarning, match="not over-parameterised"):
         ZeroLossProblem(nn.Linear(3, 2, bias=False), "mse", X, Y)
+
+
+@pytest.mark.parametrize("least", [0.0, 0.1, -0.1])
+def test_the_infimum_of_a_function_must_be_zero(least):
+    net, x, y = digits_net(), torch.randn(3, 64), torch.zeros(3, 10)
+
+    def loss(f, y):
+        return (f - y).square().mean() + least
+
+    if not least:
+        assert ZeroLossProblem(net, loss, x, y).loss(ZeroLossProblem(net, loss, x, y).weights()) > 0
+        return
+    with pytest.raises(ValueError, match="infimum"):
+        ZeroLossProblem(net, loss, x, y)

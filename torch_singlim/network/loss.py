@@ -184,6 +184,10 @@ class SoftCrossEntropy:
         return self.whiten(f, y, f - self.optimum(y))
 
 
+# descent that looks for the infimum of a function: number of steps, and the share of the value that may be left
+_INFIMUM_STEPS, _INFIMUM = 100, 1e-3
+
+
 @dataclass(frozen=True)
 class CustomLoss:
     """A user's l(f_i, y_i): maps one sample's outputs ``[C]`` and target to a scalar; convex and smooth, infimum 0.
@@ -209,7 +213,29 @@ class CustomLoss:
                 "the loss function must return one non-negative number per sample, its infimum 0, "
                 f"got shape {tuple(values.shape[1:])} per sample, smallest value {values.min().item():.3g}"
             )
+        self._check_infimum(outputs, y[: len(outputs)])
         return y
+
+    def _check_infimum(self, outputs: Tensor, y: Tensor) -> None:
+        """Raise ValueError unless a descent in the outputs comes close to 0."""
+        f = (outputs.detach().double() + 1).requires_grad_()  # the outputs themselves may be optimal
+        y = y.double() if y.is_floating_point() else y
+        descent = torch.optim.LBFGS([f], max_iter=_INFIMUM_STEPS, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            descent.zero_grad()
+            with torch.enable_grad():
+                total = self.value(f, y).sum()
+                total.backward()
+            return total
+
+        first = descent.step(closure).item()
+        found = self.value(f.detach(), y)
+        if found.sum().item() > _INFIMUM * first or bool((found < -_INFIMUM * abs(first)).any()):
+            raise ValueError(
+                f"the infimum of the loss function must be 0, got about {found.min().item():.3g} per sample by descent "
+                "in the outputs: subtract the infimum, which may depend on the target, within the function"
+            )
 
     def num_rows(self, num_outputs: int) -> int:
         return num_outputs

@@ -26,7 +26,7 @@ from torch_singlim import Model, SingularLimitMonitor, Window, drift_figure
 
 TOKENS, PIXELS = 8, 8  # rows of an image, and pixels of a row
 SMOOTHING = 0.1  # of the labels
-MEASURED = 50  # samples on which the distance is measured
+MEASURED = 32  # samples on which the distance is measured
 
 
 class Attention(nn.Module):
@@ -121,8 +121,9 @@ def main(
     layers: int = 2,
     dropout: float = 0.1,
     lr: float = 0.1,
-    batch_size: int = 64,
-    steps: int = 1_500,
+    batch_size: int = 100,
+    before: int = 500,
+    steps: int = 1_000,
     window: int = 500,
     replicas: int = 1,
     seed: int = 0,
@@ -139,7 +140,8 @@ def main(
         dropout: rate, of attention weights and of the outputs of layers.
         lr: step size of SGD.
         batch_size: images per step.
-        steps: optimizer steps.
+        before: optimizer steps before the measurements, until the loss is small.
+        steps: optimizer steps with measurements.
         window: steps over which drift is measured, one window after another.
         replicas: paths with independent noise, for the noise ceiling, the best cosine that a prediction can have.
         seed: of weights, batches and noise.
@@ -150,9 +152,12 @@ def main(
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data are in memory
     L.seed_everything(seed)
 
-    # data: shuffled passes, one after another, as one long epoch: one progress bar for the whole run
+    # data
     data = digits(samples, one_hot=False)
-    loader = DataLoader(data, batch_size, sampler=RandomSampler(data, num_samples=steps * batch_size))
+
+    def loader(steps: int) -> DataLoader:
+        # shuffled passes over the data, one after another, as one long epoch: one progress bar for a whole phase
+        return DataLoader(data, batch_size, sampler=RandomSampler(data, num_samples=steps * batch_size))
 
     # model
     net = Transformer(width, heads, layers)
@@ -161,18 +166,25 @@ def main(
 
     # training; windows follow one another without a gap, whatever that costs
     monitor = SingularLimitMonitor(every_n_steps=window, window=window, replicas=replicas, num_samples=MEASURED)
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=TensorBoardLogger(out.parent, name=out.name, default_hp_metric=False),
-        callbacks=[monitor, TQDMProgressBar(refresh_rate=50)],
-        enable_checkpointing=False,
-        log_every_n_steps=50,
-    )
-    trainer.fit(model, loader)
+
+    def fit(steps: int, logger: TensorBoardLogger | bool, *callbacks: L.Callback) -> None:
+        trainer = L.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=logger,
+            callbacks=[*callbacks, TQDMProgressBar(refresh_rate=50)],
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            log_every_n_steps=50,
+        )
+        trainer.fit(model, loader(steps))
+
+    board = TensorBoardLogger(out.parent, name=out.name, default_hp_metric=False)
+    fit(before, False)
+    fit(steps, board, monitor)
 
     # result
-    figure = Path(trainer.log_dir or out) / "drift.png"
+    figure = Path(board.log_dir) / "drift.png"
     title = f"{samples} digits, transformer, dropout {dropout:g}, SGD {lr:g}, batch {batch_size}"
     drift_figure(monitor.history, monitor.last_window, title=title).savefig(figure)
     seen = monitor.visibility

@@ -7,7 +7,7 @@ from torch import nn
 from recipes.networks import set_dropout
 from recipes.transformer import Attention, Transformer, main
 
-SMALL = {"samples": 48, "width": 16, "heads": 2, "layers": 1, "batch_size": 12, "steps": 40, "window": 20}
+SMALL = {"samples": 48, "width": 16, "heads": 2, "layers": 1, "batch_size": 12, "before": 10, "steps": 40, "window": 20}
 
 
 def test_the_attention_is_that_of_torch():
@@ -47,4 +47,4 @@ def test_transformer(tmp_path, capsys):
 def test_it_fails_where_the_baseline_explains_as_much(tmp_path):
     # far from the zero-loss set
     with pytest.raises(SystemExit, match=r"baseline cosine at least 0\.1 lower"):
-        main(**SMALL | {"steps": 20}, out=tmp_path / "transformer")
+        main(**SMALL | {"before": 0, "steps": 20}, out=tmp_path / "transformer")

@@ -20,7 +20,7 @@ from torch_singlim.measure.schedule import Due, Schedule
 from torch_singlim.measure.snapshot import Snapshot
 from torch_singlim.measure.states import check_keys
 from torch_singlim.measure.steps import Recorded
-from torch_singlim.measure.tags import Need, scalars
+from torch_singlim.measure.tags import EXCESS_LOSS, Need, scalars
 from torch_singlim.measure.training import Training
 from torch_singlim.measure.verdict import Visibility, verdict, visibility
 from torch_singlim.measure.window import Window
@@ -188,7 +188,8 @@ class Engine:
         """What is due at this step; `before` is the last step at which this was asked."""
         if self.windows.ends(step) or self.schedule.begins(before, step) is not None:
             return Due.MEASUREMENT if step != self.last_step else None
-        return Due.EXCESS_LOSS if step in self.schedule.losses and step not in self.history else None
+        known = EXCESS_LOSS.name in self.history.get(step, {})
+        return Due.EXCESS_LOSS if step in self.schedule.losses and not known else None
 
     # --- paths beside the training ---------------------------------------------------------------------------------
 

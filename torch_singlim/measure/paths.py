@@ -287,7 +287,9 @@ class CoupledPaths:
         self.potential, self.expanded = potential, make_path() if expanded and potential is not None else None
         self.replicas = tuple(make_path() for _ in range(replicas))
         first = self.averaged[0]
-        self.affine = is_affine(first.module, first.optimizer, generator=generator) if affine is None else affine
+        if affine is None:
+            affine = is_affine(first.module, first.optimizer, generator=torch.Generator().manual_seed(0))
+        self.affine = affine
         """Whether gradients are averaged; otherwise updates are."""
         sizes = [p.numel() for p in first.parameters]
         everything = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]

@@ -64,8 +64,7 @@ class Schedule:
     Args:
         windows: step at which a window begins -> step at which it ends.
         total: steps of the run; None: unknown.
-        shortest: steps from which on a window is worth following; shorter than all in `windows`: they may be shortened
-            to what there is time for.
+        shortest: steps from which on a window is worth following: windows may be shortened to what there is time for.
         losses: further steps at which the excess loss is measured.
 
     >>> schedule = Schedule.of_run(window=8, every_n_steps=8, total=16)
@@ -95,7 +94,7 @@ class Schedule:
         if wanted == "auto":
             wanted = _LONGEST if total is None else min(max(total // _PART, _SHORTEST), _LONGEST)
         length = int(min(wanted, longest))
-        shortest = min(_SHORTEST, length) if window == "auto" else length
+        shortest = min(_SHORTEST, -(-length // 2))
         losses = frozenset(round(10 ** (k / _PER_DECADE)) for k in range(_DECADES * _PER_DECADE))
         starts = window_starts(length, every_n_steps, total)
         return cls({start: start + length for start in starts}, total, shortest, losses)

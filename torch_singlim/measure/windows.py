@@ -71,8 +71,7 @@ class Windows:
     def opens(self, step: int, seconds_per_step: float | None, budget: Budget) -> int | None:
         """The step up to which paths should be opened now; None: not now.
 
-        With a budget, windows wait until there is time for them; those of automatic length may become shorter, but for
-        the last one, which begins later instead.
+        With a budget, windows wait until there is time for them, or become shorter; the last one begins later instead.
 
         Args:
             step: optimizer steps so far.

@@ -36,15 +36,10 @@ def test_an_image_is_a_row_of_tokens():
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_transformer(tmp_path, capsys):
-    main(**SMALL, out=tmp_path / "transformer", check=False)
+    # in the fast phase the loss alone explains the motion: the baseline must catch that
+    with pytest.raises(SystemExit, match=r"baseline cosine at least 0\.1 lower"):
+        main(**SMALL, out=tmp_path / "transformer")
     printed = capsys.readouterr().out
     assert f"tensorboard --logdir {tmp_path / 'transformer'}" in printed
     assert "noise-induced drift" in printed
     assert (tmp_path / "transformer" / "version_0" / "drift.png").stat().st_size > 10_000
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_it_fails_where_the_baseline_explains_as_much(tmp_path):
-    # far from the zero-loss set
-    with pytest.raises(SystemExit, match=r"baseline cosine at least 0\.1 lower"):
-        main(**SMALL | {"before": 0, "steps": 20}, out=tmp_path / "transformer")

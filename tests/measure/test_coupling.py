@@ -130,6 +130,24 @@ def test_against_the_formulas_written_out():
     assert vars(window.baseline) == pytest.approx(vars(compare(m, n)), nan_ok=True)
 
 
+def test_an_expanded_path_against_the_averaged_one():
+    generator = torch.Generator().manual_seed(8)
+    m, n, a1, a2, r, s = torch.randn(6, P, generator=generator, dtype=torch.float64) + 1
+    window = CoupledWindow.of(m, a1, a2, baseline=n, expanded=s, replicas=[r])
+    D = (a1 - n) @ (a2 - n)
+    cosine, ratio = window.expansion
+    assert cosine == pytest.approx(((s - n) @ ((a1 + a2) / 2 - n) / ((s - n).norm() * D.sqrt())).item())
+    assert ratio == pytest.approx(((s - n).norm() / D.sqrt()).item())
+    without = CoupledWindow.of(m, a1, a2, baseline=n, replicas=[r])
+    assert (window.num_replicas, window.noise, window.cosines(relative=True)) == (
+        1,
+        without.noise,
+        without.cosines(relative=True),
+    )
+    assert without.expansion is None
+    assert CoupledWindow.of(m, a1, a2, expanded=s).expansion is None
+
+
 def test_a_window_goes_through_a_checkpoint(tmp_path):
     (window,) = windows(1, 7, speed=1.0, ratio=None, wobble=0.4, error=0.2, replicas=2)
     torch.save(window.state_dict(), tmp_path / "window.pt")

@@ -356,6 +356,43 @@ def test_clipping_and_loss_scaling_are_made_by_paths_too():
     assert all((path.weights() - start).norm() <= 0.1 * 0.05 * (1 + 1e-9) for path in paths.averaged)
 
 
+def test_a_scale_under_which_gradients_overflow_is_reduced():
+    """As in half precision, where the paths' gradients may be larger than those of the run."""
+    net, pair = network(dropout=0.0, dtype=torch.float32), next(batches(1, dtype=torch.float32))
+    optimizer = sgd(net)
+    ends = []
+    for scale in (1.0, 2.0**127):
+        path = Path(net, optimizer)
+        path.descend(GRADIENT, Step.of(net, optimizer, [pair], scale=scale), [0, 1])
+        ends.append(path.weights())
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-5, atol=1e-7)
+
+
+class Constant:
+    """A potential whose gradient is 1 at order 2 and 10 at order 1."""
+
+    second = True
+
+    def add(self, path, step, seed, *, first):
+        for p in path.parameters:
+            p.grad = p.grad + (11.0 if first else 1.0)
+
+
+def test_the_gradient_of_a_potential_is_added_where_it_belongs():
+    """That of order 2 to averaged paths, which lack it; all of it to the expanded path, which is otherwise the baseline."""
+    net, pair = network(dropout=0.0), next(batches(1))
+    optimizer = sgd(net)
+    paths = coupled(net, optimizer, potential=Constant(), expanded=True)
+    paths.advance(advance(net, optimizer, pair))
+    end = paths.baseline.weights()
+    assert torch.equal(end, weights(net))
+    for path, added in ((paths.expanded, 11.0), *((path, 1.0) for path in paths.averaged)):
+        torch.testing.assert_close(path.weights(), end - 0.1 * added)
+    assert torch.equal(paths.replicas[0].weights(), end)
+    assert paths.window(weights(net)).has_expanded
+    assert coupled(net, optimizer, expanded=True).expanded is None  # without a potential
+
+
 def test_an_odd_number_of_draws_is_refused():
     net = network()
     with pytest.raises(ValueError, match="draws must be even"):

@@ -1,5 +1,6 @@
 """At which steps something is measured."""
 
+import itertools
 import math
 
 import pytest
@@ -28,17 +29,20 @@ def test_a_run_of_unknown_length_has_windows_all_the_same(total):
 @pytest.mark.parametrize(
     ("total", "every", "length", "shortest"),
     [
-        (20, None, 20, 20),
-        (100, None, 50, 50),
+        (20, None, 20, 10),
+        (100, None, 50, 25),
         (400, None, 100, 50),
         (10_000, None, 1000, 50),
         (10_000, 300, 300, 50),
-        (10_000, 30, 30, 30),
+        (10_000, 30, 30, 15),
         (None, 300, 300, 50),
     ],
 )
 def test_windows_of_automatic_length_are_a_quarter_of_the_run(total, every, length, shortest):
-    """Between 50 and 1,000 steps, and never longer than the run or the steps from one window to the next."""
+    """Between 50 and 1,000 steps, and never longer than the run or the steps from one window to the next.
+
+    If there is not enough time they may be shortened, to half of their steps or to 50.
+    """
     schedule = Schedule.of_run(window="auto", every_n_steps=every, total=total)
     assert {stop - start for start, stop in schedule.windows.items()} == {length}
     assert schedule.shortest == shortest
@@ -48,7 +52,7 @@ def test_a_window_of_given_length_is_as_long_as_the_run_at_most():
     assert Schedule.of_run(window=500, every_n_steps=None, total=30).windows == {0: 30}
     assert Schedule.of_run(window=20, every_n_steps=5, total=10).windows == {0: 5, 5: 10}
     given = Schedule.of_run(window=20, every_n_steps=None, total=100)
-    assert (given.windows, given.shortest) == ({0: 20, 20: 40, 40: 60, 80: 100}, 20)  # not to be shortened
+    assert (given.windows, given.shortest) == ({0: 20, 20: 40, 40: 60, 80: 100}, 10)
 
 
 def test_the_last_window_ends_with_the_run():
@@ -63,7 +67,7 @@ def test_a_window_is_logged_at_twenty_steps():
     uneven = sorted(marks_of(7, 40))
     assert len(uneven) == 20
     assert uneven[-1] == 40
-    assert {b - a for a, b in zip(uneven, uneven[1:], strict=False)} == {1, 2}
+    assert {b - a for a, b in itertools.pairwise(uneven)} == {1, 2}
 
 
 def test_a_window_begins_when_its_step_is_passed():

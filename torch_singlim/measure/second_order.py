@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_singlim.measure.paths import Path
 from torch_singlim.measure.steps import Step
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import Covariance, NoiseSystem, Sum, parts
+from torch_singlim.noise import Covariance, NoiseSystem, Sum, WeightDecay, parts
 from torch_singlim.theory import EffectiveLoss, SGDSettings, potential
 
 __all__ = ["BatchPotential", "without_potential"]
@@ -54,7 +54,9 @@ class BatchPotential:
     ) -> None:
         self._problem, self._samples, self._processes = problem, samples, processes
         missing = without_potential(noise, problem)
-        self._first = Sum(tuple(part for part in parts(noise) if part.order == 1 and part.done_by is None))
+        # weight decay is done by the optimizer of every path
+        first = (part for part in parts(noise) if part.order == 1 and not isinstance(part, WeightDecay))
+        self._first = Sum(tuple(first))
         self._second = Sum(tuple(p for p in parts(noise) if p.order == 2 and str(p) not in missing))
 
     @property
@@ -84,9 +86,11 @@ class BatchPotential:
                 momentum=float(group["momentum"]),
                 dampening=float(group["dampening"]),
                 nesterov=bool(group["nesterov"]),
-                batch_size=on.num_samples * self._processes,
+                batch_size=on.num_samples,
             )
-            total += EffectiveLoss(on, self._second, sgd, generator=generator).order_two_gradient(w)
+            # c_H of the mean over processes is that of one of them over their number
+            effective = EffectiveLoss(on, self._second, sgd, generator=generator)
+            total += effective.order_two_gradient(w) / self._processes
         if first and parts(self._first):
             total += potential(self._first, on, w, num_draws=_DIRECTIONS, generator=generator).gradient.mean
         for name, part in on.function.unflatten(total).items():

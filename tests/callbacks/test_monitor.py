@@ -32,10 +32,10 @@ from tests.zoo import (
 )
 from torch_singlim import SingularLimitMonitor, WeightDecay
 from torch_singlim.callbacks.detect import read_samples
-from torch_singlim.callbacks.isolation import out_of_memory
 from torch_singlim.callbacks.optimizer import step_batch_size
 from torch_singlim.measure import Code, tags
 from torch_singlim.measure.distance import Expansion, measure_distance
+from torch_singlim.network import out_of_memory
 
 # --- what it logs --------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from torch_singlim.measure import Account, Budget
-from torch_singlim.network import ProcessGroup
+from torch_singlim.network import ProcessGroup, out_of_memory
 
-__all__ = ["attempt", "isolated", "out_of_memory"]
+__all__ = ["attempt", "isolated"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,17 +45,6 @@ def isolated(budget: Budget, device_type: str, account: Account = Account.GEOMET
             error = caught
     if error is not None:
         raise error
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on an accelerator or the CPU, whose allocator has no exception of its own.
-
-    >>> out_of_memory(MemoryError()), out_of_memory(ValueError("no"))
-    (True, False)
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def attempt(

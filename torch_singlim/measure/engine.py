@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,11 +26,14 @@ from torch_singlim.measure.training import Training
 from torch_singlim.measure.verdict import Visibility, verdict, visibility
 from torch_singlim.measure.window import Window
 from torch_singlim.measure.windows import Windows
-from torch_singlim.network import ProcessGroup, ZeroLossProblem
+from torch_singlim.network import ProcessGroup, ZeroLossProblem, out_of_memory
 from torch_singlim.noise import CustomNoise, NoiseSystem, Sum, parts
 from torch_singlim.theory import check_derivatives, with_measured_order
 
 __all__ = ["Engine", "Options"]
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # version of the state_dict; other versions cannot be loaded
 _VERSION = 2
@@ -234,11 +238,13 @@ class Engine:
         """
         step = self.last_step = snapshot.step
         self.note(*snapshot.reasons)
-        excess_loss = self._excess_loss(snapshot)
-        prepared = self._prepare()
+        excess_loss = self._contained(step, lambda: self._excess_loss(snapshot))
+        prepared = self._contained(step, self._prepare)
         ended = self._close(snapshot) if self.windows.ends(step) else None
-        distance = self._distance(snapshot) if prepared else None
-        linearised = self._linearised(snapshot) if prepared and distance is None else None
+        distance = self._contained(step, lambda: self._distance(snapshot)) if prepared else None
+        linearised = None
+        if prepared and distance is None and self.supports(Scope.GEOMETRY):
+            linearised = self._contained(step, lambda: self._linearised(snapshot))
         clock = None
         if self.supports(Scope.LIMIT) and self._orders_known():
             clock = Clock.at(snapshot, self.noise, self.variance)
@@ -248,6 +254,22 @@ class Engine:
         measurement = Measurement(step, excess_loss, distance, linearised, ended, clock, self.budget.overhead)
         self._keep(measurement)
         return measurement
+
+    def _contained(self, step: int, what: Callable[[], T | None]) -> T | None:
+        """A part of a measurement; where it fails, on any process, the others are made all the same."""
+        try:
+            with self.process_group.together():
+                return what()
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            _log.debug("a part of a measurement failed", exc_info=error)
+            words = f"{type(error).__name__}: {error}"
+            if isinstance(error, NotImplementedError):  # an operation has no such derivative
+                self.note(Code.DERIVATIVES(why=words))
+            elif not any(reason.code is Code.FAILED for reason in self.reasons):
+                self.note(Code.FAILED(step=step, error=words))
+            return None
 
     def _keep(self, measurement: Measurement) -> None:
         values = scalars(measurement)
@@ -271,7 +293,10 @@ class Engine:
         opened = self.windows.open
         assert opened is not None
         if opened.followed is None and not opened.closed and self.supports(Scope.PATHS) and not self.full_batch:
-            self.budget.skip("paths")
+            if self.budget.share is None:  # resumed in the middle of an epoch
+                self.note(Code.INTERRUPTED(start=opened.start))
+            else:
+                self.budget.skip("paths")
         window, sgd, steps = opened.at(snapshot), snapshot.sgd, snapshot.step - opened.start
         before, after = opened.sums, snapshot.sums
         if before is not None and after is not None:

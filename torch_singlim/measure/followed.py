@@ -42,6 +42,11 @@ class FollowedWindow:
         self._marks = marks_of(start, stop)
         self._steps = 0  # that the optimizer made
 
+    @property
+    def advanced(self) -> bool:
+        """Whether a step was made on the paths."""
+        return self._steps > 0
+
     def replays(self, step: int) -> bool:
         """Whether the step that ends at this number is replayed, for which the state before it has to be kept."""
         return step in self._marks or step == self.start + 1

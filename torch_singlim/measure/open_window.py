@@ -62,12 +62,12 @@ class OpenWindow:
             "velocity": self.velocity,
             "sums": None if self.sums is None else vars(self.sums),
             "forecast": forecast,
-            "followed": self.followed is not None,
+            "closed": self.closed or (self.followed is not None and self.followed.advanced),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], problem: ZeroLossProblem | None) -> OpenWindow:
-        """The window with this state; if it had paths, they are gone."""
+        """The window with this state; if it had paths, they are gone, but can be opened again at its first step."""
         f, sums = state["forecast"], state["sums"]
         if f is not None and problem is not None:
             f = Forecast(tangent=tangent_at(problem, f["point"]), **f)
@@ -78,5 +78,5 @@ class OpenWindow:
             velocity=state["velocity"],
             sums=None if sums is None else StepSums(**sums),
             forecast=f,
-            closed=state["followed"],
+            closed=state["closed"],
         )

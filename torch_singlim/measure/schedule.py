@@ -108,6 +108,10 @@ class Schedule:
         """Whether a window that ends at this step ends with the run."""
         return stop == self.total
 
+    def part(self, start: int) -> float:
+        """The part of the remaining time that is for the window that begins at a step: all later ones get as much."""
+        return 0.5 if self.total is None else 1 / (1 + sum(other > start for other in self.windows))
+
     def in_last(self, step: int) -> bool:
         """Whether the last window has begun, in a run of known length."""
         return self.total is not None and step >= max(self.windows, default=0)

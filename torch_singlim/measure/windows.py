@@ -87,8 +87,8 @@ class Windows:
         if remaining < shortest or seconds_per_step is None or budget.share == 0:
             return None
         last = self.schedule.is_last(window.stop)
-        # the others leave half of the time to those that come after
-        affordable = int(min(budget.left(Account.PATHS) / seconds_per_step * (1.0 if last else 0.5), remaining))
+        seconds = budget.left(Account.PATHS) * self.schedule.part(window.start)
+        affordable = int(min(seconds / seconds_per_step, remaining))
         if affordable >= remaining:
             return window.stop
         return step + affordable if affordable >= shortest and not last else None

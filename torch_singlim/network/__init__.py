@@ -4,7 +4,7 @@ from torch_singlim.network.copying import in_precision, structural_copy, uncompi
 from torch_singlim.network.functional import FunctionalModule, LinearCall
 from torch_singlim.network.layers import ActivationSite
 from torch_singlim.network.loss import CustomLoss, MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
-from torch_singlim.network.memory import free_memory, saved_bytes
+from torch_singlim.network.memory import free_memory, out_of_memory, saved_bytes
 from torch_singlim.network.problem import ZeroLossProblem, check_samples
 from torch_singlim.network.process_group import PeerFailed, ProcessGroup
 from torch_singlim.network.randomness import RandomState, noise_off
@@ -33,6 +33,7 @@ __all__ = [
     "resolve_loss",
     # memory and processes
     "free_memory",
+    "out_of_memory",
     "saved_bytes",
     "ProcessGroup",
     "PeerFailed",

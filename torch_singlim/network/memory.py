@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["free_memory", "saved_bytes"]
+__all__ = ["free_memory", "out_of_memory", "saved_bytes"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -63,3 +63,14 @@ def saved_bytes(function: Callable[[Tensor], Tensor], w: Tensor, data: Tensor) -
         total = sum(sizes.values())
     del outputs
     return total
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on an accelerator or the CPU, whose allocator has no exception of its own.
+
+    >>> out_of_memory(MemoryError()), out_of_memory(ValueError("no"))
+    (True, False)
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

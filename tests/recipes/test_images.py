@@ -10,8 +10,10 @@ from recipes import images, networks
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
-@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
-@pytest.mark.parametrize(("dataset", "network"), [("mnist", "mlp"), ("mnist", "cnn"), ("cifar10", "cnn")])
+@pytest.mark.parametrize(
+    ("dataset", "network", "loss"),
+    [("mnist", "mlp", "mse"), ("mnist", "cnn", "cross_entropy"), ("cifar10", "cnn", "cross_entropy")],
+)
 def test_images(dataset, network, loss, folder, tmp_path, capsys):
     options = {"dataset": dataset, "network": network, "loss": loss, "data_dir": folder, "out": tmp_path}
     images.main(**options, quick=True, accelerator="cpu", check=False)

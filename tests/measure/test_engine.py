@@ -164,7 +164,7 @@ def test_this_module_passes_where_lightning_is_blocked():
 @pytest.fixture(scope="module")
 def followed():
     run = Run()
-    return run, run.follow(run.engine())
+    return run, run.follow(run.engine(options=Options(num_draws=4, replicas=1, draws=128)))
 
 
 def test_everything_is_measured(followed):
@@ -199,8 +199,9 @@ def test_a_window_is_logged_as_it_goes(followed):
             assert point["window/steps"] == step - start
             assert point["window/status"] == 1
             assert point["window/replay_error"] < 1e-12
-            assert point["cost/gradients"] == (step - start) * (16 + 1 + 1)
-        assert engine.history[start + 8].keys() >= ALONG | INDUCED
+            assert point["cost/gradients"] == (step - start) * (128 + 1 + 1)
+        assert engine.history[start + 8].keys() >= ALONG
+    assert engine.history[8].keys() >= INDUCED
     assert tags.windows(engine.history) == {start: list(range(start + 1, start + 9)) for start in (0, 8, 16)}
 
 
@@ -231,7 +232,7 @@ def test_a_longer_window_is_logged_at_twenty_steps_as_it_moves():
             assert point.get("noise/measured", induced) == pytest.approx(induced)  # if it is resolved
             cosine = torch.cosine_similarity(moved, baseline, dim=0).item()
             assert point["drift/baseline_cosine"] == pytest.approx(cosine)
-    assert {"drift/cosine", "noise/measured"} <= point.keys()
+    assert "drift/cosine" in point
     window = engine.windows.last
     assert torch.equal(window.displacement, there[STEPS] - start)
     prediction = window.drift.prediction
@@ -239,6 +240,11 @@ def test_a_longer_window_is_logged_at_twenty_steps_as_it_moves():
     assert window.comparisons[Model.BASELINE].prediction.displacement.norm().item() == pytest.approx(
         baseline.norm().item()
     )
+
+
+def noted(engine):
+    """All reasons, but for noise-induced drifts that a few draws do not resolve."""
+    return [reason for reason in engine.reasons if reason.code is not Code.UNRESOLVED]
 
 
 def test_without_noise_nothing_is_resolved_and_the_verdict_says_so():
@@ -288,19 +294,19 @@ def test_a_window_that_paths_do_not_follow_ends_with_a_reason(change, habit, cod
     run.follow(engine, steps=1, habit=habit)
     run.net.requires_grad_(True)
     run.follow(engine, steps=4)
-    (reason,) = engine.reasons[1:]
+    (reason,) = noted(engine)[1:]
     assert reason.code is code
     assert words in str(reason)
     assert reason.sentence in engine.verdict()
-    assert engine.history[3].keys() >= ALONG
+    assert engine.history[3].keys() >= ALWAYS
     assert not any("drift/measured" in engine.history.get(step, {}) for step in (4, 5, 6, 7))
     end = engine.history[8]
     assert (end["window/steps"], end["window/status"]) == (8, 0)
     assert ALONG & end.keys() == {"drift/measured", "window/steps", "window/status"}
     assert engine.windows.last.displacement.norm().item() == pytest.approx(end["drift/measured"])
     run.follow(engine, steps=8)
-    assert engine.history[16].keys() >= ALONG
-    assert len(engine.reasons) == 2
+    assert engine.history[16].keys() >= ALWAYS
+    assert len(noted(engine)) == 2
 
 
 @pytest.mark.filterwarnings("ignore:.*not over-parameterised")
@@ -320,8 +326,8 @@ def test_small_errors_that_may_add_up_end_a_window():
 
     run.follow(engine, steps=8, habit=stretch)
     assert engine.history[1]["window/replay_error"] == pytest.approx(5e-4, rel=0.01)
-    assert [reason.code for reason in engine.reasons[1:]] == [Code.REPLAY]
-    assert engine.reasons[1].step == 2
+    assert [reason.code for reason in noted(engine)[1:]] == [Code.REPLAY]
+    assert noted(engine)[1].step == 2
 
 
 def test_a_path_that_diverges_ends_its_window():
@@ -331,7 +337,7 @@ def test_a_path_that_diverges_ends_its_window():
     with torch.no_grad():
         engine.windows.followed.paths.averaged[0].parameters[0].fill_(math.inf)
     run.follow(engine, steps=5)
-    assert engine.reasons[1:] == [Code.DIVERGED(start=0, stop=4)]
+    assert noted(engine)[1:] == [Code.DIVERGED(start=0, stop=4)]
     assert engine.history[8]["window/status"] == 0
 
 
@@ -401,7 +407,7 @@ def test_w_is_linearised_once_and_the_loss_evaluated_once(monkeypatch):
 def test_without_a_problem_the_motion_is_measured_all_the_same():
     run = Run()
     engine = run.follow(run.engine(problem=Code.NO_PROBLEM(why="no loss")))
-    assert engine.history[STEPS].keys() >= ALONG | INDUCED
+    assert engine.history[STEPS].keys() >= ALWAYS
     assert not any(tag.startswith(("limit/", "clock/")) or tag == "excess_loss" for tag in engine.history[STEPS])
     assert engine.last_distance is None
     assert engine.windows.last.displacement.norm() > 0
@@ -446,7 +452,7 @@ def test_what_is_unsupported_comes_with_the_snapshot():
     run.measure(engine, reasons=(Code.RATIO_CHANGES(),))
     assert "limit/frozen_cosine" not in engine.history[16]
     assert {"drift/cosine", "distance/nearest"} <= engine.history[16].keys()
-    assert engine.reasons == [Code.RATIO_CHANGES()]
+    assert noted(engine) == [Code.RATIO_CHANGES()]
     assert not engine.supports(Scope.LIMIT)
     assert engine.supports(Scope.GEOMETRY)
     assert engine.supports(Scope.PATHS)
@@ -454,17 +460,17 @@ def test_what_is_unsupported_comes_with_the_snapshot():
 
 def test_the_limit_is_not_compared_with_windows_that_were_clipped_or_did_not_move():
     run = Run()
-    engine = run.engine()
+    engine = run.engine(reasons=(Code.NO_BATCHES(),))
     engine.measure(run.snapshot())
     run.train(8)
     clipped = run.snapshot()
     engine.measure(replace(clipped, sums=replace(clipped.sums, clipped=3)))
-    assert engine.reasons == [Code.CLIPPED(count=3, start=0, stop=8)]
+    assert engine.reasons[1:] == [Code.CLIPPED(count=3, start=0, stop=8)]
     run.lr = 0.0
     run.train(8)
     still = run.snapshot()
     engine.measure(replace(still, sums=replace(still.sums, clipped=3), sgd=SGDSettings(lr=LR)))
-    assert engine.reasons[1:] == [Code.NOT_MOVED(start=8, stop=16)]
+    assert engine.reasons[2:] == [Code.NOT_MOVED(start=8, stop=16)]
     for step in (8, 16):
         assert "limit/frozen_cosine" not in engine.history[step]
         assert "drift/measured" in engine.history[step]
@@ -567,16 +573,16 @@ def test_paths_are_opened_within_a_window_when_there_is_time():
     engine = run.engine(budget=Budget(0.5, clock=clock), window="auto", every=None, total=400, problem=why)
     assert engine.schedule.windows[0] == 100
     engine.measure(run.snapshot())
-    run.open_paths(engine, seconds_per_step=0.1)  # a quarter of 15 seconds are not enough for 50 steps
+    run.open_paths(engine, seconds_per_step=0.1)  # an eighth of 15 seconds is not enough for 50 steps
     assert engine.windows.followed is None
     run.follow(engine, steps=20)
-    start, clock.now = run.weights(), 12.0
-    run.open_paths(engine, seconds_per_step=0.1)
-    assert (engine.windows.followed.start, engine.windows.open.stop) == (20, 72)
-    run.follow(engine, steps=52)
-    point = engine.history[72]
-    assert point.keys() >= ALONG
-    assert (point["window/steps"], point["window/status"]) == (52, 1)
+    start, clock.now = run.weights(), 52.0
+    run.open_paths(engine, seconds_per_step=0.1)  # an eighth of 15 + 26 seconds
+    assert (engine.windows.followed.start, engine.windows.open.stop) == (20, 71)
+    run.follow(engine, steps=51)
+    point = engine.history[71]
+    assert point.keys() >= ALWAYS
+    assert (point["window/steps"], point["window/status"]) == (51, 1)
     assert point["drift/measured"] == pytest.approx((run.weights() - start).norm().item())
     assert engine.windows.open is None
     assert len(tags.windows(engine.history)[20]) == 20
@@ -622,7 +628,7 @@ def test_a_window_that_was_interrupted_has_its_motion_and_the_reason(tmp_path):
     again = copy.deepcopy(run)
     resumed = again.engine(reasons=(Code.MAXIMIZES(),))
     resumed.load_state_dict(state)
-    assert resumed.reasons == [Code.MAXIMIZES(), Code.INTERRUPTED(start=8)]
+    assert noted(resumed) == [Code.MAXIMIZES(), Code.INTERRUPTED(start=8)]
     assert (resumed.windows.open.start, resumed.windows.open.stop) == (8, 16)
     assert resumed.windows.followed is None
     assert resumed.opens(11, None) is None
@@ -632,9 +638,24 @@ def test_a_window_that_was_interrupted_has_its_motion_and_the_reason(tmp_path):
     assert point["drift/measured"] == pytest.approx((again.weights() - start).norm().item())
     assert (point["window/steps"], point["window/status"]) == (8, 0)
     again.follow(resumed, steps=8)
-    assert resumed.history[24].keys() >= ALONG
+    assert resumed.history[24].keys() >= ALWAYS
     assert list(resumed.windows.projections) == [0, 8, 16]
     assert "was in progress when the checkpoint was written" in resumed.verdict()
+
+
+def test_paths_that_have_made_no_step_are_opened_again():
+    """As those that were opened at the step of the checkpoint."""
+    run = Run()
+    engine = run.engine(reasons=(Code.MAXIMIZES(),))
+    run.follow(engine, steps=8)
+    again, state = copy.deepcopy(run), copy.deepcopy(engine.state_dict())
+    resumed = again.engine(reasons=(Code.MAXIMIZES(),))
+    resumed.load_state_dict(state)
+    assert noted(resumed) == [Code.MAXIMIZES()]
+    again.open_paths(resumed)
+    again.follow(resumed, steps=8)
+    assert resumed.history[16].keys() >= ALWAYS
+    assert noted(resumed) == [Code.MAXIMIZES()]
 
 
 def test_a_state_holds_tensors_and_plain_values(tmp_path):
@@ -675,6 +696,25 @@ def test_a_foreign_or_incomplete_state_is_refused_by_name(change, message):
         other.load_state_dict(state)
     assert other.history == {}
     assert other.windows.open is None
+
+
+def test_a_part_of_a_measurement_that_fails_costs_that_part_alone(monkeypatch):
+    run, calls = Run(), []
+    original = type(run.problem).loss
+
+    def fail_once(problem, w):
+        calls.append(w)
+        if len(calls) == 1:
+            raise ArithmeticError("no loss today")
+        return original(problem, w)
+
+    monkeypatch.setattr(type(run.problem), "loss", fail_once)
+    engine = run.engine()
+    run.follow(engine, steps=8)
+    assert "excess_loss" not in engine.history[0]
+    assert "distance/nearest" in engine.history[0]
+    assert noted(engine) == [Code.FAILED(step=0, error="ArithmeticError: no loss today")]
+    assert {"excess_loss", "distance/nearest"} | ALWAYS <= engine.history[8].keys()
 
 
 def test_a_failed_measurement_gives_up_its_window_alone():

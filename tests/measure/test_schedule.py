@@ -61,6 +61,12 @@ def test_the_last_window_ends_with_the_run():
     assert [stop for stop in schedule.windows.values() if schedule.is_last(stop)] == [100]
 
 
+def test_windows_share_the_time_evenly():
+    schedule = Schedule.of_run(window=20, every_n_steps=None, total=100)
+    assert [schedule.part(start) for start in schedule.windows] == [1 / 4, 1 / 3, 1 / 2, 1]
+    assert Schedule.of_run(window=20, every_n_steps=None, total=None).part(0) == 0.5
+
+
 def test_a_window_is_logged_at_twenty_steps():
     assert marks_of(100, 600) == set(range(125, 601, 25))
     assert marks_of(0, 8) == set(range(1, 9))

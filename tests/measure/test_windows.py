@@ -42,16 +42,16 @@ def test_without_a_limit_paths_are_opened_where_the_window_begins():
 
 @pytest.mark.parametrize("schedule", [AUTO, GIVEN])
 def test_windows_wait_until_there_is_time_or_become_shorter(schedule):
-    """A second a step: their steps may take half of the time that is left, and 50 of them are worth it."""
+    """A second a step: the first of four windows may take a quarter of the time, and 50 steps of it are worth it."""
     assert opened(schedule).opens(0, None, with_time(1e6)) is None  # how long a step takes is not known yet
     for step, seconds, stop in (
-        (0, 400.5, 200),
-        (0, 300.5, 150),
-        (0, 100.5, 50),
-        (0, 98.0, None),
-        (50, 301.0, 200),
-        (10, 300.5, 160),
-        (150, 100.5, 200),
+        (0, 800.5, 200),
+        (0, 600.5, 150),
+        (0, 200.5, 50),
+        (0, 198.0, None),
+        (50, 601.0, 200),
+        (10, 600.5, 160),
+        (150, 200.5, 200),
         (151, 1e6, None),
     ):
         assert opened(schedule).opens(step, 1.0, with_time(seconds)) == stop, (step, seconds)
@@ -60,6 +60,7 @@ def test_windows_wait_until_there_is_time_or_become_shorter(schedule):
 
 
 def test_the_last_window_begins_later_instead_and_takes_all_the_time():
+    assert opened(AUTO, start=400).opens(400, 1.0, with_time(400.5)) == 600  # half, for the last but one
     last = opened(AUTO, start=600)
     assert last.opens(600, 1.0, with_time(200.5)) == 800
     assert last.opens(600, 1.0, with_time(199)) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -30,6 +31,7 @@ from torch_singlim.noise import NoiseSystem
 
 __all__ = ["Asked", "Started", "start"]
 
+_log = logging.getLogger(__name__)
 P = TypeVar("P", bound=ZeroLossProblem | Reason | None)
 # strategies with which each process has only a part of the weights
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
@@ -155,8 +157,14 @@ def start(trainer: Trainer, module: LightningModule, asked: Asked) -> Started | 
         return Code.NO_WEIGHTS()
     # steps that are asked for are measured whatever they cost
     budget = Budget(None if asked.every_n_steps is not None else asked.max_overhead)
-    with isolated(budget, trainer.strategy.root_device.type):
-        return _start(trainer, module, names, asked, budget)
+    try:
+        with isolated(budget, trainer.strategy.root_device.type):
+            return _start(trainer, module, names, asked, budget)
+    except ValueError:  # a contradiction
+        raise
+    except Exception as error:  # whatever training accepts goes on
+        _log.debug("the start of a monitor failed", exc_info=error)
+        return Code.NOT_STARTED(why=f"{type(error).__name__}: {error}")
 
 
 def _start(trainer: Trainer, module: LightningModule, names: Sequence[str], asked: Asked, budget: Budget) -> Started:

@@ -56,6 +56,7 @@ class Code(Enum):
         '{strategy} shards the weights over several processes, and measurements need all of them: use strategy="ddp" '
         "or one device, or measure the checkpoints afterwards",
     )
+    NOT_STARTED = _SKIPPED, Scope.EVERYTHING, "what is trained could not be found out: {why}"
     DERIVATIVES = _UNSUPPORTED, Scope.GEOMETRY, "the check of the derivatives failed: {why}"
     # the optimizer
     NO_OPTIMIZER_STATE = (

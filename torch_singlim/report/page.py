@@ -21,14 +21,13 @@ __all__ = ["report"]
 
 _CAPTIONS = {
     "time_scales": "Above: the fast fall, and the relaxed part of the distance with the value that theory expects. "
-    "Below: the slow drift, window by window, measured and predicted by descent on the effective loss.",
-    "agreement": "Direction and speed. The effective flow should reach the noise ceiling, the best cosine that any "
-    "deterministic prediction can have with one noisy run, and a speed of 1. The baseline, descent on the loss alone, "
-    "must be lower, otherwise the effect of the noise is not visible.",
+    "Below: the slow drift, window by window, measured and predicted, and the motion without noise.",
+    "agreement": "Direction and speed. The averaged path should reach the noise ceiling, the best cosine that any "
+    "deterministic prediction can have with one noisy run, and a speed of 1. The baseline, the same steps without "
+    "noise, must be lower, otherwise the effect of the noise is not visible.",
     "speed": "A point for each window; bars are standard errors. Measured: the part of the motion along the "
     "prediction.",
-    "sweep": "Displacement per step in the last window of each run, measured (solid) and by the effective flow "
-    "(dashed).",
+    "sweep": "Displacement per step in the last window of each run, measured (solid) and predicted (dashed).",
 }
 
 

@@ -4,9 +4,10 @@ from torch_singlim.measure import tags
 from torch_singlim.measure.agreement import Agreement, compare, noise_ceiling, noise_ratio
 from torch_singlim.measure.budget import Account, Budget
 from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
-from torch_singlim.measure.engine import Engine, Options
+from torch_singlim.measure.engine import Engine
 from torch_singlim.measure.full_batch_window import compare_window
 from torch_singlim.measure.measurement import Clock, Measurement
+from torch_singlim.measure.options import Options
 from torch_singlim.measure.reasons import Code, Kind, Reason, Scope
 from torch_singlim.measure.scaling import Exponents, Rate, Scaling, fit_exponents, scaling_table
 from torch_singlim.measure.schedule import Due, Schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
 from torch_singlim.measure.full_batch_window import compare_window
 from torch_singlim.measure.limit import against_limit
 from torch_singlim.measure.measurement import Clock, Measurement
+from torch_singlim.measure.options import Options
 from torch_singlim.measure.reasons import Code, Reason, Scope
 from torch_singlim.measure.schedule import Due, Schedule
 from torch_singlim.measure.snapshot import Snapshot
@@ -30,7 +31,7 @@ from torch_singlim.network import ProcessGroup, ZeroLossProblem, out_of_memory
 from torch_singlim.noise import CustomNoise, NoiseSystem, Sum, parts
 from torch_singlim.theory import check_derivatives, with_measured_order
 
-__all__ = ["Engine", "Options"]
+__all__ = ["Engine"]
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,25 +40,6 @@ T = TypeVar("T")
 _VERSION = 2
 # tolerance of the nearest point at which the order of a custom noise is measured
 _ORDER_POINT = 1e-2
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is measured, and how accurately.
-
-    Args:
-        draws: number of noise draws per step in both averaged paths together.
-        replicas: number of replicas of each window for the noise ceiling; 0: none.
-        expanded: whether there is a path with the second-order expansion of the noise.
-        num_draws: number of random directions for the limit's potential.
-        relaxed_after: a mode counts as relaxed once alpha lambda step reaches this.
-    """
-
-    draws: int = 4
-    replicas: int = 1
-    expanded: bool = False
-    num_draws: int = 32
-    relaxed_after: float = 3.0
 
 
 class Engine:

@@ -62,7 +62,7 @@ _CLEAN_STEPS = 2_000  # of training before the projections: their difficulty dep
 _WARM_UP = 35
 _REPEATS = 15
 _CLEAR = Path("/proc/self/clear_refs")
-_WINDOW = 40  # steps that are timed in a training
+_WINDOW = 80  # steps that are timed in a training; a quarter of them is replayed, which the median leaves out
 _PATIENCE = 20.0  # another library's solve is given up after so many times ours
 
 
@@ -336,7 +336,7 @@ def window(problem: str, samples: int | None, data_dir: Path | None) -> dict[str
     The ratio is what a step of all paths costs, in training steps, including the records that it needs.
     """
     _, shape, default = PROBLEMS[problem]
-    batch_size = min(100, samples or default)
+    batch_size = min(100, (samples or default) // 4)
     data = TensorDataset(*images(shape, batch_size, data_dir))
     train = partial(fit, problem, data, _WINDOW, lr=1e-3, batch_size=batch_size)
     without, beside = StepTimes(), StepTimes()

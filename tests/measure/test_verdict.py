@@ -56,7 +56,7 @@ def test_noise_is_visible_if_its_ratio_is_known_to_a_quarter(distance):
     assert found.visible
     assert found.words == (
         f"order 1, the singular limit moves the weights by 1 % in {steps:.2g} steps; the noise-induced drift is "
-        "0.90 +- 0.10 times the predicted one, whose norm is 37% of that of the predicted motion"
+        "0.900 +- 0.1 times the predicted one, whose norm is 37% of that of the predicted motion"
     )
     assert visibility(window(Estimate(0.9, 0.26)), distance).visible is False
     longer = visibility(window(Estimate(0.9, 0.5)), distance).words  # half the error in four times the steps
@@ -67,9 +67,9 @@ def test_noise_is_visible_if_its_ratio_is_known_to_a_quarter(distance):
 def test_the_ratio_of_all_windows_counts_if_its_error_is_known():
     pooled = visibility(window(Estimate(0.9, 0.5)), None, Estimate(1.1, 0.05))
     assert pooled.visible
-    assert "the limit was not predicted; the noise-induced drift over all windows is 1.10 +- 0.05" in pooled.words
+    assert "the limit was not predicted; the noise-induced drift over all windows is 1.100 +- 0.05" in pooled.words
     for unknown in (Estimate(1.1, math.nan), Estimate(math.nan, math.nan)):
-        assert "the noise-induced drift is 0.90 +- 0.10" in visibility(window(), None, unknown).words
+        assert "the noise-induced drift is 0.900 +- 0.1" in visibility(window(), None, unknown).words
 
 
 @pytest.mark.parametrize(

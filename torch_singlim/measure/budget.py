@@ -29,8 +29,9 @@ _FIGURES = 2.0
 _EIGENVECTORS, _FACTOR = 10.0, 1.0
 # size of the matrices whose product is timed; how often what is short is timed
 _SQUARE, _REPEATS = 512, 3
-# gradients are timed with so many samples, and with all samples if that is expected to take no longer than this
-_TIMED_SAMPLES, _TIMED_SECONDS = 16, 0.05
+# gradients are timed with so many samples, and with all samples if these are expected to take no longer than this, which
+# is too high an estimate for small networks; what takes no longer than the last number is timed three times
+_TIMED_SAMPLES, _ALL_SECONDS, _SHORT_SECONDS = 16, 1.0, 0.05
 # what is skipped, and what is measured instead
 _SKIPPED = {
     "loss": "the excess loss",
@@ -190,7 +191,7 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int) -> dict[str, f
     N = problem.num_samples
     few = min(N, _TIMED_SAMPLES)
     gradient = _seconds(problem.subset(few, dtype=problem.dtype)) * N / few
-    if few < N and gradient <= _TIMED_SECONDS:  # a few samples overestimate this
+    if few < N and gradient <= _ALL_SECONDS:
         gradient = _seconds(problem)
     M = problem.num_residuals
     exact = M <= MAX_DENSE
@@ -215,7 +216,7 @@ def _seconds(problem: ZeroLossProblem) -> float:
     w = problem.weights()
     problem.gradient(w)  # the first call of a function takes longer
     found: list[float] = []
-    while not found or (len(found) < _REPEATS and found[-1] <= _TIMED_SECONDS):
+    while not found or (len(found) < _REPEATS and found[-1] <= _SHORT_SECONDS):
         start = time.perf_counter()
         problem.gradient(w)
         if w.device.type == "cuda":

@@ -137,7 +137,7 @@ def visibility(
     if ratio.stderr <= _VISIBLE:
         return Visibility(
             True,
-            f"{clock}; the noise-induced drift{over} is {ratio.mean:.2f} +- {ratio.stderr:.2f} times the predicted "
+            f"{clock}; the noise-induced drift{over} is {ratio.mean:.3f} +- {ratio.stderr:.1g} times the predicted "
             f"one, whose norm is {noise.share:.0%} of that of the predicted motion",
         )
     needed = steps * (ratio.stderr / _VISIBLE) ** 2

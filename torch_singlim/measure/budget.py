@@ -29,8 +29,8 @@ _FIGURES = 2.0
 _EIGENVECTORS, _FACTOR = 10.0, 1.0
 # size of the matrices whose product is timed; how often what is short is timed
 _SQUARE, _REPEATS = 512, 3
-# gradients are timed with so many samples, and with all samples if these are expected to take no longer than this, which
-# is too high an estimate for small networks; what takes no longer than the last number is timed three times
+# gradients are timed with so many samples, and with all samples if these are expected to take no longer than this (an
+# estimate that is too high for small networks); what takes no longer than the last number is timed three times
 _TIMED_SAMPLES, _ALL_SECONDS, _SHORT_SECONDS = 16, 1.0, 0.05
 # what is skipped, and what is measured instead
 _SKIPPED = {

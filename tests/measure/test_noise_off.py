@@ -59,6 +59,7 @@ def layers(*middle):
 def test_layers_of_torch_can_be_switched_off_and_add_nothing(middle):
     found, *_ = compared(layers(*middle))
     assert (found.deterministic, found.added) == (True, 0.0)
+    assert found.random == any(isinstance(part, nn.Dropout) for part in middle)
 
 
 def test_a_module_that_is_random_in_evaluation_mode_cannot():

@@ -300,7 +300,9 @@ class StepTimes(L.Callback):
     def __init__(self) -> None:
         self.began: list[float] = []
 
-    def on_train_batch_start(self, *args: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.began.append(time.perf_counter())
 
     @property

@@ -101,8 +101,8 @@ class Transformer(nn.Module):
         return self.head(self.blocks(self.dropout(tokens)).mean(-2))
 
 
-# last window, seeds 0 and 1: cosine 0.951 and 0.957, both as the noise ceiling; speed 1.00 and 1.02; baseline cosine 0.74
-# and 0.77; noise ratio 1.02 and 1.05. In smaller batches the paths fluctuate more: with 64 images it is up to 1.13.
+# last window, seeds 0 and 1: cosine 0.951 and 0.957, both as the noise ceiling; speed 1.00 and 1.02; baseline cosine
+# 0.74 and 0.77; noise ratio 1.02 and 1.05. In smaller batches the paths fluctuate more: with 64 images it is up to 1.13
 def promises(window: Window) -> dict[str, bool]:
     """What theory promises of a window."""
     assert window.drift is not None

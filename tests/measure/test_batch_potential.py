@@ -30,7 +30,8 @@ def added(dense, noise, *, first, momentum=0.0, processes=1):
     for p in path.parameters:
         p.grad = torch.ones_like(p)
     problem = Dense(net, "mse", torch.ones(3, 3).double(), torch.ones(3, 1).double()).problem
-    potential = BatchPotential(problem, noise, lambda batch: batch, processes)
+    # the others have the same batch
+    potential = BatchPotential(problem, noise, lambda batch: batch, processes, lambda own: processes * own)
     potential.add(path, Step.of(net, optimizer, halves), 0, first=first)
     return torch.cat([p.grad.reshape(-1) for p in path.parameters]) - 1
 

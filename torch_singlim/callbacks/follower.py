@@ -116,7 +116,7 @@ class Follower:
         def samples(batch: MicroBatch) -> tuple[Tensor, Tensor]:
             return as_pair(batch.args[0], self._batch_to_problem)
 
-        return BatchPotential(problem, engine.noise, samples, self._group.size)
+        return BatchPotential(problem, engine.noise, samples, self._group.size, self._group.all_reduce)
 
     def _open(self, step: int, potential: BatchPotential | None) -> tuple[CoupledPaths, Path] | Reason:
         optimizer = plain_optimizer(self._trainer)

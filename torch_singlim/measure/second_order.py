@@ -43,6 +43,7 @@ class BatchPotential:
         noise: all noise of the training that is known.
         samples: a micro-batch of a step -> (inputs, targets).
         processes: number of processes among which the gradient is averaged.
+        total: the sum of a vector over these processes.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class BatchPotential:
         noise: NoiseSystem,
         samples: Callable[[Any], tuple[Tensor, Tensor]],
         processes: int = 1,
+        total: Callable[[Tensor], Tensor] = lambda own: own,
     ) -> None:
-        self._problem, self._samples, self._processes = problem, samples, processes
+        self._problem, self._samples, self._processes, self._total = problem, samples, processes, total
         missing = without_potential(noise, problem)
         # weight decay is done by the optimizer of every path
         first = (part for part in parts(noise) if part.order == 1 and not isinstance(part, WeightDecay))
@@ -93,6 +95,7 @@ class BatchPotential:
             total += effective.order_two_gradient(w) / self._processes
         if first and parts(self._first):
             total += potential(self._first, on, w, num_draws=_DIRECTIONS, generator=generator).gradient.mean
+        total = self._total(total) / self._processes
         for name, part in on.function.unflatten(total).items():
             p = named[name]
             p.grad = part.to(p) if p.grad is None else p.grad + part.to(p)

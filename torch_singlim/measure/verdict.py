@@ -105,7 +105,7 @@ def visibility(
     Args:
         window: the last window.
         distance: the last measurement of the distance, with the limit's prediction.
-        ratio: the noise ratio of all windows together; None, or without a standard error: that of the last window.
+        ratio: the noise ratio of all windows together; it counts if its error is smaller than that of the last window.
 
     >>> visibility(None, None)
     Visibility(visible=False, words='no window was compared with theory')
@@ -121,14 +121,14 @@ def visibility(
         clock = "no motion along the zero-loss set at order 1 or 2, by the singular limit"
     elif distance is not None and distance.reason is not None:
         clock = "too large for the singular limit"
+    if window.diffuses:
+        words = "but diffusion hides that: only the length of the motion can be predicted"
+        return Visibility(True, f"{clock}, {words}")
     noise, steps, over = window.noise, window.steps, ""
     if window.drift is None or noise is None:
-        if window.diffuses:
-            return Visibility(
-                True, f"{clock}, but diffusion hides that: only the length of the motion can be predicted"
-            )
         return Visibility(False, f"{clock}; the noise-induced drift was not resolved")
-    if ratio is not None and math.isfinite(ratio.stderr):
+    # early windows may be less certain than the last one
+    if ratio is not None and (ratio.stderr < noise.ratio.stderr or not math.isfinite(noise.ratio.stderr)):
         over = " over all windows"
     else:
         ratio = noise.ratio

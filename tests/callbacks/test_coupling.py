@@ -1,5 +1,6 @@
 """Coupled paths beside trainings of Lightning: what people do, each replayed, followed or found out."""
 
+import gc
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -504,3 +505,15 @@ def test_the_wrapper_is_taken_off_again():
     monitor, _ = fit(model, steps=12, window=8)
     assert "training_step" not in vars(model)
     assert [step for step, point in monitor.history.items() if "drift/cosine" in point] == list(range(5, 13))
+
+
+def test_windows_that_follow_one_another_keep_no_batches():
+    model, kept = Digits(), []
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            kept.append(sum(type(each) is MicroBatch for each in gc.get_objects()))
+
+    fit(model, Count(), steps=24, window=6)
+    assert max(kept) <= 2
+    assert "training_step" not in vars(model)

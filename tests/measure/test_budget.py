@@ -34,11 +34,11 @@ def test_half_of_the_time_is_for_everything_but_paths():
     assert budget.spent == 6.0
     assert budget.overhead == pytest.approx(6 / 106)
     with budget.timed("distance"):  # it takes 7, whatever was expected
-        clock.now = 113.0
-    assert budget.affords("distance")  # 6 + 7 < (15 + 11.3) / 2
+        clock.now = 123.0
+    assert budget.affords("distance")  # 6 + 7 < (15 + 11.7) / 2, training has taken 117
     assert not budget.affords("distance", part=0.9)
     clock.now = 105.0
-    assert not budget.affords("distance")  # 6 + 7 > (15 + 10.5) / 2
+    assert not budget.affords("distance")  # 6 + 7 > (15 + 9.9) / 2
     assert budget.skipped == {"limit": 1, "distance": 2}
 
 
@@ -47,10 +47,10 @@ def test_each_account_has_its_own_half_and_all_if_the_other_is_closed():
     budget = Budget(0.1, clock=clock)
     with budget.spending(Account.PATHS):
         clock.now = 5.0
-        assert budget.left(Account.PATHS) == pytest.approx((15 + 0.5) / 2 - 5)
+        assert budget.left(Account.PATHS) == pytest.approx(15 / 2 - 5)  # no training so far
     with budget.spending(Account.GEOMETRY):
         clock.now = 8.0
-    clock.now = 50.0
+    clock.now = 58.0
     assert (budget.left(Account.PATHS), budget.left(Account.GEOMETRY)) == (10 - 5, 10 - 3)
     assert budget.spent == 8.0
     budget.close(Account.GEOMETRY)
@@ -103,8 +103,8 @@ def test_a_run_that_goes_on_elsewhere():
         clock.now = 1001.0
     again.load_state_dict(budget.state_dict())
     assert (again.spent, again.overhead) == (8.0, pytest.approx(8 / 51))
-    assert again.left(Account.PATHS) == pytest.approx((15 + 5.1) / 2 - 1)
-    assert again.left(Account.GEOMETRY) == pytest.approx((15 + 5.1) / 2 - 7)
+    assert again.left(Account.PATHS) == pytest.approx((15 + 4.3) / 2 - 1)
+    assert again.left(Account.GEOMETRY) == pytest.approx((15 + 4.3) / 2 - 7)
     assert again.skipped == {"distance": 1}
     assert not again.affords("distance")  # what it took is known
     whole = again.state_dict()

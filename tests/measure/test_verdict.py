@@ -95,3 +95,11 @@ def test_the_clock_of_the_noise_in_words(distance):
     dense, point = make("two_layers")
     still = measure_distance(dense.problem, Snapshot(9, point, sgd=SGDSettings(lr=0.05)), noise=Minibatch())
     assert "no motion along the zero-loss set at order 1 or 2" in visibility(window(), still).words
+
+
+def test_reasons_of_several_windows_are_said_once():
+    reasons = [Code.CLIPPED(count=k, start=10 * k, stop=10 * k + 10) for k in (1, 2, 3)]
+    words = verdict({}, reasons=[*reasons, Code.MAXIMIZES()])
+    assert f"{reasons[0].sentence} The same in 2 further windows." in words
+    assert words.count("clipped") == 1
+    assert Code.MAXIMIZES().sentence in words

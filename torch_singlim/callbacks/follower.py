@@ -92,6 +92,7 @@ class Follower:
             step: optimizer steps so far.
             stop: the step up to which.
         """
+        self.close()  # the window before may end here
         found = self._open(step, self._potential(engine))
         if isinstance(found, Reason):
             engine.give_up(found)

@@ -52,9 +52,9 @@ class Account(Enum):
 
 
 class Budget:
-    """A limit for the time of measurements, as a share of the wall time since the budget was made.
+    """A limit for the time of measurements, as a share of the time that training takes without them.
 
-        spent + cost <= (15 s + share * elapsed) / 2          in each of two accounts
+        spent + cost <= (15 s + share * time of the training itself) / 2          in each of two accounts
 
     The cost of a measurement is the time that it took last, or before that its expected time.
 
@@ -133,8 +133,8 @@ class Budget:
             return float("inf")
         if account in self._closed:
             return 0.0
-        elapsed = self.elapsed
-        allowed = (_GRACE + self.share * elapsed) / (1 if self._closed else 2)
+        training = self.elapsed - self.spent
+        allowed = (_GRACE + self.share * training) / (1 if self._closed else 2)
         return allowed - self._spent(account)
 
     def expect(self, seconds: Mapping[str, float]) -> None:

@@ -273,7 +273,7 @@ class Reason:
 
     code: Code
     step: int | None = None
-    values: Mapping[str, Value] = field(default_factory=dict)
+    values: Mapping[str, Value] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return self.code.value[2].format(**{"step": self.step, **self.values})

@@ -64,8 +64,19 @@ def verdict(history: History, *, reasons: Sequence[Reason] = (), noise: str | No
         lines += ["", *_table("window", diffusing, tags.shown_in(Place.LENGTHS), star=False)]
     if noise:
         lines.append(f"\nNoise: {noise}.")
-    lines += [f"\n{reason.sentence}" for reason in reasons]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_sentences(reasons)])
+
+
+def _sentences(reasons: Sequence[Reason]) -> list[str]:
+    """One sentence for each reason; of those that came up in several windows, the first one and how many there are."""
+    found: dict[object, list[Reason]] = {}
+    for reason in reasons:
+        found.setdefault(reason.code if "start" in reason.values else reason, []).append(reason)
+    lines = []
+    for first, *others in found.values():
+        further = f" The same in {len(others)} further window{'s' * (len(others) > 1)}." if others else ""
+        lines.append(f"\n{first.sentence}{further}")
+    return lines
 
 
 def _diffuses(point: Mapping[str, float]) -> bool:

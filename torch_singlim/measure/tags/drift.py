@@ -269,7 +269,7 @@ LIMIT_FROZEN_COSINE = Tag(
     label="limit cosine",
     unit="–",
     meaning="cosine between the tangential part of the motion and the singular limit −α^order P_T ∇V, frozen at the "
-    "start of the window",
+    "measurement at which the window was due; paths may be opened later, and cover its last part",
     advice="Near 1 only where `distance/relaxed_share` is near 1",
     group="Singular limit",
     chart="",

@@ -266,9 +266,13 @@ class Trace(L.Callback):
     def __init__(self):
         self.states = []
 
-    def _take(self, module):
+    def _take(self, trainer, module):
+        held = [state for each in trainer.optimizers for state in each.state.values()]
+        logged = {tag: value for tag, value in trainer.callback_metrics.items() if "/" not in tag}  # not a monitor's
         self.states.append(
             {
+                "optimizer": [v.clone() for state in held for v in state.values() if isinstance(v, Tensor)],
+                "logged": [torch.as_tensor(logged[tag]).clone() for tag in sorted(logged)],
                 "weights": weights(module).clone(),
                 "gradients": [None if p.grad is None else p.grad.clone() for p in module.parameters()],
                 "buffers": [b.clone() for b in module.buffers()],
@@ -280,13 +284,13 @@ class Trace(L.Callback):
         )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self._take(pl_module)
+        self._take(trainer, pl_module)
 
     def on_train_end(self, trainer, pl_module):
-        self._take(pl_module)
+        self._take(trainer, pl_module)
 
     def on_exception(self, trainer, pl_module, exception):
-        self._take(pl_module)
+        self._take(trainer, pl_module)
 
 
 def identical(a, b):

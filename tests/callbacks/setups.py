@@ -192,6 +192,14 @@ def warm_up(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 4, 1.0))
 
 
+class OfIterator(Net):
+    """Takes the batches itself."""
+
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        return super().training_step(batch, 0)
+
+
 # --- what is expected of them --------------------------------------------------------------------------------------
 
 
@@ -272,6 +280,12 @@ NO_PROBLEM = {
 # distances are measured, and the drift is not predicted
 UNSUPPORTED = {
     "adam": Case(Adam, code=Code.OPTIMIZER, message="Adam rescales"),
+    "an optimizer with a line search": Case(
+        with_optimizer(lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=3)),
+        code=Code.OPTIMIZER,
+        message="LBFGS rescales",
+        also=Code.SEVERAL_CALLS,
+    ),
     "two optimizers": Case(Two, {"loss": "mse"}, code=Code.SEVERAL_OPTIMIZERS, message="one optimizer, got 2"),
     "manual optimization": Case(Manual, {"loss": "mse"}, code=Code.MANUAL_OPTIMIZATION, message="manual optimization"),
     "clipping of one's own": Case(

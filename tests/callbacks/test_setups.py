@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 
-from tests.callbacks.setups import MEASURED, NO_PROBLEM, RAISES, UNSUPPORTED, Case, Weightless
+from tests.callbacks.setups import MEASURED, NO_PROBLEM, RAISES, UNSUPPORTED, Case, OfIterator, Weightless
 from tests.zoo import (
     Net,
     Recorder,
@@ -110,6 +110,15 @@ def test_what_is_supported_is_measured(name):
     assert {reason.code.scope for reason in reasons_of(monitor)} <= {Scope.NOTHING}
     assert tags_of(monitor) >= ALWAYS | GEOMETRY | PATHS
     assert len([step for step, point in monitor.history.items() if "drift/cosine" in point]) >= 2
+
+
+def test_a_step_that_takes_an_iterator_has_no_paths():
+    monitor = monitor_of(loss="mse")
+    watched, _ = run(Case(OfIterator), monitor)
+    assert_identical(watched, run(Case(OfIterator))[0])
+    assert reasons_of(monitor) == [Code.NO_BATCHES()]
+    assert tags_of(monitor) >= ALWAYS | GEOMETRY | {"limit/frozen_cosine"}
+    assert not tags_of(monitor) & OF_PATHS
 
 
 class Moves(L.Callback):

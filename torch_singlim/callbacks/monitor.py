@@ -45,7 +45,7 @@ from torch_singlim.noise import NoiseSystem
 
 __all__ = ["SingularLimitMonitor"]
 
-# with several processes, paths are opened at multiples of so many steps
+# under a budget, paths are opened at multiples of so many steps
 _ASKED = 10
 
 
@@ -316,11 +316,12 @@ class SingularLimitMonitor(Callback):
         """Open paths if a window is in progress that has none yet, and there is time for them."""
         assert self._started is not None
         engine, follower, step = self._started.engine, self._started.follower, trainer.global_step
-        # with several processes the first one decides, so that they have to communicate
-        asked = trainer.world_size == 1 or step % _ASKED == 0 or engine.budget.share is None
-        stop = engine.opens(step, follower.seconds_per_step(engine.budget, step)) if asked else None
-        if asked and engine.budget.share is not None:
-            stop = int(engine.process_group.broadcast(stop or 0)) or None
+        # not asked at every step: it takes time, and several processes have to communicate, since the first one decides
+        stop, free = None, engine.budget.share is None
+        if engine.windows.waiting and (free or step % _ASKED == 0):
+            stop = engine.opens(step, follower.seconds_per_step(engine.budget, step))
+            if not free:
+                stop = int(engine.process_group.broadcast(stop or 0)) or None
         if stop is not None and not self._attempt(lambda: follower.open(engine, step, stop), Account.PATHS):
             engine.give_up(None)
         follower.watch(engine, step)

@@ -189,6 +189,8 @@ class StepRecorder:
         self._sums = StepSums()
         self._clipped: int | Tensor = 0  # on the device, to avoid a synchronisation at every step
         self._ratio_changed = False
+        self._rule: tuple[Any, ...] = ()  # settings of the last step
+        self._alpha = 0.0  # its effective step size
 
     def before_step(self, trainer: Trainer, optimizer: Any) -> None:
         """Add the learning rate of this step."""
@@ -200,11 +202,11 @@ class StepRecorder:
         expected = zip(rates, self._settings.group_ratios, strict=False)
         if any(abs(rate - ratio * lr) > 1e-6 * lr for rate, ratio in expected):
             self._ratio_changed = True
-        alpha = 0.0
-        if lr > 0:
-            first = groups[0]
-            settings = SGDSettings(lr, float(first["momentum"]), float(first["dampening"]), bool(first["nesterov"]))
-            alpha = settings.effective_lr
+        first = groups[0]
+        rule = lr, float(first["momentum"]), float(first["dampening"]), bool(first["nesterov"])
+        if rule != self._rule:
+            self._rule, self._alpha = rule, SGDSettings(*rule).effective_lr if lr > 0 else 0.0
+        alpha = self._alpha
         s = self._sums
         self._sums = replace(s, lr=s.lr + lr, alpha=s.alpha + alpha, alpha_squared=s.alpha_squared + alpha**2)
 

@@ -39,6 +39,11 @@ class Windows:
         self.projections: dict[int, CoupledWindow] = {}
         """Start of each window with paths -> inner products of its displacements, as last checked."""
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a window is in progress for which paths may still be opened."""
+        return self.open is not None and self.open.followed is None and not self.open.closed
+
     def ends(self, step: int) -> bool:
         """Whether the window in progress ends at this step."""
         return self.open is not None and step >= self.open.stop
@@ -79,7 +84,7 @@ class Windows:
             budget: of the run.
         """
         window = self.open
-        if window is None or window.followed is not None or window.closed:
+        if window is None or not self.waiting:
             return None
         if budget.share is None:
             return window.stop if step == window.start else None

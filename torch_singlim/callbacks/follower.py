@@ -13,23 +13,23 @@ from torch import Tensor, nn
 
 from torch_singlim.callbacks.detect import BatchToProblem, as_pair
 from torch_singlim.callbacks.inject import InjectNoise
-from torch_singlim.callbacks.recording import SeveralCallsError, StepRecording, injections_of
+from torch_singlim.callbacks.recording import SeveralCallsError, StepRecording, injections_of, unperturbed
 from torch_singlim.callbacks.twin import MicroBatch, TrainingStepGradient, make_twin
 from torch_singlim.measure import Budget, Code, Engine, Measurement, Options, Reason
 from torch_singlim.measure.noise_off import compare_noise_off
 from torch_singlim.measure.paths import CoupledPaths, Path
 from torch_singlim.measure.second_order import BatchPotential, without_potential
-from torch_singlim.measure.steps import Recorded
+from torch_singlim.measure.steps import Recorded, held_by
 from torch_singlim.network import ProcessGroup, free_memory
 from torch_singlim.noise import parts
 
-__all__ = ["Follower"]
+__all__ = ["TIMED_STEPS", "Follower"]
 
 _GIB = 2.0**30
 # between the seeds of two monitors: more than there are steps
 _STRIDE = 2**40 + 15
 # steps of the training that are timed before the first paths are opened
-_TIMED_STEPS = 3
+TIMED_STEPS = 3
 
 
 def plain_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
@@ -154,8 +154,11 @@ class Follower:
         return paths, rehearsal
 
     def _path(self) -> Path:
-        """A copy of the run, without transient perturbations."""
-        path = make_twin(self._module, plain_optimizer(self._trainer))
+        """A copy of the run, without any perturbation."""
+        path, truth = make_twin(self._module, plain_optimizer(self._trainer)), unperturbed(self._trainer)
+        with torch.no_grad():
+            for p, own in zip(path.parameters, _held(self._trainer), strict=True):
+                p.copy_(held_by(own, truth))
         for each in self._trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets them from a helper
             if isinstance(each, InjectNoise) and each.injection is not None and each.transient is not None:
                 (own,) = (i for i in injections_of(self._trainer, _held(self._trainer)) if i.noise is each.noise)
@@ -229,7 +232,7 @@ class Follower:
         if self._began is None:
             self._began = step, training
         steps = step - self._began[0]
-        if steps < _TIMED_STEPS:
+        if steps < TIMED_STEPS:
             return None
         o = self._options
         return (1 + o.draws + o.replicas + 1) * (training - self._began[1]) / steps

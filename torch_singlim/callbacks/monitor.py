@@ -12,6 +12,7 @@ from lightning.pytorch.profilers import Profiler
 from torch import Tensor, nn
 
 from torch_singlim.callbacks.attempts import Attempts
+from torch_singlim.callbacks.follower import TIMED_STEPS
 from torch_singlim.callbacks.publish import describe, log_point, provide, report_reasons, say
 from torch_singlim.callbacks.resume import state_of, take_over
 from torch_singlim.callbacks.start import Asked, Started, start
@@ -45,7 +46,7 @@ from torch_singlim.noise import NoiseSystem
 
 __all__ = ["SingularLimitMonitor"]
 
-# under a budget, paths are opened at multiples of so many steps
+# under a budget, paths are opened every so many steps of a window
 _ASKED = 10
 
 
@@ -250,16 +251,16 @@ class SingularLimitMonitor(Callback):
             self._publish(trainer, self._measure(trainer, trainer.global_step - 1))
         self._attempt(lambda: self._open_dashboard(trainer, found.engine))
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open paths at the first step, when all callbacks have started."""
-        if self._started is not None:
-            self._open_paths(trainer)
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Gather samples, if they are not known."""
+        """Gather samples, if they are not known; open paths at the first step, when all callbacks have started."""
         started = self._started
-        if started is not None and (started.gatherer is not None or started.inputs is not None):
+        if started is None:
+            return
+        if started.gatherer is not None or started.inputs is not None:
             self._attempt(lambda: started.see(batch))
+        windows = started.engine.windows
+        if windows.waiting and windows.open is not None and windows.open.start == trainer.global_step:
+            self._open_paths(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Be content with the samples of one epoch."""
@@ -318,7 +319,8 @@ class SingularLimitMonitor(Callback):
         engine, follower, step = self._started.engine, self._started.follower, trainer.global_step
         # not asked at every step: it takes time, and several processes have to communicate, since the first one decides
         stop, free = None, engine.budget.share is None
-        if engine.windows.waiting and (free or step % _ASKED == 0):
+        since = step - (engine.windows.open.start if engine.windows.open is not None else 0)
+        if engine.windows.waiting and (free or since % _ASKED == 0 or since == TIMED_STEPS):
             stop = engine.opens(step, follower.seconds_per_step(engine.budget, step))
             if not free:
                 stop = int(engine.process_group.broadcast(stop or 0)) or None

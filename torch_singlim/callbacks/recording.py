@@ -92,8 +92,8 @@ class StepRecording:
 
     def install(self) -> None:
         """Wrap training_step on the instance."""
-        original = self._module.training_step
-        self._last = [p.detach().clone() for p in self._parameters]
+        original, truth = self._module.training_step, unperturbed(self._trainer)
+        self._last = [held_by(p, truth).clone() for p in self._parameters]
 
         @functools.wraps(original)  # Lightning reads its signature
         def training_step(*args: Any, **kwargs: Any) -> Any:

@@ -216,6 +216,16 @@ class LossGradient:
         self._add(path, step)
 
 
+def _two_steps(path: Path, gradients: Sequence[Tensor]) -> Tensor:
+    """Displacement by two steps of the optimizer with the same gradients."""
+    start = path.weights()
+    for _ in range(2):
+        for p, g in zip(path.parameters, gradients, strict=True):
+            p.grad = g.clone()
+        path.optimizer.step(_no_closure)
+    return path.weights() - start
+
+
 def is_affine(module: nn.Module, optimizer: torch.optim.Optimizer, *, generator: torch.Generator) -> bool:
     """Whether two steps of the optimizer are an affine function of the gradients, by a test on copies.
 
@@ -232,15 +242,10 @@ def is_affine(module: nn.Module, optimizer: torch.optim.Optimizer, *, generator:
         for _ in range(2)
     ]
     middle = [(a + b) / 2 for a, b in zip(*draws, strict=True)]
-    moved = []
-    for gradients in (*draws, middle):
-        path = Path(module, optimizer)
-        start = path.weights()
-        for _ in range(2):
-            for p, g in zip(path.parameters, gradients, strict=True):
-                p.grad = g.clone()
-            path.optimizer.step(_no_closure)
-        moved.append(path.weights() - start)
+    try:
+        moved = [_two_steps(Path(module, optimizer), gradients) for gradients in (*draws, middle)]
+    except Exception:  # a rule that needs more than gradients
+        return False
     a, b, mean = moved
     size = torch.linalg.vector_norm(a - b).item() + torch.linalg.vector_norm(mean).item()
     return torch.linalg.vector_norm(mean - (a + b) / 2).item() <= _AFFINE * size

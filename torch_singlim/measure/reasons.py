@@ -268,7 +268,7 @@ class Reason:
         values: for the placeholders in the sentence of the code.
 
     >>> str(Code.CLIPPED(count=3, start=0, stop=500))
-    'gradients were clipped in 3 of the steps 0-500'
+    'gradients were clipped in 3 of the steps 0-500: the limit is not compared with this window'
     """
 
     code: Code

@@ -30,6 +30,11 @@ def finished(case, devices, out, *more):
     return [json.loads(out.with_suffix(f".{rank}.json").read_text()) for rank in range(devices)]
 
 
+def codes(found):
+    """Of the reasons, but for those of windows that are too short for their noise."""
+    return [reason["code"] for reason in found["reasons"] if reason["code"] != "UNRESOLVED"]
+
+
 def test_shards_of_a_process_group():
     for count in (5, 6, 7):
         shards = [ProcessGroup(rank, 3).shard(count) for rank in range(3)]
@@ -56,8 +61,8 @@ def test_two_processes_log_what_one_logs(case, tmp_path):
         assert two[0]["weights"] == pytest.approx(one["weights"], rel=1e-10)
     assert one["history"]
     for each in two:
-        assert [r["code"] for r in each["reasons"]] == [r["code"] for r in one["reasons"]]
-        assert each["history"].keys() == one["history"].keys()
+        assert codes(each) == codes(one)
+        assert each["history"].keys() == (two[0] if random else one)["history"].keys()
         for key, value in (two[0] if random else one)["history"].items():
             if TIMED not in key:
                 assert each["history"][key] == pytest.approx(value, rel=1e-6, abs=1e-9), key

@@ -109,17 +109,23 @@ class Started:
     def see(self, batch: Any) -> None:
         """Gather samples from a batch; when there are enough, find out whether a later one brings them again."""
         engine, truth = self.engine, unperturbed(self.trainer)
+        group = engine.process_group
         if self.gatherer is not None:
+            why = ""
             try:
                 self.gatherer.take(batch, truth)
             except Exception as error:  # a user's function may raise anything
+                why = str(error) or type(error).__name__
+            # all processes go on in the same way
+            if group.all_reduce_min(float(not why)) == 0:
                 self.gatherer = None
-                engine.found(*_problem_of(Code.NO_PROBLEM(why=str(error)), self.settings, self.asked, self.trainer))
-                return
-            if self.gatherer.complete:
+                reason = Code.NO_PROBLEM(why=why or "another process could not read its batch")
+                engine.found(*_problem_of(reason, self.settings, self.asked, self.trainer))
+            elif group.all_reduce_min(float(self.gatherer.complete)) > 0:
                 self.finish_gathering()
         elif self.inputs is not None and self.trainer.current_epoch > self.epoch:
-            if not Gatherer.contain(self.inputs, batch, self.asked.batch_to_problem, truth):
+            again = Gatherer.contain(self.inputs, batch, self.asked.batch_to_problem, truth)
+            if group.all_reduce_min(float(again)) == 0:
                 engine.note(Code.FRESH_SAMPLES())
             self.inputs = None
 

@@ -27,7 +27,7 @@ from torch_singlim.measure.training import Training
 from torch_singlim.measure.verdict import Visibility, verdict, visibility
 from torch_singlim.measure.window import Window
 from torch_singlim.measure.windows import Windows
-from torch_singlim.network import ProcessGroup, ZeroLossProblem, out_of_memory
+from torch_singlim.network import PeerFailed, ProcessGroup, ZeroLossProblem, out_of_memory
 from torch_singlim.noise import CustomNoise, NoiseSystem, Sum, parts
 from torch_singlim.theory import check_derivatives, with_measured_order
 
@@ -243,7 +243,7 @@ class Engine:
             with self.process_group.together():
                 return what()
         except Exception as error:
-            if out_of_memory(error):
+            if out_of_memory(error) or (isinstance(error, PeerFailed) and error.left_further):
                 raise
             _log.debug("a part of a measurement failed", exc_info=error)
             words = f"{type(error).__name__}: {error}"

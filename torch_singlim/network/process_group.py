@@ -12,8 +12,27 @@ from torch import Tensor, distributed
 __all__ = ["PeerFailed", "ProcessGroup"]
 
 
+# number of blocks in which this process is at present, one within the other
+_depth = 0
+# blocks are never nested as deeply as this
+_DEEPEST = 100.0
+
+
 class PeerFailed(RuntimeError):
-    """Another process has failed in the measurement that this process takes part in."""
+    """Another process has failed in the measurement that this process takes part in.
+
+    Args:
+        depth: of the outermost block that another process has left.
+    """
+
+    def __init__(self, depth: int) -> None:
+        super().__init__("the measurement failed on another process")
+        self.depth = depth
+
+    @property
+    def left_further(self) -> bool:
+        """Whether the other process has left the block in which this one is at present, too."""
+        return self.depth <= _depth
 
 
 @dataclass(frozen=True)
@@ -41,15 +60,16 @@ class ProcessGroup:
         """This process's part of `count` samples."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def _flag(self, failed: bool) -> bool:
-        """Whether this process or another one has failed."""
-        flag = torch.tensor(float(failed), device=self.device)
-        distributed.all_reduce(flag)
-        return flag.item() > 0
+    def _flag(self, depth: int | None) -> int | None:
+        """Depth of the outermost block that a process is leaving; None: none is. `depth`: that of this process."""
+        flag = torch.tensor(0.0 if depth is None else _DEEPEST - depth, device=self.device)
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+        return None if flag.item() == 0 else round(_DEEPEST - flag.item())
 
     def _check(self) -> None:
-        if self._flag(False):
-            raise PeerFailed("the measurement failed on another process")
+        depth = self._flag(None)
+        if depth is not None:
+            raise PeerFailed(depth)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -59,16 +79,21 @@ class ProcessGroup:
             PeerFailed: another process has failed.
             Exception: that of this process.
         """
+        global _depth  # as many as there are processes, which are not threads
+        _depth += 1
         try:
             yield
+            if self.size > 1:
+                self._check()
         except PeerFailed:
             raise
-        except Exception:
-            if self.size > 1:
-                self._flag(True)
+        except Exception as error:
+            outermost = self._flag(_depth) if self.size > 1 else None
+            if outermost is not None and outermost < _depth:
+                raise PeerFailed(outermost) from error
             raise
-        if self.size > 1:
-            self._check()
+        finally:
+            _depth -= 1
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""

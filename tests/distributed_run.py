@@ -93,6 +93,9 @@ def main(name: str, devices: int, out: Path, fault: bool, monitored: bool) -> No
     found = {"history": history, "weights": weights(model).tolist(), "rows": rows, "verdict": monitor.verdict}
     found["reasons"] = [reason.state_dict() for reason in monitor.reasons]
     out.with_suffix(f".{trainer.global_rank}.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():  # gloo's threads do not always survive the end of the interpreter
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

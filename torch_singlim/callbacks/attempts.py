@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from torch_singlim.callbacks.isolation import attempt
 from torch_singlim.callbacks.publish import report_reasons, say
-from torch_singlim.measure import Account, Code, Engine, Reason
+from torch_singlim.measure import Account, Engine, Reason
 
 __all__ = ["Attempts"]
 
@@ -25,7 +25,6 @@ class Attempts:
     def __init__(self, trainer: Trainer, engine: Engine) -> None:
         self._trainer, self._engine = trainer, engine
         self._num_reported = len(engine.reasons)
-        self._failed = False  # whether a failure was noted
 
     def __call__(
         self,
@@ -45,11 +44,7 @@ class Attempts:
         engine = self._engine
 
         def noted(error: Exception) -> None:
-            reason = explain(error)
-            if reason is None and not self._failed:  # only the first failure is reported
-                reason = Code.FAILED(step=self._trainer.global_step, error=f"{type(error).__name__}: {error}")
-                self._failed = True
-            (failed or engine.note)(reason)
+            (failed or engine.note)(explain(error) or engine.failure(self._trainer.global_step, error))
 
         worked = attempt(
             what,

@@ -12,14 +12,15 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from torch_singlim.callbacks.detect import BatchToProblem, as_pair
-from torch_singlim.callbacks.inject import InjectNoise
+from torch_singlim.callbacks.inject import transients
+from torch_singlim.callbacks.optimizer import plain_optimizer
 from torch_singlim.callbacks.recording import SeveralCallsError, StepRecording, injections_of, unperturbed
 from torch_singlim.callbacks.twin import MicroBatch, TrainingStepGradient, make_twin
 from torch_singlim.measure import Budget, Code, Engine, Measurement, Options, Reason
 from torch_singlim.measure.noise_off import compare_noise_off
 from torch_singlim.measure.paths import CoupledPaths, Path
 from torch_singlim.measure.second_order import BatchPotential, without_potential
-from torch_singlim.measure.steps import Recorded, held_by
+from torch_singlim.measure.steps import Recorded, held_by, parameters_of
 from torch_singlim.network import ProcessGroup, free_memory
 from torch_singlim.noise import parts
 
@@ -30,11 +31,6 @@ _GIB = 2.0**30
 _STRIDE = 2**40 + 15
 # steps of the training that are timed before the first paths are opened
 TIMED_STEPS = 3
-
-
-def plain_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
-    """The trainer's first optimizer, without Lightning's wrapper."""
-    return getattr(trainer.optimizers[0], "optimizer", trainer.optimizers[0])
 
 
 def _unsupported(trainer: Trainer, module: LightningModule) -> Reason | None:
@@ -104,7 +100,7 @@ class Follower:
         second = [part for part in parts(engine.noise) if part.order == 2]
         if not second and not self._options.expanded:
             return None
-        problem, optimizer = engine.problem, plain_optimizer(self._trainer)
+        problem, optimizer = engine.problem, self._optimizer()
         plain = problem is not None and set(problem.function.step_ratios.values()) == {1.0}
         missing = [str(part) for part in second]
         if problem is not None and plain and isinstance(optimizer, torch.optim.SGD):
@@ -120,11 +116,11 @@ class Follower:
         return BatchPotential(problem, engine.noise, samples, self._group.size, self._group.all_reduce)
 
     def _open(self, step: int, potential: BatchPotential | None) -> tuple[CoupledPaths, Path] | Reason:
-        optimizer = plain_optimizer(self._trainer)
+        optimizer = self._optimizer()
         short = self._memory(optimizer, step)
         if short is not None:
             return short
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = parameters_of(optimizer)
         gradient = TrainingStepGradient(
             self._trainer.precision_plugin.train_step_context,
             datamodule=getattr(self._trainer, "datamodule", None),
@@ -155,21 +151,27 @@ class Follower:
 
     def _path(self) -> Path:
         """A copy of the run, without any perturbation."""
-        path, truth = make_twin(self._module, plain_optimizer(self._trainer)), unperturbed(self._trainer)
+        optimizer = self._optimizer()
+        path, truth, perturbed = (
+            make_twin(self._module, optimizer),
+            unperturbed(self._trainer),
+            transients(self._trainer),
+        )
         with torch.no_grad():
-            for p, own in zip(path.parameters, _held(self._trainer), strict=True):
+            for p, own in zip(path.parameters, parameters_of(optimizer), strict=True):
                 p.copy_(held_by(own, truth))
-        for each in self._trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets them from a helper
-            if isinstance(each, InjectNoise) and each.injection is not None and each.transient is not None:
-                (own,) = (i for i in injections_of(self._trainer, _held(self._trainer)) if i.noise is each.noise)
-                with torch.no_grad():
-                    for i, xi in zip(own.indices, each.injection.split(each.transient), strict=True):
-                        path.parameters[i].sub_(xi)
+                if own in perturbed:
+                    p.sub_(perturbed[own])
         return path
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        found = plain_optimizer(self._trainer)
+        assert found is not None  # others are unsupported
+        return found
 
     def _memory(self, optimizer: torch.optim.Optimizer, step: int) -> Reason | None:
         """Why there is not enough memory for copies; None: there is."""
-        held = [*self._module.parameters(), *self._module.buffers(), *(p for p in _held(self._trainer))]
+        held = [*self._module.parameters(), *self._module.buffers(), *parameters_of(optimizer)]
         state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
         one = sum(t.numel() * t.element_size() for t in (*held, *state))
         copies = 3 + self._options.replicas + (self._baseline is not False) + self._options.expanded
@@ -289,7 +291,3 @@ class Follower:
         if isinstance(error, SeveralCallsError):
             return Code.SEVERAL_CALLS(count=error.count)
         return Code.NO_STEP_ON_COPY(why=f"{type(error).__name__}: {error}") if self._baseline is None else None
-
-
-def _held(trainer: Trainer) -> list[nn.Parameter]:
-    return [p for group in plain_optimizer(trainer).param_groups for p in group["params"]]

@@ -14,7 +14,7 @@ from torch_singlim.callbacks.detect import BatchToProblem, as_pair, read_samples
 from torch_singlim.callbacks.injection import Injection, Perturbation
 from torch_singlim.noise import NoiseSystem, Sum, draw_noise, parts
 
-__all__ = ["InjectNoise", "injected_noise"]
+__all__ = ["InjectNoise", "injected_noise", "injectors", "transients"]
 
 
 class InjectNoise(Callback):
@@ -148,7 +148,7 @@ class InjectNoise(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the weights: the gradient has been computed."""
         # in the reverse order of the perturbations, whichever callback is called first
-        for each in reversed(_injectors(trainer)):
+        for each in reversed(injectors(trainer)):
             if each.injection is not None:
                 each.injection.put_weights_back()
 
@@ -165,12 +165,12 @@ class InjectNoise(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Restore the batch, and also the weights if the step was skipped."""
-        for each in reversed(_injectors(trainer)):
+        for each in reversed(injectors(trainer)):
             each.put_back()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore weights and batch."""
-        for each in reversed(_injectors(trainer)):
+        for each in reversed(injectors(trainer)):
             each.put_back()
 
     def put_back(self) -> None:
@@ -180,8 +180,18 @@ class InjectNoise(Callback):
             self.injection.put_weights_back()
 
 
-def _injectors(trainer: Trainer) -> list[InjectNoise]:
+def injectors(trainer: Trainer) -> list[InjectNoise]:
+    """The trainer's callbacks that inject noise."""
     return [each for each in trainer.callbacks if isinstance(each, InjectNoise)]  # type: ignore[attr-defined]  # Lightning sets them from a helper
+
+
+def transients(trainer: Trainer) -> dict[nn.Parameter, Tensor]:
+    """The transient perturbation that each parameter contains at present; empty: there is none."""
+    total: dict[nn.Parameter, Tensor] = {}
+    for each in injectors(trainer):
+        for p, xi in each.perturbation.items():
+            total[p] = total[p] + xi if p in total else xi
+    return total
 
 
 def injected_noise(trainer: Trainer) -> NoiseSystem | None:
@@ -193,5 +203,5 @@ def injected_noise(trainer: Trainer) -> NoiseSystem | None:
     Raises:
         ValueError: the same kind of noise twice.
     """
-    systems = [part for each in _injectors(trainer) for part in parts(each.noise)]
+    systems = [part for each in injectors(trainer) for part in parts(each.noise)]
     return Sum(tuple(systems)) if systems else None

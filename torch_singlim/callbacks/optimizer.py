@@ -19,6 +19,7 @@ from torch_singlim.theory import SGDSettings
 __all__ = [
     "OptimizerSettings",
     "StepRecorder",
+    "plain_optimizer",
     "read_groups",
     "read_optimizer",
     "select_parameters",
@@ -111,7 +112,7 @@ def read_groups(
     return OptimizerSettings(sgd, float(first["weight_decay"]), ratios, of_groups, tuple(reasons))
 
 
-def _plain(trainer: Trainer) -> torch.optim.Optimizer | None:
+def plain_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:
     """The trainer's optimizer, without Lightning's wrapper; None: there are several, or none."""
     if len(trainer.optimizers) != 1:
         return None
@@ -122,7 +123,7 @@ def read_optimizer(
     trainer: Trainer, module: LightningModule, names: Sequence[str], batch_size: int | None
 ) -> OptimizerSettings:
     """Settings of the trainer's optimizer, for the parameters with these names."""
-    plain, optimizer = dict.fromkeys(names, 1.0), _plain(trainer)
+    plain, optimizer = dict.fromkeys(names, 1.0), plain_optimizer(trainer)
     if optimizer is None:
         several = Code.SEVERAL_OPTIMIZERS(count=len(trainer.optimizers))
         return OptimizerSettings(None, 0.0, plain, (), (several,))

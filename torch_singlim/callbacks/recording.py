@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from torch_singlim.callbacks.inject import InjectNoise
+from torch_singlim.callbacks.inject import injectors, transients
 from torch_singlim.callbacks.optimizer import skipped
 from torch_singlim.callbacks.twin import InjectionOf, MicroBatch, copy_batch, trainer_values
-from torch_singlim.measure.steps import Before, Clip, Recorded, Step, flat, held_by
+from torch_singlim.measure.steps import Before, Clip, Recorded, Step, flat, held_by, parameters_of
 from torch_singlim.network import RandomState
 
 __all__ = ["SeveralCallsError", "StepRecording", "clip_of", "injections_of", "unperturbed"]
@@ -31,15 +31,10 @@ def clip_of(trainer: Trainer) -> Clip | None:
     return lambda parameters: nn.utils.clip_grad_norm_(parameters, bound)
 
 
-def _injectors(trainer: Trainer) -> list[InjectNoise]:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets them from a helper
-    return [each for each in callbacks if isinstance(each, InjectNoise)]
-
-
 def unperturbed(trainer: Trainer) -> dict[int, Tensor]:
     """id of each tensor that the trainer's callbacks perturb at present -> its data without perturbation."""
     truth: dict[int, Tensor] = {}
-    for each in reversed(_injectors(trainer)):
+    for each in reversed(injectors(trainer)):
         truth |= each.injection.unperturbed() if each.injection is not None else {}
     return truth
 
@@ -48,7 +43,7 @@ def injections_of(trainer: Trainer, parameters: Sequence[nn.Parameter]) -> list[
     """The noise that the trainer's callbacks inject, for paths whose parameters are in this order."""
     positions = {id(p): i for i, p in enumerate(parameters)}
     found = []
-    for each in _injectors(trainer):
+    for each in injectors(trainer):
         assert each.injection is not None  # training has started
         indices = tuple(positions[id(p)] for p in each.injection.parameters)
         found.append(InjectionOf(each.noise, each.injection.num_outputs, each.batch_to_problem, indices))
@@ -75,7 +70,7 @@ class StepRecording:
         spending: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._trainer, self._module, self._optimizer, self._spending = trainer, module, optimizer, spending
-        self._parameters = _held(optimizer)
+        self._parameters = parameters_of(optimizer)
         self._trained = [p.requires_grad for p in self._parameters]
         self.active = False
         """Whether calls are recorded."""
@@ -122,10 +117,10 @@ class StepRecording:
 
     def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the arguments of a call of training_step, without changing the random state."""
-        injectors, truth = _injectors(self._trainer), unperturbed(self._trainer)
+        sources, truth = injectors(self._trainer), unperturbed(self._trainer)
         if not self._batches:
             self._modes = tuple(part.training for part in self._module.modules())
-            self._transients = [each.transient for each in injectors]
+            self._transients = [each.transient for each in sources]
             present = [held_by(p, truth) for p in self._parameters]
             self._moved = _distance(present, self._last)
             if self.keep_before:
@@ -137,7 +132,7 @@ class StepRecording:
                 kwargs=copy_batch(kwargs, truth),
                 trainer=trainer_values(self._trainer),
                 random=RandomState.now(),
-                etas=tuple(tuple(each.etas) for each in injectors),
+                etas=tuple(tuple(each.etas) for each in sources),
             )
         )
 
@@ -174,27 +169,18 @@ class StepRecording:
             return None
         if settings.divisor and len(batches) > settings.divisor:
             raise SeveralCallsError(len(batches))
-        injectors = _injectors(self._trainer)
-        new = [each.transient for each in injectors]
+        new = [each.transient for each in injectors(self._trainer)]
         batches[-1] = replace(batches[-1], transients=tuple(zip(self._transients, new, strict=True)))
-        held = _held(self._optimizer)
+        held = parameters_of(self._optimizer)
         same = [id(p) for p in held] == [id(p) for p in self._parameters]
         same = same and [p.requires_grad for p in held] == self._trained
         previous, self._last = self._last, [p.detach().clone() for p in self._parameters]
         after = flat(self._last)
-        perturbed: dict[nn.Parameter, Tensor] = {}
-        for each in injectors:
-            for p, xi in each.perturbation.items():
-                perturbed[p] = perturbed[p] + xi if p in perturbed else xi
-        iterate = after
+        perturbed, iterate = transients(self._trainer), after
         if perturbed:
             iterate = after - flat([perturbed.get(p, torch.zeros_like(p)) for p in self._parameters])
         step = replace(settings, batches=tuple(batches), modes=self._modes)
         return Recorded(step, before, after, iterate, _distance(self._last, previous), self._moved, same)
-
-
-def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
-from torch_singlim.callbacks.inject import InjectNoise
+from torch_singlim.callbacks.inject import transients
 from torch_singlim.callbacks.optimizer import StepRecorder, read_groups, read_optimizer, step_batch_size
 from torch_singlim.measure import Code, Snapshot
 from torch_singlim.network import WeightSpace
@@ -56,9 +56,7 @@ def snapshot_of_trainer(
         recorder: of the optimizer's steps.
     """
     settings = read_optimizer(trainer, module, space.names, step_batch_size(trainer))
-    perturbed: dict[nn.Parameter, Tensor] = {}
-    for each in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets them from a helper
-        perturbed |= each.perturbation if isinstance(each, InjectNoise) else {}
+    perturbed = transients(trainer)
     parameters = space.parameters()
     perturbation = None
     if perturbed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -32,7 +32,6 @@ from torch_singlim.noise import NoiseSystem
 __all__ = ["Asked", "Started", "start"]
 
 _log = logging.getLogger(__name__)
-P = TypeVar("P", bound=ZeroLossProblem | Reason | None)
 # strategies with which each process has only a part of the weights
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
@@ -120,7 +119,7 @@ class Started:
             if group.all_reduce_min(float(not why)) == 0:
                 self.gatherer = None
                 reason = Code.NO_PROBLEM(why=why or "another process could not read its batch")
-                engine.found(*_problem_of(reason, self.settings, self.asked, self.trainer))
+                engine.found(reason, _training(reason, self.settings, self.asked, self.trainer))
             elif group.all_reduce_min(float(self.gatherer.complete)) > 0:
                 self.finish_gathering()
         elif self.inputs is not None and self.trainer.current_epoch > self.epoch:
@@ -137,7 +136,7 @@ class Started:
             return
         engine, group = self.engine, self.engine.process_group
         problem, subset = _find(self.trainer, self.module, samples, self.asked, self.settings, group)
-        engine.found(*_problem_of(problem, self.settings, self.asked, self.trainer, subset))
+        engine.found(problem, _training(problem, self.settings, self.asked, self.trainer, subset))
         if not isinstance(problem, Reason):
             engine.note(Code.GATHERED(step=self.trainer.global_step, samples=problem.num_samples))
             self.subject = replace(self.subject, space=problem.function)
@@ -196,7 +195,7 @@ def _start(trainer: Trainer, module: LightningModule, names: Sequence[str], aske
         problem = Code.NO_PROBLEM(why=str(error))
     plain = WeightSpace(module, dtype=asked.dtype, step_ratios=settings.step_ratios)
     space = problem.function if isinstance(problem, ZeroLossProblem) else plain
-    problem, training = _problem_of(problem, settings, asked, trainer, subset)
+    training = _training(problem, settings, asked, trainer, subset)
     total = trainer.estimated_stepping_batches
     schedule = Schedule.of_run(window=asked.window, every_n_steps=asked.every_n_steps, total=total)
     generator = torch.Generator().manual_seed(asked.seed)
@@ -240,15 +239,18 @@ def _find(
     )
 
 
-def _problem_of(
-    problem: P, settings: OptimizerSettings, asked: Asked, trainer: Trainer, subset: Reason | None = None
-) -> tuple[P, Training]:
-    """The problem, and the training with its noise and the reasons."""
-    training = training_of(
+def _training(
+    problem: ZeroLossProblem | Reason | None,
+    settings: OptimizerSettings,
+    asked: Asked,
+    trainer: Trainer,
+    subset: Reason | None = None,
+) -> Training:
+    """The training of a problem, with its noise and the reasons."""
+    return training_of(
         problem,
         given=asked.noise,
         weight_decay=settings.weight_decay,
         injected=injected_noise(trainer),
         reasons=(*settings.reasons, *([subset] if subset else [])),
     )
-    return problem, training

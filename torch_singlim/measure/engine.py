@@ -49,8 +49,8 @@ class Engine:
     measurement that needs them. Measurements read the problem's module and do not change it.
 
     A window begins and ends with a snapshot. In between, its drift is compared with paths beside the training if these
-    are opened by `follow`, and advanced with every step. `full_batch` is for snapshots without steps in between, as of
-    checkpoints: the drift is then compared with descent on the loss of all samples.
+    are opened by `Windows.follow`, and advanced with every step. `full_batch` is for snapshots without steps in
+    between, as of checkpoints: the drift is then compared with descent on the loss of all samples.
 
     Args:
         problem: loss and samples, or the reason why there are none; None: they will be given to `found`.
@@ -246,12 +246,17 @@ class Engine:
             if out_of_memory(error) or (isinstance(error, PeerFailed) and error.left_further):
                 raise
             _log.debug("a part of a measurement failed", exc_info=error)
-            words = f"{type(error).__name__}: {error}"
-            if isinstance(error, NotImplementedError):  # an operation has no such derivative
-                self.note(Code.DERIVATIVES(why=words))
-            elif not any(reason.code is Code.FAILED for reason in self.reasons):
-                self.note(Code.FAILED(step=step, error=words))
+            if isinstance(error, NotImplementedError):  # torch has no such derivative of an operation
+                self.note(Code.DERIVATIVES(why=f"{type(error).__name__}: {error}"))
+            else:
+                self.note(self.failure(step, error))
             return None
+
+    def failure(self, step: int, error: Exception) -> Reason | None:
+        """The reason of a failed measurement; None: one was noted before, and only the first is."""
+        if any(reason.code is Code.FAILED for reason in self.reasons):
+            return None
+        return Code.FAILED(step=step, error=f"{type(error).__name__}: {error}")
 
     def _keep(self, measurement: Measurement) -> None:
         values = scalars(measurement)

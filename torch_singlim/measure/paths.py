@@ -11,6 +11,7 @@ M stands for the optimizer's rule; each path has momentum and other state of its
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_singlim.measure.coupling import CoupledWindow
-from torch_singlim.measure.steps import Before, Step, flat
+from torch_singlim.measure.steps import Before, Step, flat, parameters_of
 from torch_singlim.network import RandomState, noise_off
 
 __all__ = ["CoupledPaths", "Gradient", "LossGradient", "Path", "is_affine"]
@@ -67,7 +68,7 @@ class Path:
         # copied together, so that the optimizer's parameters are those of the module
         self.module, self.optimizer = copy.deepcopy((module, optimizer), memo)
         vars(self.optimizer).pop("step", None)  # a scheduler replaces it by a method that counts the steps of the run
-        self.parameters: list[nn.Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.parameters = parameters_of(self.optimizer)
 
     def weights(self) -> Tensor:
         """The parameters that the optimizer holds  ``[P]``."""
@@ -236,9 +237,8 @@ def is_affine(module: nn.Module, optimizer: torch.optim.Optimizer, *, generator:
     >>> is_affine(net, torch.optim.Adam(net.parameters()), generator=generator)
     False
     """
-    first = Path(module, optimizer)
     draws = [
-        [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in first.parameters]
+        [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in parameters_of(optimizer)]
         for _ in range(2)
     ]
     middle = [(a + b) / 2 for a, b in zip(*draws, strict=True)]
@@ -296,8 +296,8 @@ class CoupledPaths:
             affine = is_affine(first.module, first.optimizer, generator=torch.Generator().manual_seed(0))
         self.affine = affine
         """Whether gradients are averaged; otherwise updates are."""
-        sizes = [p.numel() for p in first.parameters]
-        everything = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+        ends = itertools.accumulate((p.numel() for p in first.parameters), initial=0)
+        everything = [slice(*pair) for pair in itertools.pairwise(ends)]
         self._watched = everything if watched is None else [everything[i] for i in watched]
         self.start = self._select(first.weights())
         self._optimizers: list[list[torch.optim.Optimizer]] = [[], []]

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from torch_singlim.network import RandomState
 
-__all__ = ["Before", "Clip", "Recorded", "Step", "flat", "held_by"]
+__all__ = ["Before", "Clip", "Recorded", "Step", "flat", "held_by", "parameters_of"]
 
 # changes the gradients of parameters between backward and step, in place
 Clip = Callable[[list[nn.Parameter]], object]
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that an optimizer holds, in the order of its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -99,7 +104,7 @@ class Before:
             truth: id of each parameter that is perturbed at present -> its data without perturbation.
         """
         known = truth or {}
-        parameters = [held_by(p, known) for group in optimizer.param_groups for p in group["params"]]
+        parameters = [held_by(p, known) for p in parameters_of(optimizer)]
         tensors: dict[str, Tensor] = {**module.state_dict(), **dict(module.named_parameters(remove_duplicate=False))}
         held = {name: held_by(tensors[name], known) for name in module.state_dict()}
         state = {name: tensor.clone() for name, tensor in held.items()}

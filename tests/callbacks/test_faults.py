@@ -203,9 +203,10 @@ def test_a_fault_at_any_call_of_a_measurement(saboteur, calls, tmp_path, caplog)
     assert codes.count(Code.FAILED) == 1
     assert set(codes) <= {Code.FAILED, Code.EXPANSION_FAILS, Code.UNRESOLVED}
     assert caplog.text.count("failed: Fault") == 1
-    # the last measurements were let alone, and see again
+    # the last measurements were let alone, and see again; a window of two steps may not resolve its noise
     assert monitor.last_window.stop == steps
-    assert "drift/cosine" in monitor.history[steps]
+    assert {"drift/measured", "window/replay_error"} <= monitor.history[steps].keys()
+    assert any("drift/cosine" in scalars for step, scalars in monitor.history.items() if step > steps - 12)
     assert "cosine" in monitor.verdict
     # some depend on the weights
     for site in set(again) - set(arming.hit):

@@ -1,6 +1,7 @@
 """Coupled paths beside trainings of Lightning: what people do, each replayed, followed or found out."""
 
 import gc
+import shutil
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -65,10 +66,11 @@ def loader(dataset=None, batch_size=20, **options):
     return DataLoader(data() if dataset is None else dataset, batch_size=batch_size, **{"shuffle": True} | options)
 
 
-def fit(model, *callbacks, steps=350, window=150, loaders=None, watch=True, **options):
+def fit(model, *callbacks, steps=350, window=150, loaders=None, watch=True, loss=None, **options):
     """A training whose last window ends with it; the monitor, and all that it could have disturbed."""
     L.seed_everything(0, verbose=False)
-    monitor, trace = SingularLimitMonitor(window=window, max_overhead=None, num_samples=8, num_draws=2), Trace()
+    options_of = {"window": window, "max_overhead": None, "num_samples": 8, "num_draws": 2, "loss": loss}
+    monitor, trace = SingularLimitMonitor(**options_of), Trace()
     trainer = L.Trainer(
         **{"max_steps": steps, "accelerator": "cpu", "logger": False} | options,
         callbacks=[*callbacks, *([monitor] if watch else []), trace],
@@ -207,6 +209,61 @@ def sign_descent(self):
     return SignDescent(self.parameters(), lr=2e-4)
 
 
+class WarmedUp(torch.optim.SGD):
+    """A rule with a counter and a parameter among its attributes, which are neither in its state nor in its groups."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr=lr)
+        self.made, self.first = 0, self.param_groups[0]["params"][0]
+
+    def step(self, closure=None):
+        loss = closure()
+        self.made += 1
+        with torch.no_grad():
+            self.first.mul_(1 - 1e-4)
+        for group in self.param_groups:
+            group["lr"] *= self.made / 500
+        super().step()
+        for group in self.param_groups:
+            group["lr"] /= self.made / 500
+        return loss
+
+
+def warmed_up(self):
+    return WarmedUp(self.parameters(), lr=0.5)
+
+
+def decaying(self):
+    optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.decay)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def decay(self, step):
+    return 1 / (1 + step / 500)
+
+
+def reads_its_learning_rate(self, batch, batch_idx):
+    (rate,), (group,) = self.lr_schedulers().get_last_lr(), self.optimizers().param_groups
+    self.log("rate", group["lr"])
+    return (1 + rate) * self.loss(*batch)
+
+
+def needs_the_trainer(self, batch, batch_idx):
+    return self.loss(*batch) * (1 + 0 * self.trainer.fit_loop.total_batch_idx)
+
+
+class CompiledWithin(Digits):
+    def __init__(self, *, compiled):
+        super().__init__()
+        self.body = compiled(self.body)
+
+
+def in_place(module):
+    module.compile()
+    return module
+
+
 class Normed(Digits):
     def __init__(self):
         super().__init__()
@@ -332,6 +389,17 @@ FOLLOWED = {
     "adamw": {"make": changed(configure_optimizers=adamw)},
     "rmsprop": {"make": changed(configure_optimizers=rmsprop)},
     "an optimizer of one's own": {"make": changed(configure_optimizers=sign_descent)},
+    "an optimizer with attributes": {"make": changed(configure_optimizers=warmed_up)},
+    "learning rates that are read": {
+        "make": changed(configure_optimizers=decaying, decay=decay, training_step=reads_its_learning_rate)
+    },
+    "a step that needs the trainer, and a known loss": {
+        "make": changed(training_step=needs_the_trainer),
+        "loss": "mse",
+    },
+    "a compiled module": {"make": lambda: torch.compile(Digits())},
+    "a compiled part": {"make": lambda: CompiledWithin(compiled=torch.compile)},
+    "a part that is compiled in place": {"make": lambda: CompiledWithin(compiled=in_place)},
     "functional dropout": {"make": changed(forward=functional)},
     "stochastic depth": {"make": changed(forward=stochastic_depth)},
     "a part in evaluation mode": {"make": changed(on_train_batch_start=frozen_in_evaluation, training_step=of_inputs)},
@@ -359,7 +427,8 @@ def run(case, *, watch=True, **more):
     options = (options() if callable(options) else options) | more
     loaders = case["loaders"]() if "loaders" in case else None
     callbacks = [make() for make in case.get("callbacks", ())]
-    return fit(case.get("make", Digits)(), *callbacks, loaders=loaders, watch=watch, **options)
+    loss = case.get("loss")
+    return fit(case.get("make", Digits)(), *callbacks, loaders=loaders, watch=watch, loss=loss, **options)
 
 
 def steps_of(monitor):
@@ -384,6 +453,8 @@ WINDOW_ENDS = {
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_habits_that_are_followed(name):
     """Replayed to rounding, and right: direction at the ceiling, speed 1. And the training is the one without it."""
+    if "compiled" in name and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
     monitor, trace = run(FOLLOWED[name])
     last = monitor.history[max(monitor.history)]
     print(f"{name}: " + ", ".join(f"{tag} {last.get(tag, float('nan')):.3g}" for tag in SHOWN))
@@ -477,7 +548,7 @@ def test_what_a_copy_cannot_have_is_said():
     batch = data()[:4]
     step = Step.of(model, optimizer, [MicroBatch((batch, 0), {}, {"global_step": 0}, RandomState.now())])
     with pytest.raises(
-        AttributeError, match=r"trainer\.strategy is not available to a training step that runs on a copy"
+        AttributeError, match=r"trainer\.strategy\.root_device is not available to a training step that runs on a copy"
     ):
         path.descend(TrainingStepGradient(), step, [0])
 

@@ -43,6 +43,13 @@ def test_half_of_the_time_is_for_everything_but_paths():
     assert budget.skipped == {"limit": 1, "distance": 2}
 
 
+def test_time_that_is_not_measured_is_counted_in_both_accounts():
+    budget = Budget(0.1, clock=Clock())
+    budget.add(3.0)
+    assert budget.spent == 3.0
+    assert budget.left(Account.PATHS) == budget.left(Account.GEOMETRY) == pytest.approx((15 - 0.3) / 2 - 1.5)
+
+
 def test_each_account_has_its_own_half_and_all_if_the_other_is_closed():
     clock = Clock()
     budget = Budget(0.1, clock=clock)

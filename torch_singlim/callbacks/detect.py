@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
+from torch_singlim.callbacks.stand_in import StandIn, ignore
 from torch_singlim.measure import Code, Reason
 from torch_singlim.network import (
     FunctionalModule,
@@ -35,6 +36,7 @@ __all__ = [
     "BatchToProblem",
     "Samples",
     "as_pair",
+    "as_targets",
     "detect_problem",
     "find_problem",
     "given_samples",
@@ -163,7 +165,9 @@ def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.d
     if not module.automatic_optimization:
         return None
     twin: Any = in_precision(structural_copy(module), dtype).eval()
-    twin.log = twin.log_dict = lambda *args, **kwargs: None  # a copy has no logger
+    twin.log = twin.log_dict = ignore
+    if module._trainer is not None:
+        twin._trainer = StandIn.of(module._trainer)
     if getattr(vars(twin).get("training_step"), "recording", None):  # of the run's calls, not the copy's
         del twin.training_step
     losses = []
@@ -174,12 +178,12 @@ def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.d
                 out = twin.training_step(batch, 0)
                 value = out["loss"] if isinstance(out, dict) else out
                 losses.append(float(value))
-    except Exception:  # a training step may need a running trainer; the caller tells the user what to pass instead
+    except Exception:  # a training step may need more of the trainer; the caller tells the user what to pass instead
         return None
     return losses
 
 
-def _as_targets(loss: SampleLoss, targets: Tensor, outputs: Tensor) -> Tensor:
+def as_targets(loss: SampleLoss, targets: Tensor, outputs: Tensor) -> Tensor:
     """Targets in the form that the loss takes: class labels become one-hot for mse."""
     if isinstance(loss, MeanSquaredError) and not targets.is_floating_point() and targets.ndim == 1:
         classes = outputs.shape[1]
@@ -216,7 +220,7 @@ def _mean_loss(loss: SampleLoss, f: Tensor, targets: Tensor) -> float:
     """The training loss: with the infimum that `value` subtracts, and also for hard labels."""
     if loss == SoftCrossEntropy() and not targets.is_floating_point():
         return F.cross_entropy(f, targets.long()).item()
-    y = loss.prepare(_as_targets(loss, targets, f), f)
+    y = loss.prepare(as_targets(loss, targets, f), f)
     return (loss.value(f, y) + loss.infimum(y)).mean().item()
 
 
@@ -337,7 +341,7 @@ def detect_problem(
     flips = next((part for part in parts(noise) if isinstance(part, LabelFlips)), None) if noise else None
     if flips is not None and chosen == SoftCrossEntropy():
         chosen = SoftCrossEntropy(flips.rate)
-    targets = _as_targets(chosen, samples.targets, trials.outputs[0])
+    targets = as_targets(chosen, samples.targets, trials.outputs[0])
     return ZeroLossProblem(
         module,
         chosen,

@@ -15,13 +15,20 @@ from torch_singlim.callbacks.detect import BatchToProblem, as_pair
 from torch_singlim.callbacks.inject import transients
 from torch_singlim.callbacks.optimizer import plain_optimizer
 from torch_singlim.callbacks.recording import SeveralCallsError, StepRecording, injections_of, unperturbed
-from torch_singlim.callbacks.twin import MicroBatch, TrainingStepGradient, make_twin
+from torch_singlim.callbacks.twin import (
+    MicroBatch,
+    TrainingStepGradient,
+    call_training_step,
+    forward_and_loss,
+    make_twin,
+)
 from torch_singlim.measure import Budget, Code, Engine, Measurement, Options, Reason
 from torch_singlim.measure.noise_off import compare_noise_off
+from torch_singlim.measure.optimizer_copy import parameters_of
 from torch_singlim.measure.paths import CoupledPaths, Path
 from torch_singlim.measure.second_order import BatchPotential, without_potential
-from torch_singlim.measure.steps import Recorded, held_by, parameters_of
-from torch_singlim.network import ProcessGroup, free_memory
+from torch_singlim.measure.steps import Recorded, held_by
+from torch_singlim.network import PeerFailed, ProcessGroup, free_memory, out_of_memory
 from torch_singlim.noise import parts
 
 __all__ = ["TIMED_STEPS", "Follower"]
@@ -74,6 +81,7 @@ class Follower:
         self._group, self._seed, self._spending = process_group, seed, spending
         self._recording: StepRecording | None = None
         self._affine: bool | None = None  # whether the optimizer's updates are affine in the gradient; None: not tested
+        self._evaluate = call_training_step  # computes the loss of a copy of the module
         self._baseline: bool | None = None  # whether the noise can be switched off; None: not tested
         self._began: tuple[int, float] | None = None  # a step, and the seconds that training had taken until then
         self._seconds, self._advanced = 0.0, 0  # that advancing paths took, and how often
@@ -126,6 +134,7 @@ class Follower:
             datamodule=getattr(self._trainer, "datamodule", None),
             injections=injections_of(self._trainer, parameters),
             process_group=self._group,
+            evaluate=self._evaluate,
         )
         positions = {id(p): i for i, p in enumerate(parameters)}
         try:
@@ -249,13 +258,23 @@ class Follower:
         followed = engine.windows.followed
         if self._baseline is not None or followed is None:
             return []
-        with self._untouched():
-            found = compare_noise_off(followed.rehearsal, followed.paths.gradient, recorded.step)
+        gradient, problem, instead = followed.paths.gradient, engine.problem, []
+        assert isinstance(gradient, TrainingStepGradient)
+        try:
+            with self._group.together(), self._untouched():
+                found = compare_noise_off(followed.rehearsal, gradient, recorded.step)
+        except Exception as error:  # a training step may need more of the trainer than a copy has
+            if problem is None or out_of_memory(error) or (isinstance(error, PeerFailed) and error.left_further):
+                raise
+            gradient.evaluate = self._evaluate = forward_and_loss(problem.sample_loss, self._batch_to_problem)
+            with self._untouched():
+                found = compare_noise_off(followed.rehearsal, gradient, recorded.step)
+            instead = [Code.FORWARD_AND_LOSS(why=f"{type(error).__name__}: {error}")]
         self._baseline = found.deterministic and (found.random or found.added > 0)
         if not self._baseline:
             followed.paths.baseline = None
-            return [Code.NO_NOISE() if found.deterministic else Code.NO_BASELINE()]
-        return [Code.PENALTY(share=found.added)] if found.added else []
+            return [*instead, Code.NO_NOISE() if found.deterministic else Code.NO_BASELINE()]
+        return [*instead, *([Code.PENALTY(share=found.added)] if found.added else [])]
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:

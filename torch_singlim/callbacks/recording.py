@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from torch_singlim.callbacks.inject import injectors, transients
 from torch_singlim.callbacks.optimizer import skipped
-from torch_singlim.callbacks.twin import InjectionOf, MicroBatch, copy_batch, trainer_values
-from torch_singlim.measure.steps import Before, Clip, Recorded, Step, flat, held_by, parameters_of
+from torch_singlim.callbacks.stand_in import trainer_values
+from torch_singlim.callbacks.twin import InjectionOf, MicroBatch, copy_batch
+from torch_singlim.measure.optimizer_copy import parameters_of
+from torch_singlim.measure.steps import Before, Clip, Recorded, Step, flat, held_by
 from torch_singlim.network import RandomState
 
 __all__ = ["SeveralCallsError", "StepRecording", "clip_of", "injections_of", "unperturbed"]

@@ -9,95 +9,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from torch_singlim.callbacks.detect import BatchToProblem, as_pair
+from torch_singlim.callbacks.detect import BatchToProblem, as_pair, as_targets
 from torch_singlim.callbacks.injection import Injection
+from torch_singlim.callbacks.stand_in import StandIn, ignore
 from torch_singlim.measure.paths import Path
 from torch_singlim.measure.steps import Before, Step, held_by
-from torch_singlim.network import ProcessGroup, RandomState, noise_off, uncompile
+from torch_singlim.network import ProcessGroup, RandomState, SampleLoss, compile_likewise, no_compilation, noise_off
 from torch_singlim.noise import NoiseSystem
 
 __all__ = [
     "InjectionOf",
     "MicroBatch",
-    "StandIn",
     "TrainingStepGradient",
+    "call_training_step",
     "copy_batch",
+    "forward_and_loss",
     "make_twin",
-    "trainer_values",
 ]
-
-# attributes of the trainer that a training step may read, with their values at that step of the run
-_READ = (
-    "global_step",
-    "current_epoch",
-    "max_epochs",
-    "max_steps",
-    "num_training_batches",
-    "accumulate_grad_batches",
-    "log_every_n_steps",
-    "world_size",
-    "global_rank",
-    "local_rank",
-    "node_rank",
-    "num_devices",
-    "is_global_zero",
-    "gradient_clip_val",
-    "gradient_clip_algorithm",
-    "training",
-    "validating",
-    "sanity_checking",
-    "fast_dev_run",
-)
 
 # between the seeds of two processes
 _SEEDS = 0x9E3779B97F4A7C15
-
-
-def trainer_values(trainer: Trainer) -> dict[str, Any]:
-    """The present values of the trainer's attributes that a training step may read."""
-    return {name: getattr(trainer, name) for name in _READ if hasattr(trainer, name)}
-
-
-class StandIn:
-    """Replaces the trainer of a copy of a module: some attributes can be read, nothing can be changed.
-
-    Args:
-        values: name -> value at the step of the run.
-        optimizer: that of the copy.
-        datamodule: that of the run.
-
-    >>> StandIn({"global_step": 3}).global_step
-    3
-    >>> StandIn({}).strategy
-    Traceback (most recent call last):
-    ...
-    AttributeError: trainer.strategy is not available to a training step that runs on a copy of the module
-    """
-
-    def __init__(
-        self,
-        values: Mapping[str, Any],
-        optimizer: torch.optim.Optimizer | None = None,
-        datamodule: LightningDataModule | None = None,
-    ) -> None:
-        self.optimizers = [] if optimizer is None else [optimizer]
-        self.datamodule, self.logger, self.loggers = datamodule, DummyLogger(), [DummyLogger()]
-        self.callback_metrics: dict[str, Any] = {}
-        self.logged_metrics: dict[str, Any] = {}
-        vars(self).update(values)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"trainer.{name} is not available to a training step that runs on a copy of the module")
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Replaces the logging methods of a copy."""
 
 
 def _data_sets(module: nn.Module) -> list[object]:
@@ -115,9 +51,9 @@ def make_twin(module: LightningModule, optimizer: torch.optim.Optimizer) -> Path
     twin = path.module
     vars(twin).pop("training_step", None)  # a function that was set on the instance belongs to the run
     for part in twin.modules():
-        uncompile(part)
         if isinstance(part, LightningModule):
-            part.log = part.log_dict = _ignore  # type: ignore[method-assign]
+            part.log = part.log_dict = ignore  # type: ignore[method-assign]
+    compile_likewise(twin, module)
     return path
 
 
@@ -187,14 +123,39 @@ class InjectionOf:
         return Injection(self.noise, parameters, self.num_outputs, transient_in_forward=transient_in_forward)
 
 
+# the loss of a module, or what contains it, from the arguments of training_step
+Evaluate = Callable[[LightningModule, tuple[Any, ...], Mapping[str, Any]], Any]
+
+
+def call_training_step(module: LightningModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return module.training_step(*args, **kwargs)
+
+
+def forward_and_loss(loss: SampleLoss, batch_to_problem: BatchToProblem | None) -> Evaluate:
+    """The mean of a known loss on the outputs of ``forward``, for a training_step that cannot run on a copy.
+
+    Args:
+        loss: as `training_step` computes it.
+        batch_to_problem: a batch -> (inputs, targets), for batches of another form.
+    """
+
+    def evaluate(module: LightningModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        x, y = as_pair(args[0], batch_to_problem)
+        f = module(x).reshape(len(x), -1)
+        return loss.value(f, loss.prepare(as_targets(loss, y, f), f)).mean()
+
+    return evaluate
+
+
 class TrainingStepGradient:
-    """The gradient of a LightningModule's own training_step on a path.
+    """The gradient of a LightningModule's own training_step on a path, or of a loss that takes its place.
 
     Args:
         context: returns the context in which the trainer's precision plugin runs a training step.
         datamodule: that of the run.
         injections: the noise that the run's callbacks inject.
         process_group: the processes among which the run averages its gradients.
+        evaluate: computes the loss of a copy of the module on a micro-batch.
     """
 
     def __init__(
@@ -204,9 +165,12 @@ class TrainingStepGradient:
         datamodule: LightningDataModule | None = None,
         injections: Sequence[InjectionOf] = (),
         process_group: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
+        evaluate: Evaluate = call_training_step,
     ) -> None:
         self._context = context
         self.datamodule, self.injections, self.process_group = datamodule, tuple(injections), process_group
+        self.evaluate = evaluate
+        """Computes the loss of a copy of the module on a micro-batch."""
 
     def _average(self, path: Path) -> None:
         """The mean of the gradient over all processes."""
@@ -218,13 +182,15 @@ class TrainingStepGradient:
         for p, part in zip(path.parameters, total.split([p.numel() for p in path.parameters]), strict=True):
             p.grad = part.view_as(p).clone()
 
-    def _backward(self, path: Path, step: Step, batch: MicroBatch, args: tuple[Any, ...]) -> None:
+    def _backward(
+        self, path: Path, step: Step, batch: MicroBatch, args: tuple[Any, ...], *, eager: bool = False
+    ) -> None:
         module = path.module
         assert isinstance(module, LightningModule)
         module._trainer = StandIn(batch.trainer, path.optimizer, self.datamodule)  # type: ignore[assignment]
         with torch.enable_grad():
-            with self._context(), _plain_attributes_restored(module):
-                out = module.training_step(*args, **batch.kwargs)
+            with self._context(), no_compilation(module, eager=eager), _plain_attributes_restored(module):
+                out = self.evaluate(module, args, batch.kwargs)
             loss = out.get("loss") if isinstance(out, Mapping) else out
             if loss is None:  # nor does the run make a backward pass then
                 return
@@ -261,7 +227,7 @@ class TrainingStepGradient:
         """Without noise: nothing is injected, and all layers except for normalisation are in evaluation mode."""
         with noise_off(path.module):
             for batch in step.batches:
-                self._backward(path, step, batch, copy_batch(batch.args))
+                self._backward(path, step, batch, copy_batch(batch.args), eager=True)
         self._average(path)
 
     def again(self, path: Path, step: Step, before: Before) -> None:

@@ -109,6 +109,11 @@ class Budget:
         finally:
             self._past[account], self._since = self._spent(account), None
 
+    def add(self, seconds: float) -> None:
+        """Count time that is too short to be measured, half of it in each account."""
+        for account in Account:
+            self._past[account] += seconds / len(Account)
+
     def _spent(self, account: Account) -> float:
         running = 0.0 if self._since is None or self._since[0] is not account else self.clock() - self._since[1]
         return self._past[account] + running

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_singlim.measure.coupling import CoupledWindow
-from torch_singlim.measure.steps import Before, Step, flat, parameters_of
+from torch_singlim.measure.optimizer_copy import copy_optimizer, parameters_of
+from torch_singlim.measure.steps import Before, Step, flat
 from torch_singlim.network import RandomState, noise_off
 
 __all__ = ["CoupledPaths", "Gradient", "LossGradient", "Path", "is_affine"]
@@ -65,9 +66,9 @@ class Path:
         results = _on_a_graph([vars(part) for part in module.modules()])
         memo: dict[int, Any] = {id(each): each for each in shared}
         memo |= {id(result): result.detach().clone() for result in results}
-        # copied together, so that the optimizer's parameters are those of the module
-        self.module, self.optimizer = copy.deepcopy((module, optimizer), memo)
-        vars(self.optimizer).pop("step", None)  # a scheduler replaces it by a method that counts the steps of the run
+        # with one memo, so that the optimizer's parameters are those of the module
+        self.module = copy.deepcopy(module, memo)
+        self.optimizer = copy_optimizer(optimizer, memo)
         self.parameters = parameters_of(self.optimizer)
 
     def weights(self) -> Tensor:
@@ -157,7 +158,7 @@ class Path:
     def twin_optimizers(self, count: int) -> list[torch.optim.Optimizer]:
         """Copies of the optimizer for the same parameters, each with its own state."""
         shared = {id(p): p for p in self.parameters}
-        return [copy.deepcopy(self.optimizer, dict(shared)) for _ in range(count)]
+        return [copy_optimizer(self.optimizer, dict(shared)) for _ in range(count)]
 
 
 class Gradient(Protocol):

@@ -135,6 +135,12 @@ class Code(Enum):
         Scope.PATHS,
         "training_step cannot be repeated on a copy of the module: {why}",
     )
+    FORWARD_AND_LOSS = (
+        _NOTED,
+        Scope.NOTHING,
+        "paths take the outputs of forward and the recognised loss, since training_step cannot be repeated on a copy "
+        "of the module: {why}",
+    )
     NO_BATCHES = (
         _UNSUPPORTED,
         Scope.PATHS,

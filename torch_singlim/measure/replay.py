@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from torch_singlim.measure.optimizer_copy import set_attributes
 from torch_singlim.measure.paths import Gradient, Path
 from torch_singlim.measure.steps import Recorded
 from torch_singlim.network import RandomState
@@ -44,6 +45,7 @@ def replay(path: Path, gradient: Gradient, recorded: Recorded) -> Replay:
     assert before is not None
     path.module.load_state_dict(dict(before.state))
     path.optimizer.load_state_dict(copy.deepcopy(dict(before.optimizer)))
+    set_attributes(path.optimizer, before.attributes, before.original)
     with RandomState.isolated():
         path.take_settings(step)
         path.optimizer.zero_grad()

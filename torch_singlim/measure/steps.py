@@ -10,17 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_singlim.measure.optimizer_copy import own_attributes, parameters_of
 from torch_singlim.network import RandomState
 
-__all__ = ["Before", "Clip", "Recorded", "Step", "flat", "held_by", "parameters_of"]
+__all__ = ["Before", "Clip", "Recorded", "Step", "flat", "held_by"]
 
 # changes the gradients of parameters between backward and step, in place
 Clip = Callable[[list[nn.Parameter]], object]
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The parameters that an optimizer holds, in the order of its groups."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -84,12 +80,16 @@ class Before:
         weights: the optimizer's parameters.
         state: of the module, including buffers.
         optimizer: the optimizer's state.
+        attributes: those of the optimizer that are not in its state.
+        original: the optimizer itself.
         random: the global random state.
     """
 
     weights: Tensor = field(repr=False)
     state: Mapping[str, Tensor] = field(repr=False)
     optimizer: Mapping[str, Any] = field(repr=False)
+    attributes: Mapping[str, Any] = field(repr=False)
+    original: torch.optim.Optimizer = field(repr=False)
     random: RandomState = field(repr=False)
 
     @classmethod
@@ -108,7 +108,8 @@ class Before:
         tensors: dict[str, Tensor] = {**module.state_dict(), **dict(module.named_parameters(remove_duplicate=False))}
         held = {name: held_by(tensors[name], known) for name in module.state_dict()}
         state = {name: tensor.clone() for name, tensor in held.items()}
-        return cls(flat(parameters), state, copy.deepcopy(optimizer.state_dict()), RandomState.now())
+        held_state, attributes = copy.deepcopy(optimizer.state_dict()), own_attributes(optimizer)
+        return cls(flat(parameters), state, held_state, attributes, optimizer, RandomState.now())
 
 
 @dataclass(frozen=True)

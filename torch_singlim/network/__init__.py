@@ -1,6 +1,6 @@
 """A module, its loss and its samples as functions of a flat weight vector."""
 
-from torch_singlim.network.copying import in_precision, structural_copy, uncompile
+from torch_singlim.network.copying import compile_likewise, in_precision, no_compilation, structural_copy
 from torch_singlim.network.functional import FunctionalModule, LinearCall
 from torch_singlim.network.layers import ActivationSite
 from torch_singlim.network.loss import CustomLoss, MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
@@ -20,8 +20,9 @@ __all__ = [
     "ActivationSite",
     "LinearCall",
     "structural_copy",
+    "compile_likewise",
     "in_precision",
-    "uncompile",
+    "no_compilation",
     # its noise, and the global random state
     "noise_off",
     "RandomState",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["in_precision", "structural_copy", "uncompile"]
+__all__ = ["compile_likewise", "in_precision", "no_compilation", "structural_copy"]
 
 
 def structural_copy(module: nn.Module) -> nn.Module:
@@ -24,20 +26,60 @@ def structural_copy(module: nn.Module) -> nn.Module:
         shared |= {id(v): v for v in vars(part).values() if isinstance(v, Tensor) and v.grad_fn is not None}
     twin = copy.deepcopy(module, shared)  # a LightningModule drops its trainer
     for part in twin.modules():
-        uncompile(part)
+        _uncompile(part)
     return twin
 
 
-def uncompile(part: nn.Module) -> None:
-    """Undo torch.compile in a copy, whose compiled functions are those of the original module.
-
-    >>> uncompile(nn.Linear(2, 1))  # was not compiled
-    """
+def _uncompile(part: nn.Module) -> None:
+    """Undo torch.compile in a copy, whose compiled functions are those of the original module."""
     if hasattr(part, "_orig_mod"):  # torch.compile wraps a module like this
         part.forward = part._orig_mod.__call__  # type: ignore[union-attr]  # a module
     elif getattr(part, "_compiler_ctx", None) is not None:  # Lightning marks a compiled LightningModule like this
         for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             vars(part).pop(name, None)
+
+
+@contextmanager
+def no_compilation(twin: nn.Module, *, eager: bool = False) -> Iterator[None]:
+    """Compile nothing for a copy: run what has been compiled for the original, and the rest without compilation.
+
+    Code that is compiled for a copy would count for the limit at which torch no longer compiles the original. A
+    LightningModule that is compiled as a whole is an exception: its code is not shared, and is compiled for the copies.
+
+    Args:
+        twin: the copy.
+        eager: run nothing that was compiled.
+    """
+    parts = list(twin.modules())
+    whole = any(getattr(part, "_compiler_ctx", None) is not None for part in parts)
+    some = any(hasattr(p, "_orig_mod") or getattr(p, "_compiled_call_impl", None) is not None for p in parts)
+    if (whole and eager) or (some and not whole):
+        with torch.compiler.set_stance("force_eager" if eager else "eager_on_recompile"):
+            yield
+    else:
+        yield
+
+
+def compile_likewise(twin: nn.Module, module: nn.Module) -> None:
+    """Compile a deep copy of a module in the way in which the module and its parts are compiled.
+
+    Compiled code is then shared, and uses the same random numbers. What cannot be compiled likewise stays as it is.
+
+    Args:
+        twin: the copy.
+        module: the original.
+    """
+    for part, original in zip(twin.modules(), module.modules(), strict=True):
+        called = getattr(original, "_compiled_call_impl", None)  # nn.Module.compile, which deepcopy drops
+        if called is not None:
+            cells = (cell.cell_contents for cell in called.__closure__ or ())
+            context = next((each for each in cells if hasattr(each, "compiler_config")), None)
+            part._compiled_call_impl = None if context is None else context(part._call_impl)
+        context = (getattr(original, "_compiler_ctx", None) or {}).get("dynamo_ctx")  # a compiled LightningModule
+        if context is not None:
+            for name in ("forward", "training_step"):
+                vars(part).pop(name, None)
+                setattr(part, name, context(getattr(part, name)))
 
 
 def in_precision(twin: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -252,7 +252,9 @@ NO_PROBLEM = {
     "unknown loss": Case(lambda: Net("half"), message="was not recognised; write the training loss as a mean"),
     "wrong loss": Case(monitor={"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, message="where training_step gives"),
     "no loss of that kind": Case(monitor={"loss": nn.L1Loss()}, message="loss"),
-    "step needs trainer": Case(lambda: Net("trainer"), message=r"pass it: SingularLimitMonitor\(loss"),
+    "step needs the trainer's loop": Case(
+        lambda: Net("loop"), message=r"pass it: SingularLimitMonitor\(loss", also=Code.NO_STEP_ON_COPY
+    ),
     "random forward": Case(Noisy, {"loss": "mse"}, message="random in evaluation mode", also=Code.NO_BASELINE),
     "two inputs": Case(TwoInputs, message="TypeError.*scale"),
     "dict batches": Case(OfDict, {"loss": "mse"}, dataset=Named(), message=r"data=\(inputs, targets\)"),
@@ -327,6 +329,7 @@ UNSUPPORTED = {
 }
 MEASURED = {
     "plain": Case(),
+    "step reads the trainer": Case(lambda: Net("trainer")),
     "accumulation": Case(trainer={"accumulate_grad_batches": 4}),
     "accumulation that changes": Case(callbacks=lambda: [GradientAccumulationScheduler({1: 2})]),
     "bf16-mixed": Case(trainer={"precision": "bf16-mixed"}),

@@ -90,7 +90,7 @@ def test_what_is_unsupported_is_said_and_the_rest_measured(name, caplog):
     assert not tags & LIMIT
     assert tags >= ALWAYS
     followed = reason.code.scope not in (Scope.MOTION, Scope.PATHS) and reason.code is not Code.NO_STEP_SIZE
-    followed = followed and case.also is not Code.SEVERAL_CALLS
+    followed = followed and case.also not in (Code.SEVERAL_CALLS, Code.NO_STEP_ON_COPY)
     assert (tags >= PATHS) == followed
     if not followed:
         assert not tags & OF_PATHS

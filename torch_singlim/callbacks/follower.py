@@ -254,6 +254,9 @@ class Follower:
         Args:
             engine: with paths just opened.
             recorded: the first step.
+
+        Raises:
+            Exception: the step could not be made on a copy.
         """
         followed = engine.windows.followed
         if self._baseline is not None or followed is None:
@@ -286,18 +289,20 @@ class Follower:
         module = self._module
         gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
         buffers = [(b, b.clone()) for b in module.buffers()]
-        yield
         changed = False
-        for p, held, value in gradients:
-            if p.grad is not held or (held is not None and value is not None and not torch.equal(held, value)):
-                changed, p.grad = True, held
-                if held is not None and value is not None:
-                    held.copy_(value)
-        with torch.no_grad():
-            for b, value in buffers:
-                if not torch.equal(b, value):
-                    changed = True
-                    b.copy_(value)
+        try:
+            yield
+        finally:
+            for p, held, value in gradients:
+                if p.grad is not held or (held is not None and value is not None and not torch.equal(held, value)):
+                    changed, p.grad = True, held
+                    if held is not None and value is not None:
+                        held.copy_(value)
+            with torch.no_grad():
+                for b, value in buffers:
+                    if not torch.equal(b, value):
+                        changed = True
+                        b.copy_(value)
         if changed:
             raise RuntimeError("it calls methods of the module itself, which were set on the instance")
 

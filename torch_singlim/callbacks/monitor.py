@@ -48,7 +48,7 @@ __all__ = ["SingularLimitMonitor"]
 
 # under a budget, paths are opened every so many steps of a window
 _ASKED = 10
-# seconds that the hooks take at a step at which nothing is measured, half of them in Lightning's calls (a CPU, measured)
+# seconds that the hooks take at a step at which nothing is measured, half of them in Lightning's calls: measured
 _HOOKS = 6e-5
 
 

@@ -97,7 +97,7 @@ class StandIn:
     def lr_scheduler_configs(self) -> list[Any]:
         """Copies of the schedulers, for the optimizer of the copy."""
         originals = {id(config.scheduler.optimizer) for config in self._schedulers}
-        return copy.deepcopy(self._schedulers, {each: self.optimizers[0] for each in originals})
+        return copy.deepcopy(self._schedulers, dict.fromkeys(originals, self.optimizers[0]))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(

@@ -128,6 +128,7 @@ Evaluate = Callable[[LightningModule, tuple[Any, ...], Mapping[str, Any]], Any]
 
 
 def call_training_step(module: LightningModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What training_step returns."""
     return module.training_step(*args, **kwargs)
 
 

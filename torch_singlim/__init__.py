@@ -8,9 +8,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 from torch_singlim.geometry import (
+    LevelPoint,
     NearestPoint,
     TangentSpace,
     gauss_newton,
+    level_distance,
     linearize,
     nearest_point,
     tangent_space,
@@ -69,6 +71,8 @@ __all__ = [
     # the problem: a module, its loss and its samples
     "ZeroLossProblem",
     # the zero-loss set
+    "level_distance",
+    "LevelPoint",
     "nearest_point",
     "NearestPoint",
     "tangent_space",

@@ -20,6 +20,7 @@ from torch_singlim.linalg.krylov import (
 )
 from torch_singlim.linalg.operator import LinearOperator
 from torch_singlim.linalg.solution import Result, Solution
+from torch_singlim.linalg.tikhonov import Tikhonov, tikhonov
 
 __all__ = [
     # operators given by their products
@@ -38,6 +39,8 @@ __all__ = [
     "krylov_solve",
     "preconditioned_solve",
     "krylov_function",
+    "tikhonov",
+    "Tikhonov",
     # how an iteration ended
     "Solution",
     "Result",

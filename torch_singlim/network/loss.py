@@ -60,6 +60,10 @@ class SampleLoss(Protocol):
         """R (f - f*) with the minimiser f* of l ``[n, rows]``: zero exactly where l is zero."""
         ...
 
+    def newton(self, f: Tensor, y: Tensor) -> Tensor:
+        """R A^+ dl/df ``[n, rows]``, so that R^T of it is dl/df; for a quadratic l this is the residual."""
+        ...
+
 
 @dataclass(frozen=True)
 class MeanSquaredError:
@@ -103,6 +107,9 @@ class MeanSquaredError:
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         return self.whiten(f, y, f - self.optimum(y))
+
+    def newton(self, f: Tensor, y: Tensor) -> Tensor:
+        return self.residual(f, y)
 
 
 def _reflect(s: Tensor, x: Tensor) -> Tensor:
@@ -182,6 +189,11 @@ class SoftCrossEntropy:
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         return self.whiten(f, y, f - self.optimum(y))
+
+    def newton(self, f: Tensor, y: Tensor) -> Tensor:
+        p = F.softmax(f, 1)
+        s = p.sqrt().clamp_min(torch.finfo(f.dtype).tiny ** 0.5)  # dl/df = p - y = R^T c with R^T = diag(s) G^T
+        return _reflect(s, (p - y) / s)[:, :-1]
 
 
 # descent that looks for the infimum of a function: number of steps, and the share of the value that may be left
@@ -277,6 +289,9 @@ class CustomLoss:
         root, vectors = self._root(f, y)
         inverse = torch.where(root > 0, 1 / root.where(root > 0, 1), 0)
         return torch.einsum("nij,nj,nkj,nk->ni", vectors, inverse, vectors, gradient)
+
+    def newton(self, f: Tensor, y: Tensor) -> Tensor:
+        return self.residual(f, y)
 
 
 def resolve_loss(loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor], Tensor]) -> SampleLoss:

@@ -1,0 +1,243 @@
+"""The distance to a lower level of the loss, with a point on that level that proves it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torch_singlim.geometry.curvature import linearize
+from torch_singlim.linalg import preconditioned_solve, tikhonov
+from torch_singlim.network.problem import ZeroLossProblem
+
+__all__ = ["LevelPoint", "level_distance"]
+
+# costs in gradients of all samples: the loss; a linearisation; a product with B^T B; one with B or its transpose
+_LOSS, _LINEARISATION, _PRODUCT, _HALF_PRODUCT = 0.35, 1.0, 1.2, 0.6
+# the Krylov space at w is large enough if the last products have changed the length of the step by less than this, and
+# if the residual of its linear system is below this share
+_KRYLOV_CHANGE, _KRYLOV_ERROR = 0.02, 0.3
+# each later linear system is solved to this tolerance with so many products at most: of 0.1 and 0.3 with 12, 20 and 40,
+# this meets the levels 0.5 and 0.1 of all six states that were tried at the lowest cost
+_CG_RTOL, _CG_STEPS = 0.3, 40
+# the search aims at this share of the level, and in one linearisation at no less than this share of the loss
+_AIM, _REDUCTION = 0.98, 0.3
+# mu is changed when the gradient of L + mu |u|^2 / 2 is this share of mu |u|, or if the loss falls by less than this
+# share; the search may end at the second share of mu |u|
+_LOOSE, _SLOW, _STATIONARY = 1.0, 0.1, 0.3
+# bounds for the slope of log L in log mu, and for a change of mu
+_FLATTEST, _STEEPEST, _LARGEST = 0.4, 1.5, 5.0
+# Armijo's constant, and the shortest share of a step
+_ARMIJO, _SHORTEST = 1e-2, 0.05
+# at the end, the point is moved towards w by this share of the way at most, by so many bisections
+_SHORTENED, _BISECTIONS = 0.9, 5
+# the search in single precision meets the level with a margin for rounding errors
+_MARGIN = 1e-4
+
+
+@dataclass(frozen=True)
+class LevelPoint:
+    """A point v with the excess loss L(v) <= eps L(w): a proof that this level is no farther from w than |v - w|.
+
+    Args:
+        point: v  ``[P]``.
+        distance: |v - w|, in units of the weights' norm.
+        level: eps.
+        loss: L(v), evaluated in float64.
+        linear: the distance of the same level in the linear model at w; an estimate, not a bound.
+        gradients: the cost of the search, in gradients of all samples.
+        certified: whether L(v) <= eps L(w); if not, the search ended before it met the level, and nothing is proved.
+    """
+
+    point: Tensor = field(repr=False)
+    distance: float
+    level: float
+    loss: float
+    linear: float
+    gradients: float
+    certified: bool
+
+
+class _Search:
+    """Looks for a short displacement u with L(w + u) <= allowed: the minimiser of L(w + u) + mu |u|^2 / 2 for some mu.
+
+    Args:
+        problem: loss and samples.
+        w: weights  ``[P]``.
+        total: L(w).
+        allowed: the loss to be met.
+        max_gradients: the search ends when it has cost as much.
+    """
+
+    def __init__(self, problem: ZeroLossProblem, w: Tensor, total: float, allowed: float, max_gradients: float) -> None:
+        self.problem, self.w, self.total, self.allowed = problem, w, total, allowed
+        self.max_gradients, self.spent, self.linear = max_gradients, 0.0, math.nan
+        self.length, self.best = math.inf, torch.zeros_like(w)  # the shortest displacement that meets the level
+        self.lowest, self.deepest = math.inf, torch.zeros_like(w)  # the lowest loss, and the displacement
+        self.mu, self.slope = math.nan, 1.0
+        self.known: tuple[float, float] | None = None  # mu and L when mu was changed last
+
+    def loss(self, u: Tensor) -> float:
+        """L(w + u); keeps the displacement if it is the shortest that meets the level, or has the lowest loss."""
+        self.spent += _LOSS
+        loss, length = self.problem.loss(self.w + u).item(), torch.linalg.vector_norm(u).item()
+        if loss <= self.allowed and length < self.length:
+            self.length, self.best = length, u
+        if loss < self.lowest:
+            self.lowest, self.deepest = loss, u
+        return loss
+
+    def first(self) -> tuple[Tensor, float]:
+        """The shortest displacement with the wanted value of the linear model at w, and the loss there.
+
+        The model is L + (|c + B u|^2 - |c|^2) / 2, where B^T c is the gradient.
+        """
+        at = linearize(self.problem, self.w)
+        self.spent += _LINEARISATION
+        offset = torch.dot(at.newton, at.newton).item() / 2 - self.total
+
+        def residual(value: float) -> float:
+            return math.sqrt(2 * max(value + offset, 1e-3 * value))
+
+        before, found, mu = 0.0, None, math.inf
+        steps = max(int(self.max_gradients / 2 / _PRODUCT), 5)
+        for found in tikhonov(at.operator.gram_product, at.newton, max_steps=steps, held=at.operator.held):
+            mu = found.regularisation(residual(self.allowed))
+            length = found.length(mu)
+            if abs(length - before) <= _KRYLOV_CHANGE * length and found.error(mu) <= _KRYLOV_ERROR:
+                break
+            before = length
+        if found is None:  # w is a stationary point
+            return torch.zeros_like(self.w), self.total
+        self.linear = found.length(mu)
+        self.mu = found.regularisation(residual(max(_AIM * self.allowed, _REDUCTION * self.total)))
+        u = -at.operator.rmatvec(found.dual(self.mu))
+        self.spent += found.space.steps * _PRODUCT + _HALF_PRODUCT
+        loss = self.loss(u)
+        return (u, loss) if loss <= self.total else (torch.zeros_like(u), self.total)
+
+    def improve(self, d: Tensor, loss: float) -> tuple[Tensor, float, float]:
+        """A Gauss-Newton step from u = d; returns the new u, the loss there, and the gradient's norm at d.
+
+        (B^T B + mu) s = -(grad L + mu d) by conjugate gradients, which give a descent direction wherever they stop.
+        """
+        at, mu = linearize(self.problem, self.w + d), self.mu
+        gradient = at.operator.rmatvec(at.newton) + mu * d
+        self.spent += _LINEARISATION + _HALF_PRODUCT
+
+        def product(v: Tensor) -> Tensor:
+            return at.operator.normal_product(v) + mu * v
+
+        step = preconditioned_solve(product, -gradient, lambda r: r, rtol=_CG_RTOL, max_steps=_CG_STEPS)
+        self.spent += step.steps * _PRODUCT
+        slope, share = torch.dot(gradient, step.x).item(), 1.0
+        old = loss + mu / 2 * torch.dot(d, d).item()
+        while True:
+            u = d + share * step.x
+            new = self.loss(u)
+            decreased = new + mu / 2 * torch.dot(u, u).item() <= old + _ARMIJO * share * slope
+            if decreased or share < _SHORTEST:
+                size = torch.linalg.vector_norm(gradient).item()
+                return (u, new, size) if decreased else (d, loss, size)
+            share /= 2
+
+    def adapt(self, loss: float) -> None:
+        """Change mu towards the level, by the slope of log L between the last two values of log mu."""
+        if self.known is not None and self.known[0] != self.mu:
+            slope = math.log(loss / self.known[1]) / math.log(self.mu / self.known[0])
+            self.slope = min(max(slope, _FLATTEST), _STEEPEST)
+        self.known = self.mu, loss
+        target = max(_AIM * self.allowed, _REDUCTION * loss)
+        self.mu *= min(max((target / loss) ** (1 / self.slope), 1 / _LARGEST), _LARGEST)
+
+    def start_at(self, d: Tensor, loss: float) -> None:
+        """Take the mu for which a displacement is closest to stationary: -grad L(w + d) = mu d."""
+        self.spent += 1
+        mu = -torch.dot(self.problem.gradient(self.w + d), d).item() / torch.dot(d, d).item()
+        self.mu = mu if mu > 0 else 2 * loss / torch.dot(d, d).item()
+
+    def run(self, d: Tensor, loss: float, rtol: float) -> None:
+        """Improve a displacement until that costs too much, or no longer shortens it."""
+        before = math.inf
+        while self.spent < self.max_gradients:
+            last = loss
+            d, loss, size = self.improve(d, loss)
+            tangential = size / (self.mu * torch.linalg.vector_norm(d).item() + 1e-300)
+            if tangential <= _STATIONARY and self.length > (1 - rtol) * before:
+                break
+            if loss > 0 and (tangential <= _LOOSE or (loss > self.allowed and last - loss < _SLOW * loss)):
+                before = self.length
+                self.adapt(loss)
+        if self.length < math.inf:
+            self._shorten()
+
+    def _shorten(self) -> None:
+        """Shorten the best displacement as long as it meets the level."""
+        whole, low, high = self.best, _SHORTENED, 1.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.loss(middle * whole) <= self.allowed else (middle, high)
+
+
+def level_distance(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    level: float = 0.1,
+    *,
+    start: Tensor | None = None,
+    rtol: float = 0.02,
+    max_gradients: float = 500.0,
+) -> LevelPoint:
+    """An upper bound for the distance to the level eps of the loss, with the point that proves it.
+
+        d_eps(w) = min |v - w|  subject to  L(v) <= eps L(w)
+
+    The points on the way minimise L(v) + mu |v - w|^2 / 2, by Gauss-Newton steps (Levenberg and Marquardt); mu is
+    adapted until the level is met. As eps goes to 0, the distance tends to that of the zero-loss set. The search is
+    local: another point of the level may be closer.
+
+    Args:
+        problem: loss and samples.
+        w: weights  ``[P]``.
+        level: eps, between 0 and 1.
+        start: a point close to the level, such as the last one  ``[P]``; saves some of the cost.
+        rtol: the search ends when a new mu has shortened the distance by less than this, relative to it.
+        max_gradients: the search ends when it has cost about as many gradients of all samples.
+
+    Raises:
+        ValueError: a level that is not between 0 and 1; weights or outputs that are not finite.
+
+    >>> from torch import nn
+    >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))
+    >>> found = level_distance(problem, torch.tensor([1.0, 5.0], dtype=torch.float64), 0.25)
+    >>> found.certified, round(found.distance, 2)  # the residual is halved: 2 -> 1
+    (True, 1.0)
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"the level is a share of the present excess loss, between 0 and 1, got {level}")
+    if not torch.isfinite(w).all():
+        raise ValueError("the weights contain nan or infinity: training has probably diverged")
+    total = problem.loss(w).item()
+    if total == 0:
+        return LevelPoint(w, 0.0, level, 0.0, 0.0, _LOSS, certified=True)
+    # the certificate is evaluated in float64; the search need not be
+    alone = problem.process_group.size == 1
+    fast = problem.subset(problem.num_samples, dtype=torch.float32) if alone else problem
+    allowed = (1 - _MARGIN) * level * total
+    search = _Search(fast, w.to(fast.dtype), total, allowed, max_gradients)
+    d, loss = search.first()
+    if start is not None:
+        known = start.to(fast.dtype) - search.w
+        value = search.loss(known)
+        if known.any() and (value < loss if loss > allowed else search.best is known):
+            d, loss = known, value
+            search.start_at(d, loss)
+    if math.isfinite(search.mu):
+        search.run(d, loss, rtol)
+    u = (search.best if search.length < math.inf else search.deepest).to(w.dtype)
+    exact = problem if problem.dtype == torch.float64 else problem.subset(problem.num_samples)
+    value, total = exact.loss((w + u).to(exact.dtype)).item(), exact.loss(w.to(exact.dtype)).item()
+    length, spent = torch.linalg.vector_norm(u).item(), search.spent + 2 * _LOSS
+    return LevelPoint(w + u, length, level, value, search.linear, spent, certified=value <= level * total)

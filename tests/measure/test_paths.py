@@ -229,6 +229,36 @@ def test_a_replayed_step_is_the_step(name, dtype):
             assert torch.equal(torch.get_rng_state(), state)
 
 
+class Counting(torch.optim.SGD):
+    """A rule with attributes that are neither in its state nor in its groups."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.05)
+        self.made, self.first = 0, self.param_groups[0]["params"][0]
+
+    def step(self, closure=None):
+        self.made += 1
+        with torch.no_grad():
+            self.first.mul_(1 - 0.01 * self.made)
+        return super().step()
+
+
+def test_attributes_of_an_optimizer_are_copied_and_belong_to_the_copy():
+    net = network()
+    optimizer = Counting(net.parameters())
+    path, before = Path(net, optimizer), weights(net)
+    assert path.optimizer.first is path.parameters[0]
+    for pair in batches(5):
+        recorded = record(net, optimizer, pair, pair)
+        assert replay(path, GRADIENT, recorded).error < 1e-12
+        assert path.optimizer.made == optimizer.made
+    assert optimizer.first is optimizer.param_groups[0]["params"][0]
+    assert not torch.equal(weights(net), before)
+    twin = path.twin_optimizers(1)[0]
+    assert twin.made == 5
+    assert twin.first is path.parameters[0]
+
+
 def doubled(net):
     for p in net.parameters():
         p.grad *= 2

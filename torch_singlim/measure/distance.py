@@ -161,7 +161,8 @@ class DistanceMeasurement:
         """Why the limit's prediction is invalidated: the expansion that it rests on fails (None if it holds)."""
         if self.expansion is None or not self.expansion.fails:
             return None
-        return Code.EXPANSION_FAILS(step=self.step, cosine=self.expansion.cosine, ratio=self.expansion.ratio)
+        cosine = min(max(self.expansion.cosine, -1.0), 1.0)  # corrected for sampling errors, it may lie outside
+        return Code.EXPANSION_FAILS(step=self.step, cosine=cosine, ratio=self.expansion.ratio)
 
 
 def tangent_at(problem: ZeroLossProblem, point: Tensor, *, max_dense: int = MAX_DENSE) -> TangentSpace:

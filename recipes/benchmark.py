@@ -42,6 +42,7 @@ from torch_singlim import (
     ZeroLossProblem,
     effective_flow,
     finite_window,
+    level_distance,
     linearize,
     measure_distance,
     nearest_point,
@@ -169,6 +170,10 @@ def products(net: nn.Module, problem: ZeroLossProblem, x: Tensor, y: Tensor) -> 
     ):
         other = kind(net, nn.MSELoss(), parameters, [(x, y)], check_deterministic=False)
         yield f"{name} product, curvlinops", lambda other=other: other @ v, False
+    # curvlinops evaluates the module itself, which may be compiled
+    compiled = torch.compile(net)
+    other = curvlinops.GGNLinearOperator(compiled, nn.MSELoss(), parameters, [(x, y)], check_deterministic=False)
+    yield "Gauss-Newton product, curvlinops, compiled", lambda: other @ v, False
 
 
 def geometry(problem: ZeroLossProblem) -> Iterator[Row]:
@@ -176,7 +181,9 @@ def geometry(problem: ZeroLossProblem) -> Iterator[Row]:
     w = problem.weights()
     snapshot, generator = Snapshot(1_000, w, sgd=SGD), torch.Generator().manual_seed(0)
     yield "tangent projection", lambda: tangent_space(problem, w).project(torch.ones_like(w)), True
-    yield "distance", lambda: nearest_point(problem, w, rtol=2e-2, max_steps=12), True
+    yield "distance of half the loss", lambda: level_distance(problem, w, 0.5), True
+    yield "distance of a tenth of the loss", lambda: level_distance(problem, w, 0.1), True
+    yield "distance of the zero-loss set", lambda: nearest_point(problem, w, rtol=2e-2, max_steps=12), True
     yield "finite_window, 1,000 steps", lambda: finite_window(problem, w, Dropout(), SGD, steps=1_000), True
     yield "measurement", lambda: measure_distance(problem, snapshot, noise=Dropout(), generator=generator), True
 
@@ -393,6 +400,9 @@ def main(
         threads: of torch.
         out: JSON file.
     """
+    chosen = [name for name in problems.split(",") if name]
+    if deep and "mlp" not in chosen:
+        raise ValueError(f"--deep true measures the MLP: add mlp to --problems, got {problems!r}")
     warnings.filterwarnings("ignore")  # other libraries warn about torch itself
     if threads is not None:
         torch.set_num_threads(threads)
@@ -400,12 +410,12 @@ def main(
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, {dtype}\n")
     results: dict[str, Any] = {"device": name, "torch": torch.__version__, "dtype": dtype}
-    for problem in filter(None, problems.split(",")):
+    for problem in chosen:
         results[problem] = pieces(problem, kind, where, samples, data_dir, deep=deep and problem == "mlp")
     if scaling:
         results["scaling"] = growth(data_dir)
     if paths:
-        results["paths"] = {name: window(name, samples, data_dir) for name in filter(None, problems.split(","))}
+        results["paths"] = {name: window(name, samples, data_dir) for name in chosen}
     if overhead is not None:
         results["overhead"] = training(overhead, data_dir)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,12 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
@@ -363,6 +368,10 @@ FOLLOWED = {
     "an endless stream": {"loaders": lambda: DataLoader(Endless(), batch_size=20)},
     "16-mixed": {"make": lambda: Digits(lr=0.1), "options": scaled},
     "accumulation that changes": {"callbacks": [lambda: GradientAccumulationScheduler({0: 1, 5: 2})]},
+    "stochastic weight averaging": {
+        "callbacks": [lambda: StochasticWeightAveraging(swa_lrs=0.3, swa_epoch_start=10, annealing_epochs=5)],
+        "options": {"max_epochs": 70},
+    },
     "averaging beside the training": {"callbacks": [lambda: EMAWeightAveraging(decay=0.9)]},
     "a backbone that is unfrozen before the window": {
         "make": Backbone,

@@ -48,8 +48,8 @@ __all__ = ["SingularLimitMonitor"]
 
 # under a budget, paths are opened every so many steps of a window
 _ASKED = 10
-# seconds that the callback adds to a step at which nothing is measured, half of them in Lightning's calls: 6e-5 in a loop
-# that does nothing else, and this beside a training of 3 ms a step (difference of two runs of 64,000 steps)
+# seconds that the callback adds to a step at which nothing is measured: 6e-5 in a loop that does nothing else, half of
+# it in Lightning's calls, and this beside a training of 3 ms a step (difference of two runs of 64,000 steps)
 _HOOKS = 1.3e-4
 
 

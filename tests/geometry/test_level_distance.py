@@ -166,6 +166,6 @@ def test_the_gradient_in_the_coordinates_of_the_residual(name):
     problem = ZeroLossProblem(net, loss, x, targets)
     w = problem.weights()
     at = linearize(problem, w)
-    torch.testing.assert_close(at.operator.rmatvec(at.newton), problem.gradient(w), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(at.operator.rmatvec(at.newton()), problem.gradient(w), rtol=1e-9, atol=1e-12)
     if name == "mse":
-        torch.testing.assert_close(at.newton, at.residual)
+        torch.testing.assert_close(at.newton(), at.residual)

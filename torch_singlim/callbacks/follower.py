@@ -161,11 +161,8 @@ class Follower:
     def _path(self) -> Path:
         """A copy of the run, without any perturbation."""
         optimizer = self._optimizer()
-        path, truth, perturbed = (
-            make_twin(self._module, optimizer),
-            unperturbed(self._trainer),
-            transients(self._trainer),
-        )
+        path = make_twin(self._module, optimizer)
+        truth, perturbed = unperturbed(self._trainer), transients(self._trainer)
         with torch.no_grad():
             for p, own in zip(path.parameters, parameters_of(optimizer), strict=True):
                 p.copy_(held_by(own, truth))

@@ -34,14 +34,14 @@ class Linearization:
     Args:
         operator: B, with the products v -> B v and u -> B^T u; shape [M, P].
         residual: b ``[M]``, the rows of the first sample first.
-        newton: c ``[M]`` with B^T c = grad L, the gradient in the coordinates of the residual; c = b for mse.
+        newton: returns c ``[M]`` with B^T c = grad L, the gradient in the coordinates of the residual; c = b for mse.
         gram: forms K = B B^T ``[M, M]``; optionally by a given method of `gram_matrix`.
         cheap_gram: whether forming and factoring K takes seconds only.
     """
 
     operator: LinearOperator
     residual: Tensor
-    newton: Tensor = field(repr=False)
+    newton: Callable[[], Tensor] = field(repr=False)
     gram: Callable[..., Tensor] = field(repr=False)
     cheap_gram: bool
 
@@ -97,10 +97,10 @@ def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
         return group.all_reduce(torch.stack([jacobian(part).vjp(g[part]) for part in problem.chunks()]).sum(0))
 
     operator = LinearOperator((problem.num_residuals, problem.num_weights), matvec, rmatvec)
-    residual, newton = (
-        each(f, problem.targets).reshape(-1) * scale
-        for each in (problem.sample_loss.residual, problem.sample_loss.newton)
-    )
+    residual = problem.sample_loss.residual(f, problem.targets).reshape(-1) * scale
+
+    def newton() -> Tensor:
+        return problem.sample_loss.newton(f, problem.targets).reshape(-1) * scale
 
     def gram(way: Way | None = None) -> Tensor:
         return gram_matrix(problem, w, f, batched, way=way)

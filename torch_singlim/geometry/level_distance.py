@@ -96,14 +96,15 @@ class _Search:
         """
         at = linearize(self.problem, self.w)
         self.spent += _LINEARISATION
-        offset = torch.dot(at.newton, at.newton).item() / 2 - self.total
+        c = at.newton()
+        offset = torch.dot(c, c).item() / 2 - self.total
 
         def residual(value: float) -> float:
             return math.sqrt(2 * max(value + offset, 1e-3 * value))
 
         before, found, mu = 0.0, None, math.inf
         steps = max(int(self.max_gradients / 2 / _PRODUCT), 5)
-        for found in tikhonov(at.operator.gram_product, at.newton, max_steps=steps, held=at.operator.held):
+        for found in tikhonov(at.operator.gram_product, c, max_steps=steps, held=at.operator.held):
             mu = found.regularisation(residual(self.allowed))
             length = found.length(mu)
             if abs(length - before) <= _KRYLOV_CHANGE * length and found.error(mu) <= _KRYLOV_ERROR:
@@ -124,7 +125,7 @@ class _Search:
         (B^T B + mu) s = -(grad L + mu d) by conjugate gradients, which give a descent direction wherever they stop.
         """
         at, mu = linearize(self.problem, self.w + d), self.mu
-        gradient = at.operator.rmatvec(at.newton) + mu * d
+        gradient = at.operator.rmatvec(at.newton()) + mu * d
         self.spent += _LINEARISATION + _HALF_PRODUCT
 
         def product(v: Tensor) -> Tensor:

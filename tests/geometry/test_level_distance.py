@@ -88,6 +88,7 @@ LOSSES = {
         nn.CrossEntropyLoss(label_smoothing=0.1),
         lambda f, labels: F.cross_entropy(f, labels, label_smoothing=0.1),
     ),
+    "hard-label cross-entropy": (nn.CrossEntropyLoss(), F.cross_entropy),
     "a function": (
         lambda f, y: ((f - y).square() + 0.1 * (f - y) ** 4).mean(),
         lambda f, labels: ((f - F.one_hot(labels, 3)).square() + 0.1 * (f - F.one_hot(labels, 3)) ** 4).mean(),

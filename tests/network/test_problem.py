@@ -9,7 +9,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.problems import DTYPE, NAMES, digits_net, displaced, make
-from torch_singlim import ZeroLossProblem, gauss_newton
+from torch_singlim import (
+    DropConnect,
+    SGDSettings,
+    ZeroLossProblem,
+    gauss_newton,
+    level_distance,
+    linearize,
+    nearest_point,
+    singular_limit,
+    tangent_space,
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,7 +104,6 @@ class Random(nn.Linear):
 
 X, Y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 2)
 BAD = {
-    "hard labels": (nn.Linear(3, 2), nn.CrossEntropyLoss(), X, torch.tensor([0, 1, 0, 1]), "label_smoothing"),
     "empty": (nn.Linear(3, 2), "mse", X[:0], Y[:0], "no samples"),
     "counts differ": (nn.Linear(3, 2), "mse", X, Y[:3], "same number of samples"),
     "target shape": (nn.Linear(3, 2), "mse", X, torch.zeros(4, 5), "one value per output"),
@@ -151,3 +160,58 @@ def test_the_infimum_of_a_function_must_be_zero(least):
         return
     with pytest.raises(ValueError, match="infimum"):
         ZeroLossProblem(net, loss, x, y)
+
+
+UNATTAINED = {
+    "hard labels": (nn.CrossEntropyLoss(), torch.tensor([0, 1, 0, 1])),
+    "probabilities of 0 and 1": ("cross_entropy", torch.eye(2).repeat(2, 1)),
+    "logistic": (lambda f, y: nn.functional.softplus(-f * (2 * y - 1)).mean(), torch.eye(2).repeat(2, 1)),
+    "exponential": (lambda f, y: (-f * (2 * y - 1)).exp().mean(), torch.eye(2).repeat(2, 1)),
+}
+ATTAINED = {
+    "quartic": (lambda f, y: (f - y).pow(4).mean(), Y),
+    "log cosh": (lambda f, y: torch.log(torch.cosh(f - y)).mean(), Y),
+    "squared hinge": (lambda f, y: nn.functional.relu(1 - f * (2 * y - 1)).square().mean(), torch.eye(2).repeat(2, 1)),
+    "smoothed labels": (nn.CrossEntropyLoss(label_smoothing=0.1), torch.tensor([0, 1, 0, 1])),
+}
+
+
+@pytest.mark.parametrize("name", [*UNATTAINED, *ATTAINED])
+def test_whether_the_loss_attains_its_infimum(name):
+    loss, y = (UNATTAINED | ATTAINED)[name]
+    assert ZeroLossProblem(nn.Linear(3, 2), loss, X, y).attained == (name in ATTAINED)
+
+
+@pytest.mark.parametrize("name", UNATTAINED)
+def test_only_what_needs_the_zero_loss_set_raises(name):
+    loss, y = UNATTAINED[name]
+    problem = ZeroLossProblem(nn.Linear(3, 2), loss, X, y)
+    w = problem.weights()
+    needs = {
+        "residual": lambda: problem.residual(w),
+        "nearest point": lambda: nearest_point(problem, w),
+        "tangent space": lambda: tangent_space(problem, w),
+        "limit": lambda: singular_limit(problem, w, DropConnect(0.1), SGDSettings(lr=0.1)),
+    }
+    for what in needs.values():
+        with pytest.raises(ValueError, match="never reaches its infimum"):
+            what()
+    assert gauss_newton(problem, w).largest > 0
+    assert problem.gradient(w).norm() > 0
+    found = level_distance(problem, w, 0.1)
+    assert found.certified
+    assert problem.loss(found.point) <= 0.1 * problem.loss(w)
+
+
+def test_hard_labels_against_torch():
+    """Value, gradient and the gradient in the residual's coordinates."""
+    torch.manual_seed(0)
+    net, labels = nn.Linear(3, 4).double(), torch.tensor([0, 1, 3, 1])
+    problem = ZeroLossProblem(net, nn.CrossEntropyLoss(), X, labels)
+    w, at = problem.weights(), linearize(problem, problem.weights())
+    expected = nn.functional.cross_entropy(net(X.double()), labels)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected, list(net.parameters()))])
+    assert problem.loss(w).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert problem.infimum() == 0
+    torch.testing.assert_close(problem.gradient(w), gradient, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(at.operator.rmatvec(at.newton()), gradient, rtol=1e-10, atol=1e-12)

@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 _LOSS_RTOL = 1e-3
 _ADVICE = (
-    "write the training loss as a mean over samples of mse or label-smoothed cross-entropy, or pass the loss: "
+    "write the training loss as a mean over samples of mse or cross-entropy, or pass the loss: "
     "SingularLimitMonitor(loss=nn.MSELoss()), loss=nn.CrossEntropyLoss(label_smoothing=0.1), or a function of one "
     "sample's (outputs, target)"
 )
@@ -203,7 +203,7 @@ def _candidates(f: Tensor, targets: Tensor, value: float) -> list[SampleLoss]:
             return []
         soft = (
             targets.shape == f.shape
-            and bool((targets > 0).all())
+            and bool((targets >= 0).all())
             and torch.allclose(targets.sum(1), f.new_ones(()).to(targets))
         )
         return [MeanSquaredError(), *([SoftCrossEntropy()] if soft else [])]
@@ -217,9 +217,7 @@ def _candidates(f: Tensor, targets: Tensor, value: float) -> list[SampleLoss]:
 
 
 def _mean_loss(loss: SampleLoss, f: Tensor, targets: Tensor) -> float:
-    """The training loss: with the infimum that `value` subtracts, and also for hard labels."""
-    if loss == SoftCrossEntropy() and not targets.is_floating_point():
-        return F.cross_entropy(f, targets.long()).item()
+    """The training loss: with the infimum that `value` subtracts."""
     y = loss.prepare(as_targets(loss, targets, f), f)
     return (loss.value(f, y) + loss.infimum(y)).mean().item()
 
@@ -276,10 +274,7 @@ def _try_training_step(module: LightningModule, samples: Samples) -> _Trials:
 
 
 def recognise_loss(module: LightningModule, samples: Samples) -> tuple[SampleLoss | None, int]:
-    """The loss of ``training_step``, recognised by its value (None: not recognised), and the number of outputs C.
-
-    For cross-entropy with hard labels this is ``SoftCrossEntropy()``.
-    """
+    """The loss of ``training_step``, recognised by its value (None: not recognised), and the number of outputs C."""
     trials = _try_training_step(module, samples)
     return trials.recognised(), trials.outputs[0].shape[1]
 
@@ -298,8 +293,8 @@ def detect_problem(
     """The zero-loss problem of a module; the loss is checked against ``training_step`` on a few samples.
 
     The loss is recognised by its value: mse (with the targets themselves or with one-hot targets), cross-entropy with
-    soft targets, or cross-entropy with any label smoothing. Cross-entropy with hard labels is not a zero-loss problem,
-    unless the injected noise flips the labels: the mean of the labels is then smoothed.
+    soft targets, or cross-entropy with any label smoothing, 0 included. If the injected noise flips hard labels, their
+    mean is smoothed.
 
     Args:
         module: the module that is trained.
@@ -312,7 +307,7 @@ def detect_problem(
         process_group: see there.
 
     Raises:
-        ValueError: the loss is not recognised, or is not the one that was passed, or its zero-loss set is empty.
+        ValueError: the loss is not recognised, or is not the one that was passed.
     """
     trials = _try_training_step(module, samples)
     if loss is None:

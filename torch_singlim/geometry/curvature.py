@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,17 +34,22 @@ class Linearization:
 
     Args:
         operator: B, with the products v -> B v and u -> B^T u; shape [M, P].
-        residual: b ``[M]``, the rows of the first sample first.
+        deviation: returns b ``[M]``, the rows of the first sample first; ValueError if there is no zero-loss set.
         newton: returns c ``[M]`` with B^T c = grad L, the gradient in the coordinates of the residual; c = b for mse.
         gram: forms K = B B^T ``[M, M]``; optionally by a given method of `gram_matrix`.
         cheap_gram: whether forming and factoring K takes seconds only.
     """
 
     operator: LinearOperator
-    residual: Tensor
+    deviation: Callable[[], Tensor] = field(repr=False)
     newton: Callable[[], Tensor] = field(repr=False)
     gram: Callable[..., Tensor] = field(repr=False)
     cheap_gram: bool
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """b ``[M]``."""
+        return self.deviation()
 
 
 def _at_chunk(problem: ZeroLossProblem, w: Tensor, part: slice, *, tangent: bool) -> JacobianProducts:
@@ -97,7 +103,10 @@ def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
         return group.all_reduce(torch.stack([jacobian(part).vjp(g[part]) for part in problem.chunks()]).sum(0))
 
     operator = LinearOperator((problem.num_residuals, problem.num_weights), matvec, rmatvec)
-    residual = problem.sample_loss.residual(f, problem.targets).reshape(-1) * scale
+
+    def residual() -> Tensor:
+        problem.check_attained()
+        return problem.sample_loss.residual(f, problem.targets).reshape(-1) * scale
 
     def newton() -> Tensor:
         return problem.sample_loss.newton(f, problem.targets).reshape(-1) * scale
@@ -136,6 +145,6 @@ def gauss_newton(
     at = linearize(problem, w) if at is None else at
     if problem.num_residuals <= max_dense:
         return DenseFactored.from_gram(at.operator, at.gram())
-    lanczos = (at.operator, at.residual, rtol, max_steps, gram_cutoff(problem.num_residuals, problem.dtype))
+    lanczos = (at.operator, w, rtol, max_steps, gram_cutoff(problem.num_residuals, problem.dtype))
     factor = cholesky(at.gram()) if at.cheap_gram else None
     return KrylovFactored(*lanczos) if factor is None else CholeskyFactored(*lanczos, factor=factor)

@@ -145,7 +145,7 @@ def nearest_point(
         hessian: ``gauss_newton(problem, w)``, if it was computed already; K then need not be formed at all.
 
     Raises:
-        ValueError: weights or outputs that are not finite.
+        ValueError: weights or outputs that are not finite; a loss that never reaches its infimum.
 
     >>> from torch import nn
     >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))

@@ -65,6 +65,9 @@ def tangent_space(
         rtol: relative accuracy of each projection above that number.
         max_steps: maximum number of products per projection above that number.
 
+    Raises:
+        ValueError: a loss that never reaches its infimum: there is no zero-loss set.
+
     >>> import torch
     >>> from torch import nn
     >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))
@@ -72,4 +75,5 @@ def tangent_space(
     >>> T.rank, round(T.spectrum().item(), 9), T.project(torch.ones(2, dtype=torch.float64))
     (1, 2.0, tensor([0., 1.], dtype=torch.float64))
     """
+    problem.check_attained()
     return TangentSpace(gauss_newton(problem, w, max_dense=max_dense, rtol=rtol, max_steps=max_steps))

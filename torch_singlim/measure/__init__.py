@@ -6,6 +6,7 @@ from torch_singlim.measure.budget import Account, Budget
 from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
 from torch_singlim.measure.engine import Engine
 from torch_singlim.measure.full_batch_window import compare_window
+from torch_singlim.measure.levels import Level
 from torch_singlim.measure.measurement import Clock, Measurement
 from torch_singlim.measure.options import Options
 from torch_singlim.measure.reasons import Code, Kind, Reason, Scope
@@ -38,6 +39,7 @@ __all__ = [
     # what it measures
     "Measurement",
     "Clock",
+    "Level",
     "DistanceMeasurement",
     "measure_distance",
     "Window",

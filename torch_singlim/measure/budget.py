@@ -19,10 +19,10 @@ __all__ = ["Account", "Budget", "expected_seconds"]
 
 # seconds that all measurements of a run may take in any case
 _GRACE = 15.0
-# approximate costs, in gradients of all samples: the loss; a linearised distance; matrix functions by Lanczos and a
-# nearest point by products; a draw of the limit's potential (third derivatives); and, in gradients of two samples, the
-# check of the derivatives
-_LOSS, _LINEARISED, _LANCZOS, _DRAW, _CHECK = 0.35, 130, 300, 12, 100
+# approximate costs, in gradients of all samples: the loss; the distances to a half, a tenth and a hundredth of it;
+# matrix functions by Lanczos and a nearest point by products; a draw of the limit's potential (third derivatives); and,
+# in gradients of two samples, the check of the derivatives
+_LOSS, _HALF, _TENTH, _HUNDREDTH, _LANCZOS, _DRAW, _CHECK = 0.35, 60, 150, 400, 300, 12, 100
 # seconds for the figures of one measurement
 _FIGURES = 2.0
 # operations of an eigendecomposition and of a Cholesky factorisation, in units of M^3
@@ -35,10 +35,12 @@ _TIMED_SAMPLES, _ALL_SECONDS, _SHORT_SECONDS = 16, 1.0, 0.05
 # what is skipped, and what is measured instead
 _SKIPPED = {
     "loss": "the excess loss",
-    "check": "the check of the derivatives, and with it all distances",
+    "check": "the check of the derivatives, and with it the nearest point",
+    "half": "the distance to half of the loss",
+    "tenth": "the distance to a tenth of the loss",
+    "hundredth": "the distance to a hundredth of the loss",
     "limit": "the limit's prediction",
-    "distance": "the nearest point and the relaxed part (instead the linearised distance, if there was time for it)",
-    "linearised": "any distance",
+    "distance": "the nearest point and the relaxed part",
     "paths": "the paths beside the training, and with them the drift's prediction",
     "figures": "the figures",
 }
@@ -185,9 +187,9 @@ class Budget:
 def expected_seconds(problem: ZeroLossProblem, *, num_draws: int) -> dict[str, float]:
     """Approximate times of the parts of a measurement, in seconds, from the time of one gradient.
 
-    "loss": the excess loss. "check": the check of the derivatives. "linearised": the linearised distance. "distance":
-    the nearest point and the relaxed part. "limit": the same with the limit's prediction. "figures": those for
-    TensorBoard.
+    "loss": the excess loss. "half", "tenth", "hundredth": the distance to this level of it. "check": the check of the
+    derivatives. "distance": the nearest point and the relaxed part. "limit": the same with the limit's prediction.
+    "figures": those for TensorBoard.
 
     Args:
         problem: loss and samples.
@@ -209,7 +211,9 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int) -> dict[str, f
     return {
         "loss": _LOSS * gradient,
         "check": _CHECK * _seconds(problem.subset(min(N, 2))),
-        "linearised": _LINEARISED * gradient,
+        "half": _HALF * gradient,
+        "tenth": _TENTH * gradient,
+        "hundredth": _HUNDREDTH * gradient,
         "distance": distance,
         "limit": distance + num_draws * _DRAW * gradient,
         "figures": _FIGURES,

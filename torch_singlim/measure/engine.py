@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_singlim.geometry import linearised_displacement, nearest_point
-from torch_singlim.linalg import Solution
+from torch_singlim.geometry import LevelPoint, nearest_point
 from torch_singlim.measure.budget import Account, Budget, expected_seconds
 from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
 from torch_singlim.measure.full_batch_window import compare_window
+from torch_singlim.measure.levels import Level, Levels
 from torch_singlim.measure.limit import against_limit
 from torch_singlim.measure.measurement import Clock, Measurement
 from torch_singlim.measure.options import Options
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # version of the state_dict; other versions cannot be loaded
-_VERSION = 2
+_VERSION = 3
 # tolerance of the nearest point at which the order of a custom noise is measured
 _ORDER_POINT = 1e-2
 
@@ -84,6 +84,7 @@ class Engine:
         self.history: dict[int, dict[str, float]] = {}
         """What was measured: step -> tag -> value."""
         self.last_distance: DistanceMeasurement | None = None
+        self.levels = Levels()
         self.windows = Windows(schedule)
         self.last_step = -1
         """The last step at which everything was measured."""
@@ -142,8 +143,8 @@ class Engine:
         return not any(isinstance(p, CustomNoise) and p.claimed_order == "measured" for p in parts(self.noise))
 
     def _prepare(self) -> bool:
-        """Check derivatives and measure orders, once; returns whether the geometry can be measured."""
-        if self.problem is None or not self.supports(Scope.GEOMETRY):
+        """Check derivatives and measure orders, once; returns whether the nearest point can be measured."""
+        if self.problem is None or not self.supports(Scope.SET):
             return False
         if not self._checked:
             if not self.affords("check"):
@@ -151,7 +152,7 @@ class Engine:
             with self.budget.timed("check"):
                 self._check(self.problem)
             self._checked = True
-        return self.supports(Scope.GEOMETRY)
+        return self.supports(Scope.SET)
 
     def _check(self, problem: ZeroLossProblem) -> None:
         """Measure the order of custom noises and check the derivatives; failures are kept as reasons."""
@@ -223,17 +224,18 @@ class Engine:
         excess_loss = self._contained(step, lambda: self._excess_loss(snapshot))
         prepared = self._contained(step, self._prepare)
         ended = self._close(snapshot) if self.windows.ends(step) else None
+        levels: dict[Level, LevelPoint] = {}
+        self._contained(step, lambda: self._find_level(snapshot, Level.HALF, levels))
         distance = self._contained(step, lambda: self._distance(snapshot)) if prepared else None
-        linearised = None
-        if prepared and distance is None and self.supports(Scope.GEOMETRY):
-            linearised = self._contained(step, lambda: self._linearised(snapshot))
+        for level in (Level.TENTH, Level.HUNDREDTH):
+            self._contained(step, lambda level=level: self._find_level(snapshot, level, levels))
         clock = None
         if self.supports(Scope.LIMIT) and self._orders_known():
             clock = Clock.at(snapshot, self.noise, self.variance)
         # nothing can fail from here on: the state may change
         self.windows.turn(snapshot, before, ended, None if distance is None else distance.forecast)
         self.last_distance = distance or self.last_distance
-        measurement = Measurement(step, excess_loss, distance, linearised, ended, clock, self.budget.overhead)
+        measurement = Measurement(step, excess_loss, levels, distance, ended, clock, self.budget.overhead)
         self._keep(measurement)
         return measurement
 
@@ -320,8 +322,7 @@ class Engine:
     def _distance(self, snapshot: Snapshot) -> DistanceMeasurement | None:
         """The distance and the limit's prediction, as far as there is time for them."""
         assert self.problem is not None
-        # the last window is worth most
-        part = 1.0 if self.schedule.in_last(snapshot.step) else 0.5
+        part = self.schedule.part_at(snapshot.step)
         if not self.affords("distance", part=part):
             return None
         predicted = self.supports(Scope.LIMIT) and self.affords("limit", part=part)
@@ -337,13 +338,17 @@ class Engine:
         self.note(distance.reason)
         return distance
 
-    def _linearised(self, snapshot: Snapshot) -> Solution | None:
-        """The distance by one linearisation, from products alone, if there is no time for more."""
-        assert self.problem is not None
-        if not self.affords("linearised"):
-            return None
-        with self.budget.timed("linearised"):
-            return linearised_displacement(self.problem, snapshot.weights)
+    def _find_level(self, snapshot: Snapshot, level: Level, found: dict[Level, LevelPoint]) -> None:
+        """Add the distance to a level of the loss to those that were found, if there is time for it."""
+        kind, part = level.name.lower(), 1.0 if level is Level.HALF else self.schedule.part_at(snapshot.step)
+        if self.problem is None or not self.supports(Scope.GEOMETRY) or not self.affords(kind, part=part):
+            return
+        with self.budget.timed(kind):
+            point = self.levels.measure(self.problem, snapshot.weights, level, found)
+        if isinstance(point, Reason):
+            self.note(point)
+        else:
+            found[level] = point
 
     # --- what was found --------------------------------------------------------------------------------------------
 
@@ -371,6 +376,7 @@ class Engine:
             "history": {step: dict(point) for step, point in self.history.items()},
             "reasons": [reason.state_dict() for reason in self.reasons],
             "windows": self.windows.state_dict(),
+            "levels": self.levels.state_dict(),
             "orders": [part.order for part in parts(self.noise)] if self._orders_known() else None,
             "checked": self._checked,
             "last_step": self.last_step,
@@ -394,6 +400,7 @@ class Engine:
         orders = state["orders"]
         windows = Windows(self.schedule)
         windows.load_state_dict(state["windows"], self.problem)
+        levels = Levels.from_state(state["levels"], None if self.problem is None else self.problem.weights())
         history = {step: dict(point) for step, point in state["history"].items()}
         noted = [Reason.from_state(each) for each in state["reasons"]]
         reasons = [*self.reasons, *(each for each in noted if each not in self.reasons)]
@@ -406,7 +413,8 @@ class Engine:
         # everything that can fail is done, but for this
         self.budget.load_state_dict(state["budget"])
         self.generator.set_state(random)
-        self.windows, self.history, self.reasons, self.noise = windows, history, reasons, noise
+        self.windows, self.levels, self.history = windows, levels, history
+        self.reasons, self.noise = reasons, noise
         self._checked, self.last_step = state["checked"], state["last_step"]
         if windows.open is not None and windows.open.closed:
             self.note(Code.INTERRUPTED(start=windows.open.start))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from torch_singlim.linalg import Solution
+from torch_singlim.geometry import LevelPoint
 from torch_singlim.measure.distance import DistanceMeasurement
+from torch_singlim.measure.levels import Level
 from torch_singlim.measure.snapshot import Snapshot
 from torch_singlim.measure.window import Window
 from torch_singlim.noise import NoiseSystem
@@ -50,8 +52,8 @@ class Measurement:
     Args:
         step: optimizer steps so far.
         excess_loss: L(w).
+        levels: the nearest points of lower levels of the loss, as far as there was time.
         distance: nearest point, relaxed part, the limit's prediction.
-        linearised: the displacement by one linearisation, if there was no time for `distance`.
         window: the window that ends here.
         clock: step size, noise level, slow time.
         overhead: share of the wall time so far that was spent on measurements.
@@ -59,8 +61,8 @@ class Measurement:
 
     step: int
     excess_loss: float | None = None
+    levels: Mapping[Level, LevelPoint] = field(default_factory=dict)
     distance: DistanceMeasurement | None = None
-    linearised: Solution | None = None
     window: Window | None = None
     clock: Clock | None = None
     overhead: float | None = None

@@ -28,6 +28,7 @@ class Scope(Enum):
     GEOMETRY = "no distance is measured, and the singular limit is not predicted"
     MOTION = "neither paths beside the training nor the singular limit predict the drift"
     PATHS = "there are no paths beside the training, so that the drift is not predicted"
+    SET = "no nearest point is measured, and the singular limit is not predicted"
     LIMIT = "the singular limit is not predicted"
     WINDOW = "there is no prediction for the rest of this window"
     PART = "a part of the measurements is missing"
@@ -36,7 +37,11 @@ class Scope(Enum):
     @property
     def blocked_by(self) -> frozenset[Scope]:
         """The scopes of reasons that prevent this from being measured or predicted."""
-        further = {Scope.LIMIT: {Scope.GEOMETRY, Scope.MOTION}, Scope.PATHS: {Scope.MOTION}}
+        further = {
+            Scope.LIMIT: {Scope.GEOMETRY, Scope.SET, Scope.MOTION},
+            Scope.SET: {Scope.GEOMETRY},
+            Scope.PATHS: {Scope.MOTION},
+        }
         return frozenset({Scope.EVERYTHING, self} | further.get(self, set()))
 
 
@@ -49,6 +54,13 @@ class Code(Enum):
 
     # the training cannot be written as a zero-loss problem
     NO_PROBLEM = _UNSUPPORTED, Scope.GEOMETRY, "{why}"
+    NOT_ATTAINED = (
+        _UNSUPPORTED,
+        Scope.SET,
+        "the loss never reaches its infimum, so that its zero-loss set is empty, as with hard labels: distances to "
+        "lower levels of the loss are measured; for a nearest point train with "
+        "nn.CrossEntropyLoss(label_smoothing=0.1), soft targets that are all positive, or mse on one-hot targets",
+    )
     NO_WEIGHTS = _UNSUPPORTED, Scope.EVERYTHING, "the module has no trainable parameters"
     SHARDED = (
         _UNSUPPORTED,
@@ -57,7 +69,7 @@ class Code(Enum):
         "or one device, or measure the checkpoints afterwards",
     )
     NOT_STARTED = _SKIPPED, Scope.EVERYTHING, "what is trained could not be found out: {why}"
-    DERIVATIVES = _UNSUPPORTED, Scope.GEOMETRY, "the check of the derivatives failed: {why}"
+    DERIVATIVES = _UNSUPPORTED, Scope.SET, "the check of the derivatives failed: {why}"
     # the optimizer
     NO_OPTIMIZER_STATE = (
         _UNSUPPORTED,
@@ -240,6 +252,11 @@ class Code(Enum):
         "norm",
     )
     # measurements
+    LEVEL_NOT_MET = (
+        _SKIPPED,
+        Scope.PART,
+        "no point with {level} of the excess loss was found within {gradients} gradients of all samples",
+    )
     FAILED = _SKIPPED, Scope.PART, "the measurement at step {step} failed: {error}"
     TIME = (
         _SKIPPED,

@@ -112,9 +112,9 @@ class Schedule:
         """The part of the remaining time that is for the window that begins at a step: all later ones get as much."""
         return 0.5 if self.total is None else 1 / (1 + sum(other > start for other in self.windows))
 
-    def in_last(self, step: int) -> bool:
-        """Whether the last window has begun, in a run of known length."""
-        return self.total is not None and step >= max(self.windows, default=0)
+    def part_at(self, step: int) -> float:
+        """The part of the remaining time that is for a measurement at a step: the last window is worth most."""
+        return 1.0 if self.total is not None and step >= max(self.windows, default=0) else 0.5
 
     def begins(self, before: int, step: int) -> int | None:
         """Length of the window that begins at a step, or that was due since the step `before`; None: none does."""

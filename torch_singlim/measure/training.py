@@ -78,4 +78,5 @@ def training_of(
         return Training(given or injected or Minibatch(), (*([problem] if problem else []), *reasons))
     noise = given or detect_noise(problem, weight_decay=weight_decay, injected=injected)
     noise.check(problem)
-    return Training(noise, (*reasons, *unsupported_noise(problem, noise)))
+    empty = () if problem.attained else (Code.NOT_ATTAINED(),)
+    return Training(noise, (*empty, *reasons, *unsupported_noise(problem, noise)))

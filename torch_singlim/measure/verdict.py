@@ -48,7 +48,8 @@ def verdict(history: History, *, reasons: Sequence[Reason] = (), noise: str | No
     >>> print(verdict({0: {"excess_loss": 0.5, "distance/nearest": 2.0}}).splitlines()[2])
     | 0 | 0.5 | 2 | - | - | - | - |
     """
-    measured = {str(step): p for step, p in history.items() if {tags.NEAREST.name, tags.LINEARISED.name} & p.keys()}
+    distances = {tag.name for tag in tags.shown_in(Place.DISTANCES)} - {tags.EXCESS_LOSS.name}
+    measured = {str(step): p for step, p in history.items() if distances & p.keys()}
     ends = {f"{start}-{steps[-1]}": steps[-1] for start, steps in tags.windows(history).items()}
     lines = ["The distance was not measured."]
     if measured:

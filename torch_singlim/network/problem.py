@@ -60,7 +60,8 @@ class ZeroLossProblem:
             convex, with infimum 0.
         inputs: ``[N, ...]``.
         targets: ``[N, ...]`` in the outputs' shape for mse; class labels ``[N]`` or probabilities ``[N, C]`` for
-            cross-entropy.
+            cross-entropy. With hard labels and no smoothing the loss does not attain its infimum, and Gamma is empty:
+            then level distances and the effective flow exist, but no nearest point and no limit.
         dtype: of every computation here; small eigenvalues need float64.
         device: of every computation here; default: that of the module's weights.
         batch_size: samples evaluated at once; default: as many as fit into `memory`. If all samples are evaluated at
@@ -72,8 +73,8 @@ class ZeroLossProblem:
         process_group: the processes that share the samples: each evaluates a part; sums and outputs are exchanged.
 
     Raises:
-        ValueError: no samples, fewer samples than processes, targets that do not fit, hard labels with
-            cross-entropy (Gamma is empty), non-finite data, a module that is random in evaluation mode.
+        ValueError: no samples, fewer samples than processes, targets that do not fit, non-finite data, a module that
+            is random in evaluation mode.
 
     Warns:
         UserWarning: fewer weights P than residuals M: Gamma may be empty or a single point.
@@ -131,6 +132,8 @@ class ZeroLossProblem:
         fitting = max(1, int(self.memory / max(_PASSES * each, 1)))
         self.batch_size = min(batch_size or fitting, self.num_samples)
         self.targets = self.sample_loss.prepare(targets.detach().to(self.device), outputs)
+        self.attained: bool = self.sample_loss.attained(outputs, self.targets)
+        """Whether the loss attains its infimum at finite outputs; if not, Gamma is empty."""
         self.num_residuals = self.num_samples * self.sample_loss.num_rows(self.num_outputs)
         if self.num_weights < self.num_residuals:
             warnings.warn(
@@ -139,6 +142,16 @@ class ZeroLossProblem:
                 "point; use fewer samples or a larger network",
                 UserWarning,
                 stacklevel=2,
+            )
+
+    def check_attained(self) -> None:
+        """Raise ValueError if the loss does not attain its infimum, so that there is no zero-loss set."""
+        if not self.attained:
+            raise ValueError(
+                "the loss never reaches its infimum, so its zero-loss set is empty (at infinity): got "
+                f"{self.sample_loss} with these targets (hard labels?); level distances exist all the same; for a "
+                "zero-loss set train with nn.CrossEntropyLoss(label_smoothing=0.1), soft targets that are all "
+                "positive, or mse on one-hot targets"
             )
 
     def __repr__(self) -> str:
@@ -273,6 +286,7 @@ class ZeroLossProblem:
 
     def residual(self, w: Tensor) -> Tensor:
         """b(w) = N^{-1/2} [R_i (f_i - f_i*)]  ``[M]``; |b|^2 = 2 L to second order, exactly so for mse."""
+        self.check_attained()
         f = self.outputs(w)
         return self.sample_loss.residual(f, self.targets).reshape(-1) / math.sqrt(self.num_samples)
 

@@ -125,7 +125,7 @@ def singular_limit(
         generator: of the draws.
 
     Raises:
-        ValueError: the noise does not fit the problem.
+        ValueError: the noise does not fit the problem, or its loss never reaches its infimum.
 
     Source: arXiv 2404.12293, theorems on non-degenerate and degenerate noise; second order: arXiv 2110.06914.
 
@@ -139,6 +139,7 @@ def singular_limit(
     """
     if point.shape != (problem.num_weights,):
         raise ValueError(f"expected {problem.num_weights} weights in one vector, got shape {tuple(point.shape)}")
+    problem.check_attained()
     noise.check(problem)
     hessian = gauss_newton(problem, point) if hessian is None else hessian
     noise = with_measured_order(noise, problem, point, num_draws=num_draws, hessian=hessian, generator=generator)

@@ -108,18 +108,6 @@ RESIDUAL = Tag(
     chart="Residual at the nearest point [root of loss]",
     value=of_distance(lambda d: d.nearest.residual),
 )
-LINEAR_RESIDUAL = Tag(
-    name="quality/linear_residual",
-    label="residual of the linearised distance",
-    unit="share",
-    meaning="if there was time for the linearised distance alone: the share of the residual that remains after 100 "
-    "Lanczos products",
-    advice="Above 0.1 the smallest eigenvalues are missing, and `distance/linearised` is too small by an unknown "
-    "amount",
-    group="Quality and cost",
-    chart="",
-    value=lambda m: None if m.linearised is None else m.linearised.residual,
-)
 UNRESOLVED = Tag(
     name="quality/unresolved",
     label="unresolved modes",

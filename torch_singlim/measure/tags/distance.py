@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-import torch
-
 from torch_singlim.measure.distance import DistanceMeasurement
-from torch_singlim.measure.measurement import Measurement
-from torch_singlim.measure.tags.tag import Need, Place, Tag, needs, of_distance, of_relaxed, of_window, shown
+from torch_singlim.measure.levels import Level
+from torch_singlim.measure.tags.tag import Need, Place, Tag, needs, of_distance, of_level, of_relaxed, of_window, shown
 
 
 def _relaxed_share(d: DistanceMeasurement) -> float | None:
     return None if d.relaxed is None else d.relaxed.count / max(d.relaxed.num_modes, 1)
 
 
-def _linearised(m: Measurement) -> float | None:
-    if m.distance is not None:
-        return m.distance.nearest.linearised_distance
-    return None if m.linearised is None else torch.linalg.vector_norm(m.linearised.x).item()
+def _linearised(d: DistanceMeasurement) -> float | None:
+    return None if d.tangent.unresolved else d.nearest.linearised_distance
 
 
+def _level(level: Level, words: str, advice: str, *places: Place) -> tuple[Tag, Tag]:
+    """The tags of a level: the distance that a point proves, and the same in the linear model."""
+    name = f"distance/{level.name.lower()}"
+    return (
+        Tag(
+            name=name,
+            label=f"to {words} of the loss",
+            unit="weight norm",
+            meaning=f"\\|v − w\\| for a point v that was found with L(v) ≤ {level.value:g} L(w), evaluated in float64: "
+            "an upper bound for the distance to this level. The search is local: a nearer point may exist",
+            advice=advice,
+            group="Distance",
+            chart=_TO_LEVELS,
+            value=of_level(level, lambda p: p.distance),
+            shown=shown(Place.DISTANCES, *places),
+        ),
+        Tag(
+            name=f"{name}_linear",
+            label=f"to {words} of the loss, linear model",
+            unit="weight norm",
+            meaning="the distance to the same level in the linear model at w: an estimate, not a bound",
+            advice=f"Equal to `{name}`: the linear model holds that far",
+            group="Distance",
+            chart="",
+            value=of_level(level, lambda p: p.linear),
+        ),
+    )
+
+
+_TO_LEVELS = "Distance to lower levels of the loss [weight norm]"
 _TO_SET = "Distance to the zero-loss set [weight norm]"
 _RELAXED = "Relaxed part of the distance, measured and expected [weight norm]"
 
@@ -35,6 +61,24 @@ EXCESS_LOSS = Tag(
     value=lambda m: m.excess_loss,
     shown=shown(Place.DISTANCES, Place.TERMINAL, Place.PROGRESS, Place.REPORT, Place.FINAL),
 )
+HALF, HALF_LINEAR = _level(
+    Level.HALF,
+    "half",
+    "The distance to rely on, measured at every measurement. It falls as training proceeds, or settles where noise and "
+    "descent are in balance",
+    Place.TERMINAL,
+    Place.PROGRESS,
+    Place.REPORT,
+    Place.FINAL,
+)
+TENTH, TENTH_LINEAR = _level(
+    Level.TENTH,
+    "a tenth",
+    "Measured as the budget allows; much larger than `distance/half` if small eigenvalues matter",
+)
+HUNDREDTH, HUNDREDTH_LINEAR = _level(
+    Level.HUNDREDTH, "a hundredth", "Measured as the budget allows; lower levels come closer to `distance/nearest`"
+)
 NEAREST = Tag(
     name="distance/nearest",
     label="distance",
@@ -50,13 +94,13 @@ LINEARISED = Tag(
     name="distance/linearised",
     label="linearised",
     unit="weight norm",
-    meaning="\\|B⁺b\\|, the distance in the linear model at w, dominated by the smallest eigenvalues of H. Correct to "
-    "first order near Γ",
-    advice="Equal to `distance/nearest` near Γ; if they differ much, the linear model is not valid at this distance",
+    meaning="\\|B⁺b\\|, the distance to Γ in the linear model at w, if B Bᵀ is factored. It is dominated by the "
+    "smallest eigenvalues of H, for which the linear model holds next to Γ alone: a figure about this model, not about "
+    "the network",
+    advice="Equal to `distance/nearest` next to Γ only; do not read it as a distance elsewhere",
     group="Distance",
     chart=_TO_SET,
-    value=_linearised,
-    shown=shown(Place.DISTANCES, Place.PROGRESS),
+    value=of_distance(_linearised),
 )
 RELAXED = Tag(
     name="distance/relaxed",

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from torch_singlim.geometry import LevelPoint
 from torch_singlim.measure.distance import DistanceMeasurement, RelaxedPart
+from torch_singlim.measure.levels import Level
 from torch_singlim.measure.measurement import Clock, Measurement
 from torch_singlim.measure.window import Comparison, Model, NoiseInduced, Window
 from torch_singlim.theory import WindowPrediction
@@ -20,6 +22,7 @@ __all__ = [
     "of_clock",
     "of_distance",
     "of_drift",
+    "of_level",
     "of_model",
     "of_noise",
     "of_quality",
@@ -99,6 +102,11 @@ class Tag:
 def of_distance(read: Callable[[DistanceMeasurement], float | None]) -> Reader:
     """Read from the distance measurement."""
     return lambda m: None if m.distance is None else read(m.distance)
+
+
+def of_level(level: Level, read: Callable[[LevelPoint], float | None]) -> Reader:
+    """Read from the nearest point of a level."""
+    return lambda m: read(m.levels[level]) if level in m.levels else None
 
 
 def of_relaxed(read: Callable[[RelaxedPart], float | None]) -> Reader:

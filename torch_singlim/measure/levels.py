@@ -1,0 +1,77 @@
+"""Distances to lower levels of the loss, each with the point that proves it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+from torch_singlim.geometry import LevelPoint, level_distance
+from torch_singlim.measure.reasons import Code, Reason
+from torch_singlim.network import ZeroLossProblem
+
+__all__ = ["Level", "Levels"]
+
+
+class Level(Enum):
+    """The levels, as shares of the present excess loss."""
+
+    HALF = 0.5
+    TENTH = 0.1
+    HUNDREDTH = 0.01
+
+    @property
+    def gradients(self) -> int:
+        """Cost at which the search for this level is given up, in gradients of all samples."""
+        return {Level.HALF: 300, Level.TENTH: 600, Level.HUNDREDTH: 1200}[self]
+
+
+class Levels:
+    """Looks for the nearest points of the levels; each search begins at the last point of its level.
+
+    Args:
+        points: the last point of each level, in single precision  ``[P]``.
+    """
+
+    def __init__(self, points: Mapping[Level, Tensor] | None = None) -> None:
+        self.points: dict[Level, Tensor] = dict(points or {})
+
+    def measure(
+        self, problem: ZeroLossProblem, w: Tensor, level: Level, found: Mapping[Level, LevelPoint]
+    ) -> LevelPoint | Reason:
+        """The nearest point of one level, or the reason why none was found.
+
+        Args:
+            problem: loss and samples.
+            w: weights  ``[P]``.
+            level: the level.
+            found: points of higher levels that were found at the same weights.
+        """
+        start = self.points.get(level)
+        if start is None and found:  # the lowest of them
+            start = min(found.values(), key=lambda each: each.level).point
+        point = level_distance(problem, w, level.value, start=start, max_gradients=level.gradients)
+        if not point.certified:
+            return Code.LEVEL_NOT_MET(level=f"{level.value:g}", gradients=level.gradients)
+        self.points[level] = point.point.float()
+        return point
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last points, by the names of their levels."""
+        return {level.name: point for level, point in self.points.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], like: Tensor | None) -> Levels:
+        """The levels with this state, on the device of `like`  ``[P]``.
+
+        Raises:
+            ValueError: points of another network.
+        """
+        if like is None:
+            return cls()
+        points = {Level[name]: point.to(like.device) for name, point in state.items()}
+        if any(point.shape != like.shape for point in points.values()):
+            raise ValueError(f"points of levels of another network, for {len(like)} weights")
+        return cls(points)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_singlim.geometry.curvature import linearize
-from torch_singlim.linalg import preconditioned_solve, tikhonov
+from torch_singlim.linalg import QuasiNewton, tikhonov
 from torch_singlim.network.problem import ZeroLossProblem
 
 __all__ = ["LevelPoint", "level_distance"]
@@ -19,18 +19,23 @@ _LOSS, _LINEARISATION, _PRODUCT, _HALF_PRODUCT = 0.35, 1.0, 1.2, 0.6
 # the Krylov space at w is large enough if the last products have changed the length of the step by less than this, and
 # if the residual of its linear system is below this share
 _KRYLOV_CHANGE, _KRYLOV_ERROR = 0.02, 0.3
-# each later linear system is solved to this tolerance with so many products at most: of 0.1 and 0.3 with 12, 20 and 40,
-# this meets the levels 0.5 and 0.1 of all six states that were tried at the lowest cost
-_CG_RTOL, _CG_STEPS = 0.3, 40
-# the search aims at this share of the level, and in one linearisation at no less than this share of the loss
+# eigenpairs of B^T B at w, and pairs of the last steps, in the quasi-Newton matrix. Without eigenpairs the level 0.5
+# takes a quarter more gradients, and some searches for 0.1 fail; 20 pairs instead of 10 save nothing on ten states of a
+# run
+_EIGENPAIRS, _PAIRS = 8, 10
+# eigenvalues below this share of the largest are left out
+_NEGLIGIBLE = 1e-6
+# the search aims at this share of the level, and with one mu at no less than this share of the loss
 _AIM, _REDUCTION = 0.98, 0.3
-# mu is changed when the gradient of L + mu |u|^2 / 2 is this share of mu |u|, or if the loss falls by less than this
-# share; the search may end at the second share of mu |u|
-_LOOSE, _SLOW, _STATIONARY = 1.0, 0.1, 0.3
+# the loss of a point is close to the level from this share of it on
+_CLOSE = 0.93
+# mu is changed when the gradient of L + mu |u|^2 / 2 is this share of mu |u|, or if the loss has fallen by less than
+# the last share in so many steps; the search may end at the second share of mu |u|
+_LOOSE, _STATIONARY, _PATIENCE, _SLOW = 1.0, 0.3, 10, 0.1
 # bounds for the slope of log L in log mu, and for a change of mu
 _FLATTEST, _STEEPEST, _LARGEST = 0.4, 1.5, 5.0
-# Armijo's constant, and the shortest share of a step
-_ARMIJO, _SHORTEST = 1e-2, 0.05
+# Armijo's constant, the shares by which a step is shortened, and the shortest one
+_ARMIJO, _HALF, _FIFTH, _SHORTEST = 1e-4, 0.5, 0.2, 1e-3
 # at the end, the point is moved towards w by this share of the way at most, by so many bisections
 _SHORTENED, _BISECTIONS = 0.9, 5
 # the search in single precision meets the level with a margin for rounding errors
@@ -78,16 +83,29 @@ class _Search:
         self.lowest, self.deepest = math.inf, torch.zeros_like(w)  # the lowest loss, and the displacement
         self.mu, self.slope = math.nan, 1.0
         self.known: tuple[float, float] | None = None  # mu and L when mu was changed last
+        self.memory = QuasiNewton(w[:0], w[None][:0], pairs=_PAIRS)
 
-    def loss(self, u: Tensor) -> float:
-        """L(w + u); keeps the displacement if it is the shortest that meets the level, or has the lowest loss."""
-        self.spent += _LOSS
-        loss, length = self.problem.loss(self.w + u).item(), torch.linalg.vector_norm(u).item()
+    def _keep(self, u: Tensor, loss: float) -> None:
+        """Keep the displacement if it is the shortest that meets the level, or has the lowest loss."""
+        length = torch.linalg.vector_norm(u).item()
         if loss <= self.allowed and length < self.length:
             self.length, self.best = length, u
         if loss < self.lowest:
             self.lowest, self.deepest = loss, u
+
+    def loss(self, u: Tensor) -> float:
+        """L(w + u)."""
+        self.spent += _LOSS
+        loss = self.problem.loss(self.w + u).item()
+        self._keep(u, loss)
         return loss
+
+    def loss_and_gradient(self, u: Tensor) -> tuple[float, Tensor]:
+        """L(w + u) and its gradient  ``[P]``."""
+        self.spent += 1
+        loss, gradient = self.problem.loss_and_gradient(self.w + u)
+        self._keep(u, loss.item())
+        return loss.item(), gradient
 
     def first(self) -> tuple[Tensor, float]:
         """The shortest displacement with the wanted value of the linear model at w, and the loss there.
@@ -115,34 +133,36 @@ class _Search:
         self.linear = found.length(mu)
         self.mu = found.regularisation(residual(max(_AIM * self.allowed, _REDUCTION * self.total)))
         u = -at.operator.rmatvec(found.dual(self.mu))
-        self.spent += found.space.steps * _PRODUCT + _HALF_PRODUCT
+        values, vectors = found.leading(_EIGENPAIRS)
+        kept = values > _NEGLIGIBLE * values.max() if len(values) else values > 0
+        values, vectors = values[kept], vectors[kept]
+        V = torch.stack([at.operator.rmatvec(each) for each in vectors]) if len(values) else self.w[None][:0]
+        self.memory = QuasiNewton(values, V / values.sqrt()[:, None], pairs=_PAIRS)
+        self.spent += found.space.steps * _PRODUCT + (1 + len(values)) * _HALF_PRODUCT
         loss = self.loss(u)
         return (u, loss) if loss <= self.total else (torch.zeros_like(u), self.total)
 
-    def improve(self, d: Tensor, loss: float) -> tuple[Tensor, float, float]:
-        """A Gauss-Newton step from u = d; returns the new u, the loss there, and the gradient's norm at d.
-
-        (B^T B + mu) s = -(grad L + mu d) by conjugate gradients, which give a descent direction wherever they stop.
-        """
-        at, mu = linearize(self.problem, self.w + d), self.mu
-        gradient = at.operator.rmatvec(at.newton()) + mu * d
-        self.spent += _LINEARISATION + _HALF_PRODUCT
-
-        def product(v: Tensor) -> Tensor:
-            return at.operator.normal_product(v) + mu * v
-
-        step = preconditioned_solve(product, -gradient, lambda r: r, rtol=_CG_RTOL, max_steps=_CG_STEPS)
-        self.spent += step.steps * _PRODUCT
-        slope, share = torch.dot(gradient, step.x).item(), 1.0
-        old = loss + mu / 2 * torch.dot(d, d).item()
+    def improve(self, d: Tensor, loss: float, gradient: Tensor) -> tuple[Tensor, float, Tensor]:
+        """A quasi-Newton step for L + mu |u|^2 / 2 from u = d, and loss and gradient of L before and after it."""
+        mu = self.mu
+        g = gradient + mu * d
+        step = self.memory.direction(g, mu)
+        slope, share = torch.dot(g, step).item(), 1.0
+        if not slope < 0:
+            self.memory.clear()
+            step = self.memory.direction(g, mu)
+            slope = torch.dot(g, step).item()
+        before = loss + mu / 2 * torch.dot(d, d).item()
         while True:
-            u = d + share * step.x
-            new = self.loss(u)
-            decreased = new + mu / 2 * torch.dot(u, u).item() <= old + _ARMIJO * share * slope
-            if decreased or share < _SHORTEST:
-                size = torch.linalg.vector_norm(gradient).item()
-                return (u, new, size) if decreased else (d, loss, size)
-            share /= 2
+            u = d + share * step
+            new, new_gradient = self.loss_and_gradient(u)
+            if new + mu / 2 * torch.dot(u, u).item() <= before + _ARMIJO * share * slope:
+                self.memory.add(u - d, new_gradient - gradient)
+                return u, new, new_gradient
+            if share < _SHORTEST or self.spent >= self.max_gradients:
+                self.memory.clear()
+                return d, loss, gradient
+            share *= _HALF if share > _FIFTH else _FIFTH
 
     def adapt(self, loss: float) -> None:
         """Change mu towards the level, by the slope of log L between the last two values of log mu."""
@@ -159,18 +179,25 @@ class _Search:
         mu = -torch.dot(self.problem.gradient(self.w + d), d).item() / torch.dot(d, d).item()
         self.mu = mu if mu > 0 else 2 * loss / torch.dot(d, d).item()
 
-    def run(self, d: Tensor, loss: float, rtol: float) -> None:
+    def run(self, d: Tensor, rtol: float) -> None:
         """Improve a displacement until that costs too much, or no longer shortens it."""
-        before = math.inf
-        while self.spent < self.max_gradients:
-            last = loss
-            d, loss, size = self.improve(d, loss)
+        loss, gradient = self.loss_and_gradient(d)
+        length, steps, mark = math.inf, 0, loss  # when mu was changed, or patience ended, last
+        while self.spent < self.max_gradients and loss > 0:
+            d, loss, gradient = self.improve(d, loss, gradient)
+            steps += 1
+            size = torch.linalg.vector_norm(gradient + self.mu * d).item()
             tangential = size / (self.mu * torch.linalg.vector_norm(d).item() + 1e-300)
-            if tangential <= _STATIONARY and self.length > (1 - rtol) * before:
+            close = _CLOSE * self.allowed <= loss <= self.allowed
+            if close and tangential <= _STATIONARY and self.length > (1 - rtol) * length:
                 break
-            if loss > 0 and (tangential <= _LOOSE or (loss > self.allowed and last - loss < _SLOW * loss)):
-                before = self.length
+            slow = steps >= _PATIENCE and loss > self.allowed and loss > (1 - _SLOW) * mark
+            if tangential <= _LOOSE or loss < _CLOSE * self.allowed or slow:
+                length = self.length
                 self.adapt(loss)
+                steps, mark = 0, loss
+            elif steps >= _PATIENCE:
+                steps, mark = 0, loss
         if self.length < math.inf:
             self._shorten()
 
@@ -195,9 +222,9 @@ def level_distance(
 
         d_eps(w) = min |v - w|  subject to  L(v) <= eps L(w)
 
-    The points on the way minimise L(v) + mu |v - w|^2 / 2, by Gauss-Newton steps (Levenberg and Marquardt); mu is
-    adapted until the level is met. As eps goes to 0, the distance tends to that of the zero-loss set. The search is
-    local: another point of the level may be closer.
+    The search begins at the solution of the linear model at w, or at a given point if that is better. The points on the
+    way minimise L(v) + mu |v - w|^2 / 2, by quasi-Newton steps; mu is adapted until the level is met. As eps goes to 0,
+    the distance tends to that of the zero-loss set. The search is local: another point of the level may be closer.
 
     Args:
         problem: loss and samples.
@@ -236,7 +263,7 @@ def level_distance(
             d, loss = known, value
             search.start_at(d, loss)
     if math.isfinite(search.mu):
-        search.run(d, loss, rtol)
+        search.run(d, rtol)
     u = (search.best if search.length < math.inf else search.deepest).to(w.dtype)
     exact = problem if problem.dtype == torch.float64 else problem.subset(problem.num_samples)
     value, total = exact.loss((w + u).to(exact.dtype)).item(), exact.loss(w.to(exact.dtype)).item()

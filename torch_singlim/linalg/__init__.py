@@ -19,6 +19,7 @@ from torch_singlim.linalg.krylov import (
     preconditioned_solve,
 )
 from torch_singlim.linalg.operator import LinearOperator
+from torch_singlim.linalg.quasi_newton import QuasiNewton
 from torch_singlim.linalg.solution import Result, Solution
 from torch_singlim.linalg.tikhonov import Tikhonov, tikhonov
 
@@ -41,6 +42,8 @@ __all__ = [
     "krylov_function",
     "tikhonov",
     "Tikhonov",
+    # minimisation
+    "QuasiNewton",
     # how an iteration ended
     "Solution",
     "Result",

@@ -57,6 +57,12 @@ class Tikhonov:
             low, high = (middle, high) if self.residual(math.exp(middle)) < residual else (low, middle)
         return math.exp(high)
 
+    def leading(self, count: int) -> tuple[Tensor, Tensor]:
+        """The largest Ritz values of K ``[k]`` and their vectors ``[k, m]``; none if the space is not all in memory."""
+        if len(self.space.held) < self.space.steps:
+            return self._values[:0], self.space.held[:0]
+        return self._values[-count:], self._vectors[:, -count:].T @ self.space.held
+
     def dual(self, mu: float) -> Tensor:
         """y = (K + mu)^{-1} r  ``[m]``; u = -B^T y."""
         return self.norm * self.space.combine(self._coefficients(mu))

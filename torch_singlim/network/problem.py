@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp
+from torch.func import grad, grad_and_value, jvp
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_singlim.network.functional import FunctionalModule
@@ -270,6 +270,16 @@ class ZeroLossProblem:
     def gradient(self, w: Tensor) -> Tensor:
         """grad L(w)  ``[P]``."""
         return self.mean(lambda part: grad(self.batch_loss)(w, self.inputs[part], self.targets[part]))
+
+    def loss_and_gradient(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """L(w), a scalar, and grad L(w)  ``[P]``, from one pass."""
+
+        def both(part: slice) -> Tensor:
+            gradient, loss = grad_and_value(self.batch_loss)(w, self.inputs[part], self.targets[part])
+            return torch.cat([gradient, loss[None]])
+
+        joined = self.mean(both)
+        return joined[-1], joined[:-1]
 
     def hessian_product(self, w: Tensor, v: Tensor) -> Tensor:
         """(D^2 L)(w) v  ``[P]``, forward over reverse: the derivative of the gradient along v."""

@@ -248,7 +248,7 @@ RAISES = {
 }
 # no zero-loss problem: the motion of the weights is measured, and nothing else
 NO_PROBLEM = {
-    "hard labels": Case(lambda: Net("hard"), message="label_smoothing"),
+    "hard labels": Case(lambda: Net("hard"), code=Code.NOT_ATTAINED, message="label_smoothing"),
     "unknown loss": Case(lambda: Net("half"), message="was not recognised; write the training loss as a mean"),
     "wrong loss": Case(monitor={"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, message="where training_step gives"),
     "no loss of that kind": Case(monitor={"loss": nn.L1Loss()}, message="loss"),

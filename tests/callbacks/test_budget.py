@@ -15,11 +15,12 @@ CASES = {
     "nothing": ((), set()),
     "excess loss": (("loss",), {"excess_loss"}),
     "check": (("loss", "check"), {"excess_loss"}),
-    "linearised": (("loss", "check", "linearised"), {"distance/linearised", "quality/linear_residual"}),
+    "half": (("half",), {"distance/half", "distance/half_linear"}),
+    "levels": (("loss", "half", "tenth", "hundredth"), {"distance/half", "distance/tenth", "distance/hundredth"}),
     "paths": (("paths",), {"drift/cosine", "drift/baseline_cosine"}),
     "distance": (("loss", "check", "distance"), {"distance/nearest"}),
     "all": (
-        ("loss", "check", "paths", "distance", "limit"),
+        ("loss", "half", "tenth", "hundredth", "check", "paths", "distance", "limit"),
         {"drift/cosine", "distance/relaxed_expected", "limit/frozen_cosine"},
     ),
 }
@@ -57,9 +58,10 @@ def test_what_is_dropped_first(name, monkeypatch):
     assert ("distance/nearest" in logged) == ("distance" in afforded)
     assert ("limit/frozen_cosine" in logged) == ("limit" in afforded)
     assert ("Skipped: to keep measurements below 15 s and 10% of the wall time" in monitor.verdict) == (name != "all")
-    distance = bool({"linearised", "distance"} & set(afforded))
-    assert ("distance/linearised" in logged) == distance
-    assert ("The distance was not measured" in monitor.verdict) == (not distance)
+    for level in ("half", "tenth", "hundredth"):
+        assert (f"distance/{level}" in logged) == (level in afforded)
+    measured = bool({"half", "distance"} & set(afforded))
+    assert ("The distance was not measured" in monitor.verdict) == (not measured)
 
 
 def test_no_time_at_all():

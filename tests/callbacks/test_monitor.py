@@ -40,6 +40,7 @@ from torch_singlim.network import out_of_memory
 # --- what it logs --------------------------------------------------------------------------------------------------
 
 EVERYTHING = {
+    *(f"distance/{level}{model}" for level in ("half", "tenth", "hundredth") for model in ("", "_linear")),
     *("excess_loss", "distance/nearest", "distance/linearised", "distance/relaxed", "distance/relaxed_expected"),
     *("distance/relaxed_cosine", "distance/relaxed_share", "distance/baseline_moved", "potential", "potential_stderr"),
     *("window/steps", "window/status", "window/replay_error"),

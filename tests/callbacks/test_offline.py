@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from tests.zoo import (
+    LEVELS,
     AdamW,
     FusedNorm,
     LayerNormed,
@@ -121,7 +122,7 @@ def test_from_the_shell(live, tmp_path, capsys, monkeypatch):
     command += ["--module", "mine_of_offline:module", "--data", "mine_of_offline:samples"]
     main(command)
     printed = capsys.readouterr().out
-    assert "| step | excess loss | distance |" in printed
+    assert "| step | excess loss | distance to half |" in printed
     rows = {int(row["step"]): row for row in csv.DictReader((out / "metrics.csv").read_text().splitlines())}
     known = monitor.history[20]["distance/nearest"]
     assert float(rows[20]["singlim/distance/nearest"]) == pytest.approx(known, rel=1e-6)
@@ -194,13 +195,16 @@ class OwnNorm(nn.LayerNorm):
 
 @pytest.mark.parametrize("make", [FusedNorm, lambda: LayerNormed(OwnNorm)], ids=["function", "layer"])
 def test_derivatives_are_checked(make, tmp_path):
-    """torch's are wrong for its layer normalisation, and so would the distance be."""
+    """torch's are wrong for its layer normalisation, and so would the limit be; a level is proved all the same."""
     found = measured(make(), saved(tmp_path, make))
     (reason,) = found.reasons
     assert reason.code is Code.DERIVATIVES
     assert "differentiates this network wrongly" in str(reason)
     assert reason.sentence in found.verdict
-    assert {tag for point in found.history.values() for tag in point} == MOTION | {"excess_loss", "cost/overhead"}
+    assert {tag for point in found.history.values() for tag in point} == MOTION | LEVELS | {
+        "excess_loss",
+        "cost/overhead",
+    }
 
 
 def with_distances(found):
@@ -256,10 +260,11 @@ def test_transient_noise_on_a_part_of_the_weights(tmp_path):
     assert with_distances(found) == [Code.OTHER_PARAMETERS]
 
 
-def test_without_a_problem_the_motion_is_measured(tmp_path):
+def test_with_hard_labels_motion_and_levels_are_measured(tmp_path):
     def make():
         return Net("hard")
 
     found = measured(make(), saved(tmp_path, make))
-    assert [reason.code for reason in found.reasons] == [Code.NO_PROBLEM]
-    assert {tag for point in found.history.values() for tag in point} == MOTION | {"cost/overhead"}
+    assert [reason.code for reason in found.reasons] == [Code.NOT_ATTAINED]
+    assert {tag for point in found.history.values() for tag in point} >= MOTION | {"distance/half", "cost/overhead"}
+    assert not any("distance/nearest" in point for point in found.history.values())

@@ -12,6 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from tests.callbacks.setups import MEASURED, NO_PROBLEM, RAISES, UNSUPPORTED, Case, OfIterator, Weightless
 from tests.zoo import (
+    LEVELS,
     Net,
     Recorder,
     Trace,
@@ -44,7 +45,8 @@ OF_PATHS = {
     for name in (tag.name, tag.stderr_name)
 }
 OF_PATHS |= {"drift/ceiling"}
-GEOMETRY = {"excess_loss", "distance/nearest", "distance/linearised", "quality/converged", "quality/residual"}
+HALF = {"excess_loss", "distance/half", "distance/half_linear"}
+GEOMETRY = HALF | {"distance/nearest", "distance/linearised", "quality/converged", "quality/residual"}
 MOTION = {"window/steps", "window/status", "drift/measured"}
 ALWAYS = MOTION | {"cost/overhead"}
 
@@ -98,7 +100,9 @@ def test_what_is_unsupported_is_said_and_the_rest_measured(name, caplog):
         assert tags >= GEOMETRY
         assert monitor.last_distance.limit is None
     else:
-        assert tags - OF_PATHS == (ALWAYS if reason.code is Code.NO_PROBLEM else ALWAYS | {"excess_loss"})
+        levels = set() if reason.code is Code.NO_PROBLEM else HALF
+        assert (tags - OF_PATHS) - LEVELS == (ALWAYS | levels) - LEVELS
+        assert tags & HALF == levels
     assert trainer.logger.of_monitor() == list(monitor.history.items())
 
 
@@ -108,7 +112,8 @@ def test_what_is_supported_is_measured(name):
     monitor = monitor_of(**case.monitor)
     watched, _ = run(case, monitor)
     assert_identical(watched, run(case, alone=True)[0])
-    assert {reason.code.scope for reason in reasons_of(monitor)} <= {Scope.NOTHING}
+    found = [reason for reason in reasons_of(monitor) if reason.code is not Code.LEVEL_NOT_MET]
+    assert {reason.code.scope for reason in found} <= {Scope.NOTHING}
     assert tags_of(monitor) >= ALWAYS | GEOMETRY | PATHS
     assert len([step for step, point in monitor.history.items() if "drift/cosine" in point]) >= 2
 

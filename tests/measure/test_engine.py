@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_singlim import CustomNoise, SGDSettings, Snapshot, ZeroLossProblem
+from torch_singlim.geometry import LevelPoint
 from torch_singlim.measure import (
     Budget,
     Code,
@@ -394,14 +395,21 @@ def test_w_is_linearised_once_and_the_loss_evaluated_once(monkeypatch):
     seen = []
     original = type(run.problem).loss
     monkeypatch.setattr(type(run.problem), "loss", lambda self, w: seen.append(w) or original(self, w))
-    from torch_singlim.measure import distance
+    from torch_singlim.measure import distance, levels
 
+    searched = []
+    monkeypatch.setattr(
+        levels,
+        "level_distance",
+        lambda problem, w, level, **_: searched.append(level) or LevelPoint(w, 1, level, 0, 1, 1, False),
+    )
     points = []
     linearize = distance.linearize
     monkeypatch.setattr(distance, "linearize", lambda problem, w: points.append(w) or linearize(problem, w))
     engine.measure(run.snapshot())
     assert len(seen) == 1
     assert len(points) == 1
+    assert searched == [0.5, 0.1, 0.01]
 
 
 def test_without_a_problem_the_motion_is_measured_all_the_same():
@@ -681,7 +689,7 @@ def test_a_state_holds_tensors_and_plain_values(tmp_path):
         (lambda s: s.pop("windows"), "missing: windows"),
         (lambda s: s["windows"].pop("open"), "missing: open"),
         (lambda s: s.update(extra=1), "unknown: extra"),
-        (lambda s: s.update(version=1), "a state of version 2 was expected, got version 1"),
+        (lambda s: s.update(version=1), "a state of version 3 was expected, got version 1"),
         (lambda s: s["windows"]["open"].update(iterate=torch.zeros(3)), r"a window of 3 weights for \d+ weights"),
     ],
 )

@@ -22,7 +22,7 @@ def test_a_run_of_unknown_length_has_windows_all_the_same(total):
     schedule = Schedule.of_run(window=10, every_n_steps=None, total=total)
     assert list(schedule.windows.items())[:4] == [(0, 10), (10, 20), (20, 30), (40, 50)]
     assert schedule.total is None
-    assert not any(schedule.is_last(stop) or schedule.in_last(stop) for stop in schedule.windows.values())
+    assert not any(schedule.is_last(stop) or schedule.part_at(stop) == 1 for stop in schedule.windows.values())
     assert Schedule.of_run(window="auto", every_n_steps=None, total=total).windows[0] == 1000
 
 
@@ -57,7 +57,8 @@ def test_a_window_of_given_length_is_as_long_as_the_run_at_most():
 
 def test_the_last_window_ends_with_the_run():
     schedule = Schedule.of_run(window=20, every_n_steps=None, total=100)
-    assert [step for step in range(101) if schedule.in_last(step)] == list(range(80, 101))
+    assert [step for step in range(101) if schedule.part_at(step) == 1] == list(range(80, 101))
+    assert schedule.part_at(0) == 0.5
     assert [stop for stop in schedule.windows.values() if schedule.is_last(stop)] == [100]
 
 

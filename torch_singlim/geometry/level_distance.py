@@ -23,7 +23,7 @@ _KRYLOV_CHANGE, _KRYLOV_ERROR = 0.02, 0.3
 # takes a quarter more gradients, and some searches for 0.1 fail; 20 pairs instead of 10 save nothing on ten states of a
 # run
 _EIGENPAIRS, _PAIRS = 8, 10
-# eigenvalues below this share of the largest are left out
+# eigenvalues below this share of the largest are ignored
 _NEGLIGIBLE = 1e-6
 # the search aims at this share of the level, and with one mu at no less than this share of the loss
 _AIM, _REDUCTION = 0.98, 0.3

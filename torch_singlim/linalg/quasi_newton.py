@@ -17,8 +17,8 @@ class QuasiNewton:
 
     with eigenpairs (Lambda, V) of a Hessian nearby. gamma is the inverse curvature along the last step outside of V, at
     most 1 / mu, and before the first step that of the smallest of these eigenvalues. The pairs are those of f alone, so
-    that mu may change from step to step. All recursions are made with coefficients in the basis of these vectors and g, whose inner
-    products are known: a direction takes two passes through the basis.
+    that mu may change from step to step. All recursions are made with coefficients in the basis of these vectors and g,
+    whose inner products are known: a direction takes two passes through the basis.
 
     Args:
         values: Lambda  ``[k]``, positive.

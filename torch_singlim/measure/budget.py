@@ -22,7 +22,7 @@ _GRACE = 15.0
 # approximate costs, in gradients of all samples: the loss; the distances to a half, a tenth and a hundredth of it;
 # matrix functions by Lanczos and a nearest point by products; a draw of the limit's potential (third derivatives); and,
 # in gradients of two samples, the check of the derivatives
-_LOSS, _HALF, _TENTH, _HUNDREDTH, _LANCZOS, _DRAW, _CHECK = 0.35, 60, 150, 400, 300, 12, 100
+_LOSS, _HALF, _TENTH, _HUNDREDTH, _LANCZOS, _DRAW, _CHECK = 0.35, 60, 200, 800, 300, 12, 100
 # seconds for the figures of one measurement
 _FIGURES = 2.0
 # operations of an eigendecomposition and of a Cholesky factorisation, in units of M^3

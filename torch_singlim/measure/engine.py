@@ -225,10 +225,9 @@ class Engine:
         prepared = self._contained(step, self._prepare)
         ended = self._close(snapshot) if self.windows.ends(step) else None
         levels: dict[Level, LevelPoint] = {}
-        self._contained(step, lambda: self._find_level(snapshot, Level.HALF, levels))
+        self._contained(step, lambda: self._find_levels(snapshot, levels, Level.HALF, Level.TENTH))
         distance = self._contained(step, lambda: self._distance(snapshot)) if prepared else None
-        for level in (Level.TENTH, Level.HUNDREDTH):
-            self._contained(step, lambda level=level: self._find_level(snapshot, level, levels))
+        self._contained(step, lambda: self._find_levels(snapshot, levels, Level.HUNDREDTH))
         clock = None
         if self.supports(Scope.LIMIT) and self._orders_known():
             clock = Clock.at(snapshot, self.noise, self.variance)
@@ -338,17 +337,18 @@ class Engine:
         self.note(distance.reason)
         return distance
 
-    def _find_level(self, snapshot: Snapshot, level: Level, found: dict[Level, LevelPoint]) -> None:
-        """Add the distance to a level of the loss to those that were found, if there is time for it."""
-        kind, part = level.name.lower(), 1.0 if level is Level.HALF else self.schedule.part_at(snapshot.step)
-        if self.problem is None or not self.supports(Scope.GEOMETRY) or not self.affords(kind, part=part):
-            return
-        with self.budget.timed(kind):
-            point = self.levels.measure(self.problem, snapshot.weights, level, found)
-        if isinstance(point, Reason):
-            self.note(point)
-        else:
-            found[level] = point
+    def _find_levels(self, snapshot: Snapshot, found: dict[Level, LevelPoint], *levels: Level) -> None:
+        """Add the distances to these levels of the loss to those that were found, as far as there is time."""
+        for level in levels if self.problem is not None and self.supports(Scope.GEOMETRY) else ():
+            kind, part = level.name.lower(), self.schedule.part_at(snapshot.step)
+            if not self.affords(kind, part=1.0 if level is Level.HALF else part):
+                continue
+            with self.budget.timed(kind):
+                point = self.levels.measure(self.problem, snapshot.weights, level, found)
+            if isinstance(point, Reason):
+                self.note(point)
+            else:
+                found[level] = point
 
     # --- what was found --------------------------------------------------------------------------------------------
 

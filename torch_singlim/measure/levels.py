@@ -25,7 +25,7 @@ class Level(Enum):
     @property
     def gradients(self) -> int:
         """Cost at which the search for this level is given up, in gradients of all samples."""
-        return {Level.HALF: 200, Level.TENTH: 500, Level.HUNDREDTH: 1000}[self]
+        return {Level.HALF: 200, Level.TENTH: 500, Level.HUNDREDTH: 1500}[self]
 
 
 class Levels:

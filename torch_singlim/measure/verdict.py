@@ -45,8 +45,8 @@ def verdict(history: History, *, reasons: Sequence[Reason] = (), noise: str | No
         reasons: for what was not measured or predicted.
         noise: whether its effect is visible, in words.
 
-    >>> print(verdict({0: {"excess_loss": 0.5, "distance/nearest": 2.0}}).splitlines()[2])
-    | 0 | 0.5 | 2 | - | - | - | - |
+    >>> print(verdict({0: {"excess_loss": 0.5, "distance/half": 2.0}}).splitlines()[2])
+    | 0 | 0.5 | 2 | - | - | - | - | - | - |
     """
     distances = {tag.name for tag in tags.shown_in(Place.DISTANCES)} - {tags.EXCESS_LOSS.name}
     measured = {str(step): p for step, p in history.items() if distances & p.keys()}

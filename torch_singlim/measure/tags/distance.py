@@ -21,7 +21,7 @@ def _level(level: Level, words: str, advice: str, *places: Place) -> tuple[Tag, 
     return (
         Tag(
             name=name,
-            label=f"to {words} of the loss",
+            label=f"distance to {words}",
             unit="weight norm",
             meaning=f"\\|v − w\\| for a point v that was found with L(v) ≤ {level.value:g} L(w), evaluated in float64: "
             "an upper bound for the distance to this level. The search is local: a nearer point may exist",
@@ -33,7 +33,7 @@ def _level(level: Level, words: str, advice: str, *places: Place) -> tuple[Tag, 
         ),
         Tag(
             name=f"{name}_linear",
-            label=f"to {words} of the loss, linear model",
+            label=f"distance to {words}, linear model",
             unit="weight norm",
             meaning="the distance to the same level in the linear model at w: an estimate, not a bound",
             advice=f"Equal to `{name}`: the linear model holds that far",
@@ -81,7 +81,7 @@ HUNDREDTH, HUNDREDTH_LINEAR = _level(
 )
 NEAREST = Tag(
     name="distance/nearest",
-    label="distance",
+    label="nearest point",
     unit="weight norm",
     meaning="distance to the nearest point of Γ; an upper bound if `quality/converged` is 0",
     advice="Falls fast at first, then changes slowly; a star in the verdict marks upper bounds",

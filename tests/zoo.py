@@ -225,8 +225,10 @@ def reasons_of(monitor):
     return [reason for reason in monitor.reasons if reason.code is not Code.UNRESOLVED]
 
 
-# what is logged of the levels of the loss
-LEVELS = {f"distance/{level}{model}" for level in ("half", "tenth", "hundredth") for model in ("", "_linear")}
+# what is logged of the levels of the loss, and of its curvature
+LEVELS = {"stability"} | {
+    f"distance/{level}{model}" for level in ("half", "tenth", "hundredth") for model in ("", "_linear")
+}
 
 
 def tags_of(monitor):

@@ -50,7 +50,7 @@ EVERYTHING = {
     *("noise/ratio", "noise/ratio_stderr", "noise/share"),
     *("expansion/cosine", "expansion/cosine_stderr", "expansion/ratio", "expansion/ratio_stderr"),
     *("limit/frozen_cosine", "limit/frozen_speed", "limit/spread_measured", "limit/spread_predicted"),
-    *("clock/step_size", "clock/noise_level", "clock/slow_time", "clock/time_scale"),
+    *("stability", "clock/step_size", "clock/noise_level", "clock/slow_time", "clock/time_scale"),
     *("quality/residual", "quality/converged", "quality/unresolved", "quality/stderr", "quality/error"),
     *("cost/overhead", "cost/gradients"),
 }

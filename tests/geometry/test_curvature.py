@@ -5,6 +5,7 @@ import torch
 
 from tests.problems import DTYPE, NAMES, displaced, make
 from torch_singlim import ZeroLossProblem, linearize
+from torch_singlim.geometry import largest_curvature
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,3 +50,20 @@ def test_diverged_weights_are_refused():
     dense, w = make("scalar")
     with pytest.raises(ValueError, match="not finite"):
         linearize(dense.problem, w * float("nan"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_largest_curvature_is_that_of_the_dense_matrix(name, dtype):
+    dense, w = make(name)
+    w = displaced(w, 0.1)
+    problem = dense.problem if dtype == torch.float64 else dense.problem.fast()
+    found = largest_curvature(problem, w, generator=torch.Generator().manual_seed(0))
+    exact = torch.linalg.eigvalsh(dense.gauss_newton(w))[-1].item()
+    assert found.item() == pytest.approx(exact, rel=0.01)
+    assert found.item() <= exact * (1 + 1e-5)
+
+
+def test_a_curvature_that_was_not_found_is_none():
+    dense, w = make("two_layers")
+    assert largest_curvature(dense.problem, w, rtol=1e-12, steps=1) is None

@@ -81,3 +81,24 @@ def test_momentum_is_stable_where_a_plain_step_of_the_same_effect_is_not():
     assert heavy.effective_lr == pytest.approx(plain.effective_lr)
     assert torch.isfinite(stationary_variance(heavy, stiff)).all()
     assert torch.isinf(stationary_variance(plain, stiff)).all()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(("momentum", "dampening"), [(0.0, 0.0), (0.5, 0.0), (0.9, 0.0), (0.9, 0.3)])
+def test_the_largest_stable_curvature_is_where_descent_begins_to_diverge(momentum, dampening, nesterov):
+    """By torch.optim.SGD on a parabola just below and above it; there the stationary variance becomes infinite."""
+    if nesterov and (dampening or not momentum):
+        pytest.skip("torch has no Nesterov momentum with dampening, or without momentum")
+    sgd = SGDSettings(lr=0.1, momentum=momentum, dampening=dampening, nesterov=nesterov)
+    threshold = sgd.largest_stable_curvature
+    for factor in (0.99, 1.01):
+        w = torch.ones((), dtype=torch.float64, requires_grad=True)
+        descent = torch.optim.SGD([w], lr=0.1, momentum=momentum, dampening=dampening, nesterov=nesterov)
+        for _ in range(4000):
+            descent.zero_grad()
+            (factor * threshold / 2 * w**2).backward()
+            descent.step()
+        assert (abs(w.item()) < 1) == (factor < 1)
+    variance = stationary_variance(sgd, torch.tensor([0.999, 1.001], dtype=torch.float64) * threshold)
+    assert torch.isfinite(variance).tolist() == [True, False]
+    assert variance[0] > 50 * stationary_variance(sgd, torch.tensor([0.5], dtype=torch.float64) * threshold)

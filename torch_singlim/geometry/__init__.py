@@ -1,6 +1,6 @@
 """The zero-loss set: Jacobian products, curvature, nearest point, tangent space."""
 
-from torch_singlim.geometry.curvature import Linearization, gauss_newton, linearize
+from torch_singlim.geometry.curvature import Linearization, gauss_newton, largest_curvature, linearize
 from torch_singlim.geometry.gram import MAX_DENSE, gram_flops, gram_matrix, samples_at_once, worth_factoring
 from torch_singlim.geometry.jacobian import JacobianProducts
 from torch_singlim.geometry.level_distance import LevelPoint, level_distance
@@ -14,6 +14,7 @@ __all__ = [
     "Linearization",
     "linearize",
     "gauss_newton",
+    "largest_curvature",
     # K = B B^T
     "MAX_DENSE",
     "gram_matrix",

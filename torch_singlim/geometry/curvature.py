@@ -20,10 +20,11 @@ from torch_singlim.linalg import (
     LinearOperator,
     cholesky,
     gram_cutoff,
+    lanczos,
 )
 from torch_singlim.network.problem import ZeroLossProblem
 
-__all__ = ["Linearization", "gauss_newton", "linearize"]
+__all__ = ["Linearization", "gauss_newton", "largest_curvature", "linearize"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,41 @@ def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
         return gram_matrix(problem, w, f, batched, way=way)
 
     return Linearization(operator, residual, newton, gram, worth_factoring(problem))
+
+
+def largest_curvature(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    rtol: float = 0.01,
+    steps: int = 60,
+) -> Tensor | None:
+    """lambda_1, the largest eigenvalue of H = B^T B at w, a scalar, by Lanczos from a random vector.
+
+    The value is a lower bound that is within rtol of an eigenvalue; it misses the largest one only if the random vector
+    has almost no part along its eigenvector. None: not found in so many products.
+
+    Args:
+        problem: loss and samples.
+        w: weights  ``[P]``.
+        generator: of the random vector.
+        rtol: largest relative error bound.
+        steps: maximum number of products with B B^T.
+
+    >>> from torch import nn
+    >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))
+    >>> largest_curvature(problem, torch.zeros(2, dtype=torch.float64))
+    tensor(2., dtype=torch.float64)
+    """
+    w = w.to(problem.dtype)
+    B = linearize(problem, w).operator
+    start = torch.randn(B.shape[0], generator=generator, dtype=torch.float64).to(w)
+    for space in lanczos(B.gram_product, start, max_steps=steps, held=B.held):
+        values, _, bounds = space.ritz()
+        if bounds[-1] <= rtol * values[-1]:
+            return values[-1]
+    return None
 
 
 def gauss_newton(

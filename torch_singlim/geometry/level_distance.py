@@ -251,8 +251,7 @@ def level_distance(
     if total == 0:
         return LevelPoint(w, 0.0, level, 0.0, 0.0, _LOSS, certified=True)
     # the certificate is evaluated in float64; the search need not be
-    alone = problem.process_group.size == 1
-    fast = problem.subset(problem.num_samples, dtype=torch.float32) if alone else problem
+    fast = problem.fast()
     allowed = (1 - _MARGIN) * level * total
     search = _Search(fast, w.to(fast.dtype), total, allowed, max_gradients)
     d, loss = search.first()

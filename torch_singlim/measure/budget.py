@@ -20,9 +20,9 @@ __all__ = ["Account", "Budget", "expected_seconds"]
 # seconds that all measurements of a run may take in any case
 _GRACE = 15.0
 # approximate costs, in gradients of all samples: the loss; the distances to a half, a tenth and a hundredth of it;
-# matrix functions by Lanczos and a nearest point by products; a draw of the limit's potential (third derivatives); and,
-# in gradients of two samples, the check of the derivatives
-_LOSS, _HALF, _TENTH, _HUNDREDTH, _LANCZOS, _DRAW, _CHECK = 0.35, 60, 200, 800, 300, 12, 100
+# the largest eigenvalue; matrix functions by Lanczos and a nearest point by products; a draw of the limit's potential
+# (third derivatives); and, in gradients of two samples, the check of the derivatives
+_LOSS, _HALF, _TENTH, _HUNDREDTH, _LARGEST, _LANCZOS, _DRAW, _CHECK = 0.35, 60, 200, 800, 20, 300, 12, 100
 # seconds for the figures of one measurement
 _FIGURES = 2.0
 # operations of an eigendecomposition and of a Cholesky factorisation, in units of M^3
@@ -39,6 +39,7 @@ _SKIPPED = {
     "half": "the distance to half of the loss",
     "tenth": "the distance to a tenth of the loss",
     "hundredth": "the distance to a hundredth of the loss",
+    "stability": "the largest eigenvalue",
     "limit": "the limit's prediction",
     "distance": "the nearest point and the relaxed part",
     "paths": "the paths beside the training, and with them the drift's prediction",
@@ -187,8 +188,9 @@ class Budget:
 def expected_seconds(problem: ZeroLossProblem, *, num_draws: int) -> dict[str, float]:
     """Approximate times of the parts of a measurement, in seconds, from the time of one gradient.
 
-    "loss": the excess loss. "half", "tenth", "hundredth": the distance to this level of it. "check": the check of the
-    derivatives. "distance": the nearest point and the relaxed part. "limit": the same with the limit's prediction.
+    "loss": the excess loss. "half", "tenth", "hundredth": the distance to this level of it. "stability": the largest
+    eigenvalue. "check": the check of the derivatives. "distance": the nearest point and the relaxed part. "limit": the
+    same with the limit's prediction.
     "figures": those for TensorBoard.
 
     Args:
@@ -214,6 +216,7 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int) -> dict[str, f
         "half": _HALF * gradient,
         "tenth": _TENTH * gradient,
         "hundredth": _HUNDREDTH * gradient,
+        "stability": _LARGEST * gradient,
         "distance": distance,
         "limit": distance + num_draws * _DRAW * gradient,
         "figures": _FIGURES,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_singlim.geometry import LevelPoint, nearest_point
+from torch_singlim.geometry import LevelPoint, largest_curvature, nearest_point
 from torch_singlim.measure.budget import Account, Budget, expected_seconds
 from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
 from torch_singlim.measure.full_batch_window import compare_window
@@ -23,7 +23,7 @@ from torch_singlim.measure.snapshot import Snapshot
 from torch_singlim.measure.states import check_keys
 from torch_singlim.measure.steps import Recorded
 from torch_singlim.measure.tags import EXCESS_LOSS, Need, scalars
-from torch_singlim.measure.training import Training
+from torch_singlim.measure.training import Training, with_orders
 from torch_singlim.measure.verdict import Visibility, verdict, visibility
 from torch_singlim.measure.window import Window
 from torch_singlim.measure.windows import Windows
@@ -80,7 +80,7 @@ class Engine:
         self.options, self.schedule, self.budget, self.generator = options, schedule, budget, generator
         self.noise: NoiseSystem = training.noise
         self.reasons: list[Reason] = list(training.reasons)
-        """Why something was not measured or predicted, in the order in which it came up."""
+        """Why something was not measured or predicted, in this order."""
         self.history: dict[int, dict[str, float]] = {}
         """What was measured: step -> tag -> value."""
         self.last_distance: DistanceMeasurement | None = None
@@ -195,9 +195,7 @@ class Engine:
         self.note(reason)
         if window is None:
             return None
-        measurement = Measurement(step, window=window, overhead=self.budget.overhead)
-        self._keep(measurement)
-        return measurement
+        return self._keep(Measurement(step, window=window, overhead=self.budget.overhead))
 
     def give_up(self, reason: Reason | None) -> None:
         """Do without paths for the rest of the window in progress; its motion is still measured."""
@@ -208,9 +206,7 @@ class Engine:
 
     def measure_loss(self, snapshot: Snapshot) -> Measurement:
         """The excess loss alone."""
-        measurement = Measurement(snapshot.step, excess_loss=self._excess_loss(snapshot))
-        self._keep(measurement)
-        return measurement
+        return self._keep(Measurement(snapshot.step, excess_loss=self._excess_loss(snapshot)))
 
     def measure(self, snapshot: Snapshot, *, before: int | None = None) -> Measurement:
         """Measure everything at a snapshot; a window that ends here is closed, one that begins here is opened.
@@ -226,6 +222,7 @@ class Engine:
         ended = self._close(snapshot) if self.windows.ends(step) else None
         levels: dict[Level, LevelPoint] = {}
         self._contained(step, lambda: self._find_levels(snapshot, levels, Level.HALF, Level.TENTH))
+        stability = self._contained(step, lambda: self._stability(snapshot))
         distance = self._contained(step, lambda: self._distance(snapshot)) if prepared else None
         self._contained(step, lambda: self._find_levels(snapshot, levels, Level.HUNDREDTH))
         clock = None
@@ -234,9 +231,8 @@ class Engine:
         # nothing can fail from here on: the state may change
         self.windows.turn(snapshot, before, ended, None if distance is None else distance.forecast)
         self.last_distance = distance or self.last_distance
-        measurement = Measurement(step, excess_loss, levels, distance, ended, clock, self.budget.overhead)
-        self._keep(measurement)
-        return measurement
+        overhead = self.budget.overhead
+        return self._keep(Measurement(step, excess_loss, levels, stability, distance, ended, clock, overhead))
 
     def _contained(self, step: int, what: Callable[[], T | None]) -> T | None:
         """A part of a measurement; where it fails, on any process, the others are made all the same."""
@@ -260,10 +256,11 @@ class Engine:
             return None
         return Code.FAILED(step=step, error=f"{type(error).__name__}: {error}")
 
-    def _keep(self, measurement: Measurement) -> None:
+    def _keep(self, measurement: Measurement) -> Measurement:
         values = scalars(measurement)
         if values:
             self.history[measurement.step] = {**self.history.get(measurement.step, {}), **values}
+        return measurement
 
     def _excess_loss(self, snapshot: Snapshot) -> float | None:
         if self.problem is None:
@@ -321,7 +318,7 @@ class Engine:
     def _distance(self, snapshot: Snapshot) -> DistanceMeasurement | None:
         """The distance and the limit's prediction, as far as there is time for them."""
         assert self.problem is not None
-        part = self.schedule.part_at(snapshot.step)
+        part = self.schedule.part_at(snapshot.step)  # of the time that is left
         if not self.affords("distance", part=part):
             return None
         predicted = self.supports(Scope.LIMIT) and self.affords("limit", part=part)
@@ -337,11 +334,20 @@ class Engine:
         self.note(distance.reason)
         return distance
 
+    def _stability(self, snapshot: Snapshot) -> float | None:
+        """lambda_1 over the largest curvature at which the optimizer is stable."""
+        problem, sgd = self.problem, snapshot.sgd
+        if problem is None or sgd is None or not self.affords("stability"):
+            return None
+        with self.budget.timed("stability"):
+            found = largest_curvature(problem.fast(), snapshot.weights, generator=self.generator)
+        return None if found is None else found.item() / sgd.largest_stable_curvature
+
     def _find_levels(self, snapshot: Snapshot, found: dict[Level, LevelPoint], *levels: Level) -> None:
         """Add the distances to these levels of the loss to those that were found, as far as there is time."""
-        for level in levels if self.problem is not None and self.supports(Scope.GEOMETRY) else ():
-            kind, part = level.name.lower(), self.schedule.part_at(snapshot.step)
-            if not self.affords(kind, part=1.0 if level is Level.HALF else part):
+        for level in levels:
+            kind, part = level.name.lower(), 1.0 if level is Level.HALF else self.schedule.part_at(snapshot.step)
+            if self.problem is None or not self.affords(kind, part=part):
                 continue
             with self.budget.timed(kind):
                 point = self.levels.measure(self.problem, snapshot.weights, level, found)
@@ -397,24 +403,18 @@ class Engine:
         if state.get("version", _VERSION) != _VERSION:
             raise ValueError(f"a state of version {_VERSION} was expected, got version {state['version']}")
         check_keys(state, self.state_dict())
-        orders = state["orders"]
         windows = Windows(self.schedule)
         windows.load_state_dict(state["windows"], self.problem)
         levels = Levels.from_state(state["levels"], None if self.problem is None else self.problem.weights())
         history = {step: dict(point) for step, point in state["history"].items()}
         noted = [Reason.from_state(each) for each in state["reasons"]]
-        reasons = [*self.reasons, *(each for each in noted if each not in self.reasons)]
-        noise = self.noise
-        if orders is not None and len(orders) == len(parts(noise)):  # as measured when the run began
-            known = zip(parts(noise), orders, strict=True)
-            systems = tuple(replace(n, claimed_order=k) if isinstance(n, CustomNoise) else n for n, k in known)
-            noise = Sum(systems) if isinstance(noise, Sum) else systems[0]
+        noise = with_orders(self.noise, state["orders"])
         random = torch.Generator().set_state(state["generator"]).get_state()
-        # everything that can fail is done, but for this
+        # what can fail is done, but for this
         self.budget.load_state_dict(state["budget"])
         self.generator.set_state(random)
-        self.windows, self.levels, self.history = windows, levels, history
-        self.reasons, self.noise = reasons, noise
+        self.note(*noted)
+        self.windows, self.levels, self.history, self.noise = windows, levels, history, noise
         self._checked, self.last_step = state["checked"], state["last_step"]
         if windows.open is not None and windows.open.closed:
             self.note(Code.INTERRUPTED(start=windows.open.start))

@@ -53,6 +53,7 @@ class Measurement:
         step: optimizer steps so far.
         excess_loss: L(w).
         levels: the nearest points of lower levels of the loss, as far as there was time.
+        stability: lambda_1 over the largest curvature at which the optimizer is stable.
         distance: nearest point, relaxed part, the limit's prediction.
         window: the window that ends here.
         clock: step size, noise level, slow time.
@@ -62,6 +63,7 @@ class Measurement:
     step: int
     excess_loss: float | None = None
     levels: Mapping[Level, LevelPoint] = field(default_factory=dict)
+    stability: float | None = None
     distance: DistanceMeasurement | None = None
     window: Window | None = None
     clock: Clock | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import Dropout, Minibatch, NoiseSystem, Sum, WeightDecay, parts
+from torch_singlim.noise import CustomNoise, Dropout, Minibatch, NoiseSystem, Sum, WeightDecay, parts
 
-__all__ = ["Training", "detect_noise", "training_of", "unsupported_noise"]
+__all__ = ["Training", "detect_noise", "training_of", "unsupported_noise", "with_orders"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ def detect_noise(problem: ZeroLossProblem, *, weight_decay: float, injected: Noi
         systems.append(WeightDecay(weight_decay))
     systems += parts(injected) if injected else ()
     return Sum(tuple(systems)) if len(systems) > 1 else (systems or [Minibatch()])[0]
+
+
+def with_orders(noise: NoiseSystem, orders: Sequence[int | None] | None) -> NoiseSystem:
+    """The noise with custom parts of these orders, as they were measured before; None: they were not."""
+    if orders is None or len(orders) != len(parts(noise)):
+        return noise
+    known = zip(parts(noise), orders, strict=True)
+    systems = tuple(replace(n, claimed_order=k) if isinstance(n, CustomNoise) else n for n, k in known)
+    return Sum(systems) if isinstance(noise, Sum) else systems[0]
 
 
 def unsupported_noise(problem: ZeroLossProblem, noise: NoiseSystem) -> tuple[Reason, ...]:

@@ -180,6 +180,11 @@ class ZeroLossProblem:
         part.sites = part.function.sites(part.inputs)
         return part
 
+    def fast(self) -> ZeroLossProblem:
+        """The same problem in single precision; itself if processes share its samples."""
+        alone = self.process_group.size == 1
+        return self.subset(self.num_samples, dtype=torch.float32) if alone else self
+
     def on(self, inputs: Tensor, targets: Tensor) -> ZeroLossProblem:
         """The same loss on other samples, such as a batch, evaluated by this process.
 

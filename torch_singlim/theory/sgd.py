@@ -52,6 +52,22 @@ class SGDSettings:
         """
         return self.lr * (1 - self.dampening) / (1 - self.momentum) if self.momentum else self.lr
 
+    @property
+    def largest_stable_curvature(self) -> float:
+        """The curvature of a mode above which full-batch descent on it diverges.
+
+            2 (1 + mu) / (lr (1 - d));        Nesterov: 2 (1 + mu) / (lr (1 + 2 mu))
+
+        Source: J. Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability, 2021,
+        appendix B, for d = 0.
+
+        >>> SGDSettings(lr=0.1, momentum=0.9).largest_stable_curvature
+        38.0
+        """
+        mu = self.momentum
+        factor = (1 + 2 * mu) if self.nesterov else (1 - self.dampening if mu else 1.0)
+        return 2 * (1 + mu) / (self.lr * factor)
+
     def batch(self, num_samples: int) -> int:
         """B for a data set of N samples."""
         return num_samples if self.batch_size is None else min(self.batch_size, num_samples)

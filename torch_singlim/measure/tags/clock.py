@@ -86,6 +86,21 @@ NOISE_LEVEL = Tag(
     shown=shown(Place.REPORT),
 )
 
+STABILITY = Tag(
+    name="stability",
+    label="stability",
+    unit="share",
+    meaning="λ₁/λ*, with the largest eigenvalue λ₁ of the Gauss-Newton matrix H at w and the curvature λ* above which "
+    "full-batch descent diverges: 2(1+μ)/(lr(1−d)), Nesterov 2(1+μ)/(lr(1+2μ)); parameter groups count with their own "
+    "learning rates",
+    advice="Near 1 training is at the edge of stability, where theory for small steps is inaccurate; above 1 for "
+    "long: the loss should grow",
+    group="Clock",
+    chart="Largest eigenvalue over the largest stable one",
+    value=lambda m: m.stability,
+    shown=shown(Place.REPORT, Place.FINAL),
+)
+
 _PREDICTION_ERROR = "Error of the prediction [weight norm]"
 
 CONVERGED = Tag(

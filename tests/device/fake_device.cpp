@@ -181,6 +181,10 @@ Tensor on_cpu(const Tensor& tensor) {
                        [](void*) {}, tensor.options().device(at::kCPU), std::nullopt);
 }
 
+std::optional<Tensor> on_cpu(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() && tensor->defined() ? std::optional(on_cpu(*tensor)) : std::nullopt;
+}
+
 Tensor copy_from(const Tensor& from, const Tensor& to, bool /*non_blocking*/) {
   on_cpu(to).copy_(on_cpu(from));
   return to;
@@ -212,6 +216,11 @@ Tensor& set_storage(Tensor& tensor, at::Storage storage, c10::SymInt offset, c10
                     c10::SymIntArrayRef stride) {
   return at::native::set_storage_cpu_(tensor, std::move(storage), offset.expect_int(), C10_AS_INTARRAYREF_SLOW(size),
                                       C10_AS_INTARRAYREF_SLOW(stride));
+}
+
+Tensor& set_whole_storage(Tensor& tensor, at::Storage storage) {
+  const auto numbers = static_cast<int64_t>(storage.nbytes() / tensor.itemsize());
+  return at::native::set_storage_cpu_(tensor, std::move(storage), 0, numbers, {});
 }
 
 const Tensor& resize(const Tensor& tensor, c10::SymIntArrayRef size, std::optional<at::MemoryFormat> format) {
@@ -265,34 +274,48 @@ void compute_on_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* sta
   at::native::cpu_fallback(operation, stack);
 }
 
-// --- operations that accelerators have and the CPU has not ------------------------------------------------------
+// --- operations that do not go that way -------------------------------------------------------------------------
 
+// Accelerators have it, the CPU has not.
 std::tuple<Tensor, Tensor> native_dropout(const Tensor& input, double rate, std::optional<bool> train) {
   if (!train.value_or(true)) return {input.clone(), at::ones_like(input, at::kBool)};
-  // drawn and scaled as at::dropout does on the CPU
+  // drawn and scaled as dropout on the CPU
   Tensor kept = at::empty_like(input).bernoulli_(1 - rate);
   return {input * (rate == 1 ? kept : kept / (1 - rate)), kept.to(at::kBool)};
+}
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+Three to_device(const Three& tensors, Device device) {
+  const auto moved = [&](const Tensor& tensor) { return tensor.defined() ? tensor.to(device) : tensor; };
+  return {moved(std::get<0>(tensors)), moved(std::get<1>(tensors)), moved(std::get<2>(tensors))};
 }
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
                    at::IntArrayRef output_padding, int64_t groups) {
-  const bool has_bias = bias.has_value() && bias->defined();
-  return at::convolution(on_cpu(input), on_cpu(weight), has_bias ? std::optional(on_cpu(*bias)) : std::nullopt, stride,
-                         padding, dilation, transposed, output_padding, groups)
+  return at::convolution(on_cpu(input), on_cpu(weight), on_cpu(bias), stride, padding, dilation, transposed,
+                         output_padding, groups)
       .to(input.device());
 }
 
-std::tuple<Tensor, Tensor, Tensor> convolution_backward(
-    const Tensor& gradient, const Tensor& input, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding, int64_t groups,
-    std::array<bool, 3> wanted) {
+Three convolution_backward(const Tensor& gradient, const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                           at::IntArrayRef output_padding, int64_t groups, std::array<bool, 3> wanted) {
   const at::IntArrayRef bias_size = gradient.sizes().slice(1, 1);
-  const auto [of_input, of_weight, of_bias] =
+  const auto gradients =
       at::convolution_backward(on_cpu(gradient), on_cpu(input), on_cpu(weight), bias_size, stride, padding, dilation,
                                transposed, output_padding, groups, wanted);
-  const auto back = [&](const Tensor& tensor) { return tensor.defined() ? tensor.to(input.device()) : tensor; };
-  return {back(of_input), back(of_weight), back(of_bias)};
+  return to_device(gradients, input.device());
+}
+
+// Its schema does not say that it writes the running statistics: a copy of them would be written in their place.
+Three native_batch_norm(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
+                        bool training, double momentum, double eps) {
+  const auto results = at::native_batch_norm(on_cpu(input), on_cpu(weight), on_cpu(bias), on_cpu(running_mean),
+                                             on_cpu(running_var), training, momentum, eps);
+  return to_device(results, input.device());
 }
 
 }  // namespace
@@ -311,10 +334,15 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("view", &view);
   library.impl("_reshape_alias", &reshape_alias);
   library.impl("set_.source_Storage_storage_offset", &set_storage);
+  library.impl("set_.source_Storage", &set_whole_storage);
   library.impl("resize_", &resize);
   library.impl("native_dropout", &native_dropout);
+  library.impl("native_batch_norm", &native_batch_norm);
   library.impl("convolution_overrideable", &convolution);
   library.impl("convolution_backward_overrideable", &convolution_backward);
+  // torch has formulas for these on any device, which round otherwise than the CPU's kernels
+  for (const char* name : {"native_layer_norm", "native_group_norm"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&compute_on_cpu>());
 }
 
 // autocast casts as on CUDA, and leaves all other operations as they are
@@ -334,5 +362,4 @@ TORCH_LIBRARY(fake_device, library) {
   library.def("default_generator(int index) -> Generator?", [](int64_t index) -> at::Generator { return default_generator(index); });
   library.def("share_random_state(bool shared) -> ()", &share_random_state);
   library.def("device_count() -> int", []() -> int64_t { return kDevices; });
-  library.def("current_device() -> int", []() -> int64_t { return current_index; });
 }

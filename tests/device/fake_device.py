@@ -35,7 +35,14 @@ class _DeviceModule:
         return torch.ops.fake_device.device_count()
 
     def current_device(self):
-        return torch.ops.fake_device.current_device()
+        return torch.accelerator.current_device_index()
+
+    @contextmanager
+    def device(self, device):
+        before = self.current_device()
+        torch.accelerator.set_device_index(device)
+        yield
+        torch.accelerator.set_device_index(before)
 
     def is_available(self):
         return True

@@ -1,4 +1,4 @@
-"""The device, built once, in words if it cannot be; trainings on it."""
+"""The device is built once; where it cannot be, the tests on it are skipped with the reason."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from tests.device import fake_device
 
 @pytest.fixture(scope="session", autouse=True)
 def device():
-    """The fake device; without a compiler its tests are skipped."""
     if lacking := fake_device.missing():
         pytest.skip(f"{lacking}: the tests on another device are skipped")
     fake_device.load()

@@ -276,12 +276,16 @@ void compute_on_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* sta
 
 // --- operations that do not go that way -------------------------------------------------------------------------
 
-// Accelerators have it, the CPU has not.
+// In the place of dropout's formula, which the CPU evaluates.
 std::tuple<Tensor, Tensor> native_dropout(const Tensor& input, double rate, std::optional<bool> train) {
   if (!train.value_or(true)) return {input.clone(), at::ones_like(input, at::kBool)};
-  // drawn and scaled as dropout on the CPU
+  // drawn as on the CPU, and rounded in the same order
   Tensor kept = at::empty_like(input).bernoulli_(1 - rate);
   return {input * (rate == 1 ? kept : kept / (1 - rate)), kept.to(at::kBool)};
+}
+
+Tensor native_dropout_backward(const Tensor& gradient, const Tensor& kept, double scale) {
+  return gradient * (kept.to(gradient.scalar_type()) * scale);
 }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
@@ -337,6 +341,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("set_.source_Storage", &set_whole_storage);
   library.impl("resize_", &resize);
   library.impl("native_dropout", &native_dropout);
+  library.impl("native_dropout_backward", &native_dropout_backward);
   library.impl("native_batch_norm", &native_batch_norm);
   library.impl("convolution_overrideable", &convolution);
   library.impl("convolution_backward_overrideable", &convolution_backward);

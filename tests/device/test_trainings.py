@@ -1,20 +1,16 @@
 """Trainings on another device are measured, followed and refused as on the CPU, and none is changed by a monitor."""
 
-import copy
 import dataclasses
-from unittest import mock
 
-import lightning as L
 import pytest
 import torch
-from torch import nn
 
 from tests.callbacks import test_coupling as coupling
 from tests.callbacks import test_setups as setups
 from tests.callbacks.setups import MEASURED, NO_PROBLEM, RAISES, UNSUPPORTED
 from tests.device.fake_device import random_numbers_of_the_cpu
 from tests.device.training import assert_same_path, largest_difference, on_device
-from tests.zoo import Trace, assert_identical, data, fit, injected, monitor_of, seeded
+from tests.zoo import Trace, assert_identical, monitor_of
 from torch_singlim import LabelNoise
 
 RTOL = 1e-6
@@ -23,22 +19,12 @@ TABLE = RAISES | {f"{name} (no problem)": case for name, case in NO_PROBLEM.item
 OFTEN = {
     *RAISES,
     "random forward (no problem)",
-    "hard labels (no problem)",
     "wrong derivatives (no problem)",
     "adam",
-    "two optimizers",
     "batch norm",
-    "plain",
     "bf16-mixed",
-    "bf16-true",
-    "64-true",
-    "chunks",
-    "momentum and schedule",
-    "groups with momentum and schedule",
     "injected noise",
     "dict batches with noise",
-    "layer norm",
-    "steps without a loss, and clipping",
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's own, about trainings this small
@@ -81,18 +67,13 @@ HABITS = {name: case for name, case in coupling.FOLLOWED.items() if "compiled" n
     "bf16-true": {"options": {"precision": "bf16-true"}},
 }
 FOLLOWED_OFTEN = {
-    "dropout alone",
     "label noise, injected",
-    "minibatches alone",
     "momentum, decay",
     "adam",
     "one cycle with cycled momentum",
     "accumulation",
     "batch normalisation",
     "16-mixed",
-    "bf16",
-    "bf16-true",
-    "mixup",
 }
 
 

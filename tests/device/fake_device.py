@@ -80,7 +80,8 @@ def load():
     folder = root / f"torch_singlim_fake_device_{version}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "building").open("w") as held:
-        # workers take turns; the system takes this lock from a process that ends, which torch's own lock outlives
+        # Workers take turns. The system takes this lock from a process that ends; older versions of torch lock by a
+        # file that exists, and would wait for ever for a process that was killed while it built.
         fcntl.flock(held, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         cpp_extension.load("fake_device", [str(SOURCE)], build_directory=str(folder), is_python_module=False)

@@ -41,8 +41,10 @@ class _DeviceModule:
     def device(self, device):
         before = self.current_device()
         torch.accelerator.set_device_index(device)
-        yield
-        torch.accelerator.set_device_index(before)
+        try:
+            yield
+        finally:
+            torch.accelerator.set_device_index(before)
 
     def is_available(self):
         return True

@@ -269,6 +269,11 @@ class Recorder(Logger):
         return [(step, {t.removeprefix(f"{name}/"): v for t, v in point.items()}) for step, point in own if point]
 
 
+def _random_state_of(device):
+    """Of an accelerator."""
+    return None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
 class Trace(L.Callback):
     """All of a training that a measurement could disturb: after each batch, at the end, where it is broken off."""
 
@@ -287,6 +292,7 @@ class Trace(L.Callback):
                 "buffers": [b.clone() for b in module.buffers()],
                 "modes": [m.training for m in module.modules()],
                 "torch": torch.get_rng_state(),
+                "device": _random_state_of(module.device),
                 "random": random.getstate(),
                 "numpy": np.random.get_state()[1].tobytes(),  # noqa: NPY002  # the legacy state is what must not change
             }

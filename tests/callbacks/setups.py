@@ -109,7 +109,7 @@ class Noisy(Net):
     """Random in evaluation mode."""
 
     def forward(self, x):
-        return super().forward(x) + torch.rand(1)
+        return super().forward(x) + torch.rand(1, device=x.device)
 
 
 class Functional(Net):

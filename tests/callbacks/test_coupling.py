@@ -164,7 +164,7 @@ def functional(self, x):
 
 def stochastic_depth(self, x):
     h = self.body[1](self.body[0](x))
-    keep = torch.rand(len(x), 1) > 0.1 if self.training else torch.ones(len(x), 1)
+    keep = torch.rand_like(x[:, :1]) > 0.1 if self.training else torch.ones_like(x[:, :1])
     return self.head(h * keep / (0.9 if self.training else 1.0))
 
 

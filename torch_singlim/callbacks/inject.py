@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from torch_singlim.callbacks.detect import BatchToProblem, as_pair, read_samples, recognise_loss
 from torch_singlim.callbacks.injection import Injection, Perturbation
+from torch_singlim.network import RandomState
 from torch_singlim.noise import NoiseSystem, Sum, draw_noise, parts
 
 __all__ = ["InjectNoise", "injected_noise", "injectors", "transients"]
@@ -106,7 +106,7 @@ class InjectNoise(Callback):
         parameters = [p for p in pl_module.parameters() if p.requires_grad and p in held]
         self.injection = Injection(self.noise, parameters, 0)
         if any(part.checked_on_samples for part in self.injection.forward):
-            with isolate_rng():
+            with RandomState.isolated():
                 samples = read_samples(trainer, 16, batch_to_problem=self.batch_to_problem)
                 loss, self.injection.num_outputs = recognise_loss(pl_module, samples)
             for part in self.injection.forward:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from torch_singlim.measure import Account, Budget
-from torch_singlim.network import ProcessGroup, out_of_memory
+from torch_singlim.network import ProcessGroup, RandomState, out_of_memory
 
 __all__ = ["attempt", "isolated"]
 
@@ -26,25 +25,16 @@ def isolated(budget: Budget, device_type: str, account: Account = Account.GEOMET
         budget: counts the time.
         device_type: of the training.
         account: of the budget.
-
-    Raises:
-        BaseException: any exception of the block, after the random state was restored.
     """
-    error: BaseException | None = None
     with (
         budget.spending(account),
-        isolate_rng(),
+        RandomState.isolated(),
         torch.enable_grad(),
         torch.autocast(device_type, enabled=False),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # the user's filters may turn warnings into errors
-        try:
-            yield
-        except BaseException as caught:  # isolate_rng does not restore the state after an exception
-            error = caught
-    if error is not None:
-        raise error
+        yield
 
 
 def attempt(

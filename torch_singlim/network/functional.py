@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_singlim.network.copying import structural_copy
 from torch_singlim.network.layers import DROPOUT_KINDS, ActivationNoise, ActivationSite, DecomposedLayerNorm, Tape
+from torch_singlim.network.randomness import RandomState
 from torch_singlim.network.weight_space import WeightSpace
 
 __all__ = ["FunctionalModule", "LinearCall"]
@@ -39,13 +39,6 @@ class LinearCall:
     bias: str | None
     weight_rate: float
     bias_rate: float
-
-
-@contextmanager
-def _no_global_randomness() -> Iterator[None]:
-    """Restore the global random state afterwards, should a forward pass draw random numbers."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
 
 
 class FunctionalModule(WeightSpace):
@@ -120,7 +113,7 @@ class FunctionalModule(WeightSpace):
         """The dropout calls of one forward pass on x, in order. They are stored, to split the noise of later calls."""
         self._tape.sites = []
         try:
-            with torch.no_grad(), _no_global_randomness():
+            with torch.no_grad(), RandomState.isolated():
                 self(self.weights(), x)
             self._noise_sites = list(self._tape.sites)
         finally:
@@ -135,7 +128,7 @@ class FunctionalModule(WeightSpace):
         w = self.weights()
         self._copy.train(training)
         try:
-            with torch.no_grad(), _no_global_randomness():
+            with torch.no_grad(), RandomState.isolated():
                 first = self(w, x)
                 self.refresh_constants()  # training mode changes buffers: both passes start from the same ones
                 second = self(w, x)

@@ -17,7 +17,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 def free_memory(device: torch.device, *, control_group: Path = _CGROUP) -> int:
     """Bytes that a process can still allocate on a device, according to the driver, or to Linux and its control group.
 
-    On other systems: a quarter of the machine's memory.
+    A device without a driver that tells shares the machine's memory. On other systems than Linux: a quarter of it.
 
     Args:
         device: the device.
@@ -26,9 +26,10 @@ def free_memory(device: torch.device, *, control_group: Path = _CGROUP) -> int:
     >>> free_memory(torch.device("cpu")) > 2**20
     True
     """
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+    module = torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        cached = module.memory_reserved(device) - module.memory_allocated(device)
+        return module.mem_get_info(device)[0] + cached
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

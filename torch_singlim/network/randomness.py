@@ -17,25 +17,27 @@ __all__ = ["RandomState", "noise_off"]
 
 @dataclass(frozen=True)
 class RandomState:
-    """The global random state: torch's (CPU and CUDA devices in use), Python's, and numpy's if it is loaded."""
+    """The global random state: torch's (CPU and accelerators in use), Python's, and numpy's if it is loaded."""
 
     cpu: Tensor = field(repr=False)
-    cuda: tuple[Tensor, ...] = field(repr=False)
+    devices: dict[torch.device, Tensor] = field(repr=False)
     python: Any = field(repr=False)
     numpy: Any = field(repr=False)
 
     @classmethod
     def now(cls) -> RandomState:
         """The present state."""
-        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+        devices = {device: torch.get_device_module(device).get_rng_state(device) for device in _devices_in_use()}
         numpy = sys.modules.get("numpy")
-        return cls(torch.get_rng_state(), cuda, random.getstate(), None if numpy is None else numpy.random.get_state())
+        return cls(
+            torch.get_rng_state(), devices, random.getstate(), None if numpy is None else numpy.random.get_state()
+        )
 
     def restore(self) -> None:
         """Make this the global random state again."""
         torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(list(self.cuda))
+        for device, state in self.devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
@@ -49,6 +51,19 @@ class RandomState:
             yield
         finally:
             before.restore()
+
+
+def _devices_in_use() -> list[torch.device]:
+    """The accelerator's devices; none if it has not been initialised.
+
+    To ask an accelerator for its random state would initialise it, which takes memory there and prevents a later fork.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return []
+    module = torch.get_device_module(accelerator)
+    in_use = getattr(module, "is_initialized", module.is_available)  # torch.mps has nothing to initialise
+    return [torch.device(accelerator.type, i) for i in range(module.device_count())] if in_use() else []
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def test_cards_figures_and_one_row_of_hyperparameters(kind, events):
     assert "| noise | Dropout() |" in card
     assert "| steps per unit of slow time | 20 |" in card
     assert "| 15-20 |" in text_of(read, "singlim/verdict")
-    names = ("1_time_scales", "2_agreement", "3_speed", "4_spectrum")
+    names = ("1_time_scales", "2_agreement", "3_speed", "4_spectrum", "5_layers")
     assert {f"singlim/figures/{name}" for name in names} == set(read.Tags()["images"])
     steps = [event.step for event in read.Images("singlim/figures/1_time_scales")]
     assert steps == sorted(set(steps))

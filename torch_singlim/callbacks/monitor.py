@@ -57,7 +57,7 @@ class SingularLimitMonitor(Callback):
     """Measure how far the weights are from the zero-loss set and how they drift along it, and compare with theory.
 
     The monitor works without arguments for a LightningModule whose forward maps inputs to outputs, whose batches are
-    (inputs, targets), and whose loss is mse or label-smoothed cross-entropy. If a part of another training cannot be
+    (inputs, targets), and whose loss is mse or cross-entropy. If a part of another training cannot be
     measured, this is not an error: the verdict gives the reason. Measurements are made on a copy of the weights:
     training with and without the monitor gives the same weights, to the last bit.
 
@@ -391,7 +391,8 @@ class SingularLimitMonitor(Callback):
         if has_board(trainer) and self._started is not None and engine.affords("figures"):
             self._figures_at = trainer.global_step
             with engine.budget.timed("figures"):
-                draw(trainer, self.name, engine, self._started.subject.snapshot(trainer).sgd)
+                subject = self._started.subject
+                draw(trainer, self.name, engine, subject.snapshot(trainer).sgd, subject.space)
 
     def _conclude(self, trainer: Trainer, engine: Engine) -> None:
         self.verdict = engine.verdict()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -25,11 +26,15 @@ from torch_singlim.measure import (
     Scope,
     Snapshot,
     Window,
+    drift_by_layer,
+    shares,
 )
 from torch_singlim.measure.tags import GROUPS, TAGS, Tag, shown_in
+from torch_singlim.network import WeightSpace
 from torch_singlim.report import (
     Figure,
     agreement_figure,
+    layers_figure,
     spectrum_figure,
     speed_figure,
     time_scales_figure,
@@ -168,22 +173,40 @@ class Spectrum:
         return cls(distance.tangent.spectrum(), level, step)
 
 
-def figures(history: History, window: Window | None, spectrum: Spectrum | None) -> dict[str, Figure]:
+def by_layer(engine: Engine, space: WeightSpace) -> list[tuple[str, dict[str, float]]]:
+    """The shares of the layers in the last distance to half of the loss, and in the last noise-induced drift."""
+    sizes = {name: shape.numel() for name, shape in zip(space.names, space.shapes, strict=True)}
+    window, displacement = engine.windows.last, engine.levels.displacement
+    found = [] if window is None else list(drift_by_layer(window, sizes))
+    if displacement is None or len(displacement) != space.num_weights:
+        return found
+    weights = torch.cat([part.reshape(-1) for part in space.unflatten(displacement.to(space.dtype)).values()])
+    return [("distance to half of the loss", shares(weights, sizes)), *found]
+
+
+def figures(
+    history: History,
+    window: Window | None,
+    spectrum: Spectrum | None,
+    layers: Sequence[tuple[str, Mapping[str, float]]] = (),
+) -> dict[str, Figure]:
     """Name -> figure, for what was measured so far."""
     drawn = {"1_time_scales": time_scales_figure(history)}
     if window is not None and window.comparisons:
         drawn |= {"2_agreement": agreement_figure(history), "3_speed": speed_figure({"": history})}
     if spectrum is not None:
         drawn["4_spectrum"] = spectrum_figure(spectrum.eigenvalues, level=spectrum.level, step=spectrum.step)
+    if layers:
+        drawn["5_layers"] = layers_figure(layers)
     return drawn
 
 
-def draw(trainer: Trainer, name: str, engine: Engine, sgd: SGDSettings | None) -> None:
+def draw(trainer: Trainer, name: str, engine: Engine, sgd: SGDSettings | None, space: WeightSpace) -> None:
     """Write the figures of the monitor with this name; every process takes part in computing what they show."""
     seen = engine.last_distance
     spectrum = None if seen is None else Spectrum.of(seen, sgd, engine.options.relaxed_after)
     for writer in writers(trainer):
-        for title, figure in figures(engine.history, engine.windows.last, spectrum).items():
+        for title, figure in figures(engine.history, engine.windows.last, spectrum, by_layer(engine, space)).items():
             writer.add_figure(f"{name}/figures/{title}", figure, trainer.global_step)
 
 

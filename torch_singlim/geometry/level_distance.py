@@ -38,8 +38,9 @@ _FLATTEST, _STEEPEST, _LARGEST = 0.4, 1.5, 5.0
 _ARMIJO, _HALF, _FIFTH, _SHORTEST = 1e-4, 0.5, 0.2, 1e-3
 # at the end, the point is moved towards w by this share of the way at most, by so many bisections
 _SHORTENED, _BISECTIONS = 0.9, 5
-# the search in single precision meets the level with a margin for rounding errors
-_MARGIN = 1e-4
+# the search in single precision meets the level with a margin for rounding errors; where these are larger, as for small
+# losses, the point is moved away from w by these factors until it meets the level in double precision
+_MARGIN, _STRETCHED = 1e-4, (1.0, 1.003, 1.01, 1.03, 1.1)
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,13 @@ def level_distance(
         search.run(d, rtol)
     u = (search.best if search.length < math.inf else search.deepest).to(w.dtype)
     exact = problem if problem.dtype == torch.float64 else problem.subset(problem.num_samples)
-    value, total = exact.loss((w + u).to(exact.dtype)).item(), exact.loss(w.to(exact.dtype)).item()
-    length, spent = torch.linalg.vector_norm(u).item(), search.spent + 2 * _LOSS
-    return LevelPoint(w + u, length, level, value, search.linear, spent, certified=value <= level * total)
+    total = exact.loss(w.to(exact.dtype)).item()
+    v, value = w + u, math.nan
+    for stretched in _STRETCHED:  # where single precision met the level and double precision does not
+        v = w + stretched * u
+        value = exact.loss(v.to(exact.dtype)).item()
+        search.spent += 2 * _LOSS
+        if value <= level * total or search.length == math.inf:
+            break
+    length = torch.linalg.vector_norm(v - w).item()
+    return LevelPoint(v, length, level, value, search.linear, search.spent, certified=value <= level * total)

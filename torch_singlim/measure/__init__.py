@@ -6,6 +6,7 @@ from torch_singlim.measure.budget import Account, Budget
 from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
 from torch_singlim.measure.engine import Engine
 from torch_singlim.measure.full_batch_window import compare_window
+from torch_singlim.measure.layers import drift_by_layer, shares
 from torch_singlim.measure.levels import Level
 from torch_singlim.measure.measurement import Clock, Measurement
 from torch_singlim.measure.options import Options
@@ -48,6 +49,9 @@ __all__ = [
     "NoiseInduced",
     "Spread",
     "compare_window",
+    # over the layers
+    "shares",
+    "drift_by_layer",
     # measured against predicted
     "compare",
     "Agreement",

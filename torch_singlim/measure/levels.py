@@ -37,6 +37,8 @@ class Levels:
 
     def __init__(self, points: Mapping[Level, Tensor] | None = None) -> None:
         self.points: dict[Level, Tensor] = dict(points or {})
+        self.displacement: Tensor | None = None
+        """v - w of the last point with half of the loss  ``[P]``."""
 
     def measure(
         self, problem: ZeroLossProblem, w: Tensor, level: Level, found: Mapping[Level, LevelPoint]
@@ -56,6 +58,8 @@ class Levels:
         if not point.certified:
             return Code.LEVEL_NOT_MET(level=f"{level.value:g}", gradients=level.gradients)
         self.points[level] = point.point.float()
+        if level is Level.HALF:
+            self.displacement = (point.point - w).float()
         return point
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ __all__ = [
     "Figure",
     "agreement_figure",
     "drift_figure",
+    "layers_figure",
     "scaling_figure",
     "spectrum_figure",
     "speed_figure",
@@ -30,6 +31,8 @@ __all__ = [
 # the colours of Okabe and Ito, which can be distinguished with any kind of colour vision
 _MEASURED, _THEORY, _CONTROL, _LIMIT, _CEILING = "#0072B2", "#D55E00", "#999999", "#009E73", "#000000"
 _CYCLE = (_MEASURED, _THEORY, _LIMIT, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+# parameters that a figure by layer shows
+_LAYERS = 12
 # a panel as wide as a column of a paper, in inches, with letters that are readable at this size
 _PANEL = (3.5, 2.9)
 _COLUMN = rc_context(
@@ -95,18 +98,19 @@ def time_scales_figure(history: History) -> Figure:
         history: what was logged, step -> tag -> value.
     """
     figure, (fall, drift) = _panels(2)
-    lines = [(tags.EXCESS_LOSS, _CEILING, ".", "excess loss [loss]"), (tags.NEAREST, _MEASURED, "s", "distance [norm]")]
-    if not _series(history, tags.NEAREST)[0]:
-        lines[1] = (tags.LINEARISED, _MEASURED, "s", "linearised distance [norm]")
-    lines += [
-        (tags.RELAXED, _LIMIT, "o", "its relaxed part [norm]"),
+    lines = [
+        (tags.EXCESS_LOSS, _CEILING, ".", "excess loss [loss]"),
+        (tags.HALF, _MEASURED, "v", "distance to half of it [norm]"),
+        (tags.TENTH, _MEASURED, "1", "distance to a tenth [norm]"),
+        (tags.NEAREST, _MEASURED, "s", "nearest point [norm]"),
+        (tags.RELAXED, _LIMIT, "o", "relaxed part [norm]"),
         (tags.RELAXED_EXPECTED, _THEORY, "^", "the same, expected [norm]"),
     ]
     for tag, color, marker, label in lines:
         steps, values = _series(history, tag)
         if steps:
             fall.plot(steps, values, color=color, marker=marker, label=label, lw=1)
-    fall.set(xscale="log", yscale="log", xlabel="optimizer steps", title="Distance to the zero-loss set")
+    fall.set(xscale="log", yscale="log", xlabel="optimizer steps", title="Excess loss and distances")
     fall.set_ylabel("loss, or weight norm")
     if fall.lines:
         fall.legend()
@@ -232,6 +236,22 @@ def spectrum_figure(eigenvalues: Tensor, *, level: float | None, step: int) -> F
 
 
 @_COLUMN
+def layers_figure(shares: Sequence[tuple[str, Mapping[str, float]]]) -> Figure:
+    """The parameters with the largest shares of |v|^2, for each pair of a label and the shares of v by name."""
+    figure, (axes,) = _panels(1)
+    largest = {name: max(found[name] for _, found in shares) for name in shares[0][1]}
+    names = [name for name in largest if name in sorted(largest, key=lambda each: -largest[each])[:_LAYERS]]
+    height = 0.8 / len(shares)
+    for i, (label, found) in enumerate(shares):
+        at = [k + (i - (len(shares) - 1) / 2) * height for k in range(len(names))]
+        axes.barh(at, [found[name] for name in names], height=height, color=_CYCLE[i], label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="share of the squared norm", title="By layer")
+    axes.legend()
+    return figure
+
+
+@_COLUMN
 def sweep_figure(rates: Sequence[Rate], *, title: str) -> Figure:
     """Speed of the drift in the last window of several runs, over step size and over noise level.
 
@@ -310,7 +330,8 @@ def _loss(axes: Axes, history: History) -> None:
 
 
 def _distance(axes: Axes, history: History) -> None:
-    _line(axes, history, tags.NEAREST, color=_CONTROL, marker="s", label="whole distance (no prediction)")
+    _line(axes, history, tags.NEAREST, color=_CONTROL, marker="s", label="nearest point (no prediction)")
+    _line(axes, history, tags.HALF, color=_CONTROL, marker="v", label="half of the loss (no prediction)")
     _line(axes, history, tags.RELAXED, color=_MEASURED, marker="o", label="relaxed modes, measured")
     _line(axes, history, tags.RELAXED_EXPECTED, color=_THEORY, marker="^", ls="--", label="relaxed modes, expected")
     axes.set(xlabel="optimizer steps", ylabel="weight norm", title="Distance to the zero-loss set")

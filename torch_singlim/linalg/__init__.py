@@ -21,6 +21,7 @@ from torch_singlim.linalg.krylov import (
 from torch_singlim.linalg.operator import LinearOperator
 from torch_singlim.linalg.solution import Result, Solution
 from torch_singlim.linalg.tikhonov import Tikhonov, tikhonov
+from torch_singlim.linalg.trust_region import TrustRegionStep, trust_region_step
 
 __all__ = [
     # operators given by their products
@@ -41,6 +42,9 @@ __all__ = [
     "krylov_function",
     "tikhonov",
     "Tikhonov",
+    # a quadratic model in a ball
+    "trust_region_step",
+    "TrustRegionStep",
     # how an iteration ended
     "Solution",
     "Result",

@@ -29,8 +29,10 @@ __all__ = ["ConstrainedModel", "DualSolver"]
 
 # cost of two triangular solves, which are limited by memory bandwidth, in units of M^2 operations
 _TRIANGULAR = 100.0
-# Lanczos steps for the smallest curvature: they resolve it where it stands out from the others
-_LANCZOS = 10
+# Lanczos steps for the smallest curvature. They see it where many directions share it, or where there are few at all.
+# Along trainings of a network with 19,210 weights ten of them find curvatures down to -.05 in a few directions, which
+# changed distances by less than .1 %; five find .3 to .6 there.
+_LANCZOS = 5
 
 
 class DualSolver:
@@ -63,7 +65,7 @@ class DualSolver:
         self.patience = min(100, max(4, round((gram_flops(problem) + M**3 / 3) / step_flops)))
         self.decomposed = problem.num_residuals <= max_dense
         self.rtol, self.direct_rtol, self.krylov_steps = rtol, direct_rtol, krylov_steps
-        self.products, self.rank = 0, problem.num_residuals
+        self.products, self.rank, self.factored = 0, problem.num_residuals, True
         self._inverse: Callable[[Tensor], Tensor] | None = None  # of an earlier K
         self._own: Callable[[Tensor], Tensor] | None = None  # K^+ at the linearisation `_at`
         self._at: LinearOperator | None = None
@@ -109,7 +111,7 @@ class DualSolver:
         """K^+ by the Cholesky factor or the eigenvectors of K, or by Lanczos."""
         B, gram = at.operator, at.gram() if self.decomposed or at.cheap_gram else None
         factor = None if gram is None else cholesky(gram)
-        self._inverse, self.rank = None, B.shape[0]
+        self._inverse, self.rank, self.factored = None, B.shape[0], True
         if factor is not None:
             self._inverse = lambda r: torch.cholesky_solve(r[:, None], factor)[:, 0]
             return self._inverse
@@ -117,6 +119,7 @@ class DualSolver:
             dense = DenseFactored.from_gram(B, gram)
             self.rank = dense.rank
             return lambda r: dense.gram_function(torch.reciprocal, r)
+        self.factored = False
         steps, cutoff = (
             {"rtol": self.direct_rtol, "max_steps": self.krylov_steps},
             gram_cutoff(B.shape[0], at.residual.dtype),
@@ -140,14 +143,17 @@ class ConstrainedModel:
         away: v - w  ``[P]``.
         solve: solves with K.
         uses: about how many systems with K are solved here.
+        dual: K^+ b, if it was computed already  ``[M]``.
     """
 
-    def __init__(self, at: Linearization, away: Tensor, solve: DualSolver, *, uses: int) -> None:
+    def __init__(
+        self, at: Linearization, away: Tensor, solve: DualSolver, *, uses: int, dual: Tensor | None = None
+    ) -> None:
         self.at, self.away, self._solver, self._uses = at, away, solve, uses
         B = at.operator
         self.multiplier = self.solve(B.matvec(away)) if away.any() else torch.zeros_like(at.residual)
         self.tangential = away - B.rmatvec(self.multiplier)
-        self.dual = self.solve(at.residual)
+        self.dual = self.solve(at.residual) if dual is None else dual
         self.normal = -B.rmatvec(self.dual)
         self._second = at.second(self.multiplier)
 

@@ -21,6 +21,8 @@ _EASY_RESIDUAL, _EASY_STEP = 0.1, 0.3
 # conjugate gradients on the tangent space: tolerance, and number of products; of 226 points on the way, 94 % reached
 # the ball of radius d, negative curvature or the tolerance in fewer
 _CG_RTOL, _CG_STEPS = 0.1, 25
+# the number if each of them solves a system with K by Lanczos
+_CG_UNFACTORED = 5
 # as a length, |b| counts like that at w, times this: the next one may lie in softer modes
 _SOFT = 3.0
 # systems with K that one such linearisation solves
@@ -37,7 +39,7 @@ _NORMAL_SHARE, _FAR = 0.8, 0.5
 # relative accuracy of the projections on the tangent space
 _PROJECTION = 1e-3
 # how often a step is shortened
-_TRIES = 12
+_TRIES = 30
 # the point counts as close to Gamma if |n| is below this share of the distance
 _CLOSE = 0.1
 # w counts as near a focal point below this curvature of |v - w|^2 / 2 along Gamma (1 where Gamma is flat)
@@ -103,7 +105,7 @@ class _Search:
         self.problem, self.w, self.initial, self.solve, self.rtol = problem, w, initial, solve, rtol
         self.v, self.residual, self.error, self.radius = w, initial, math.inf, math.inf
         self.moved, self.easy, self.successful = math.inf, True, False
-        self.linearised = torch.zeros_like(w)
+        self.linearised, self.dual = torch.zeros_like(w), None  # B^+ b and K^+ b at w
         self.model: ConstrainedModel | None = None  # the last one
         self.first = math.inf  # curvature of the modes that resist the step at w
         self.first_rank = problem.num_residuals
@@ -118,9 +120,10 @@ class _Search:
     def gauss_newton(self, at: Linearization) -> bool:
         """The step v <- w + B^+ (B (v - w) - b), if it contracts well. Gamma is then almost flat at this distance."""
         away = self.v - self.w
-        shift = at.operator.rmatvec(self.solve(at, at.operator.matvec(away) - at.residual))
-        if self.moved == math.inf:
-            self.linearised = -shift
+        dual = self.solve(at, at.operator.matvec(away) - at.residual)
+        shift = at.operator.rmatvec(dual)
+        if self.dual is None:
+            self.dual, self.linearised = -dual, -shift
         target = self.w + shift
         residual, moved = _norm(self.problem.residual(target)), _norm(target - self.v)
         size, distance = _norm(target), _norm(shift)
@@ -143,13 +146,15 @@ class _Search:
 
         What must fall is |v - w|^2 / 2 - y^T b with the multipliers y at v: the Lagrangian, which the step models.
         """
-        model = ConstrainedModel(at, self.v - self.w, self.solve, uses=_USES)
-        if self.model is None:
+        self.model = None  # each one takes several vectors of the weights' size
+        away = self.v - self.w
+        self.model = model = ConstrainedModel(at, away, self.solve, uses=_USES, dual=None if away.any() else self.dual)
+        if self.first == math.inf:
             self.first, self.first_rank = model.rayleigh(model.dual), self.solve.rank
-        self.model = model
         d, n, second = model.distance, _norm(model.normal), model.second(model.normal)
         bent = model.project(second)
         bending = n**2 - torch.dot(model.normal, second).item()  # n^T W n
+        del second
         # steps of Newton's kind converge superlinearly if their systems are solved accurately in the end
         rtol = min(_CG_RTOL, max(_norm(model.tangential) / d, 1e-8)) if d > 0 else _CG_RTOL
         for trial in range(_TRIES):
@@ -160,16 +165,14 @@ class _Search:
                 self.radius if self.radius < math.inf else _FIRST * max(d, n),
                 reach=0.0 if trial else d,
                 rtol=rtol,
-                max_steps=_CG_STEPS,
+                max_steps=_CG_STEPS if self.solve.factored else _CG_UNFACTORED,
             )
             if trial == 0 and d > 0:
                 self._judge(model, step)
             length = math.hypot(theta * n, _norm(step.x))
             goal = (1 - theta) * at.residual
             v = self.v + theta * model.normal + step.x
-            v = v - model.shortest(at.residual_at(v) - goal)
-            rest = at.residual_at(v)
-            left = _norm(model.shortest(rest - goal))
+            v, rest, left = self._correct(model, v, goal)
             before = d**2 / 2 - torch.dot(model.multiplier, at.residual).item() + theta**2 * bending / 2
             after = _norm(v - self.w) ** 2 / 2 - torch.dot(model.multiplier, rest).item() + left**2 / 2
             found, far = before - after, theta < 1 or n > _FAR * _norm(step.x)
@@ -184,6 +187,19 @@ class _Search:
                 return True
             self.radius = _SHRINK * length
         return False
+
+    def _correct(self, model: ConstrainedModel, v: Tensor, goal: Tensor) -> tuple[Tensor, Tensor, float]:
+        """v after a normal step towards b = goal with B as it was, b there, and what is left of it as a length.
+
+        Without a factor of K, such a step costs too much; the length is then estimated as at w.
+        """
+        at = model.at
+        if not self.solve.factored:
+            rest = at.residual_at(v)
+            return v, rest, _norm(rest - goal) / self.initial * _norm(self.linearised)
+        v = v - model.shortest(at.residual_at(v) - goal)
+        rest = at.residual_at(v)
+        return v, rest, _norm(model.shortest(rest - goal))
 
     def _judge(self, model: ConstrainedModel, step: TrustRegionStep) -> None:
         """The error of |v - w|, and whether it is below the tolerance."""
@@ -202,6 +218,7 @@ class _Search:
         model = self.model
         lost = self.solve.rank < self.first_rank or model.rayleigh(model.multiplier) < _SINGULAR * self.first
         if lost or (self.residual > self.rounding and model.unreachable > _UNREACHABLE):
+            self.error = math.inf
             return Result.SINGULAR
         close = model.distance > 0 and _norm(model.normal) <= _CLOSE * model.distance
         smallest = model.smallest_curvature() if self.successful and close else math.inf

@@ -66,7 +66,7 @@ def trust_region_step(
     >>> step.x, step.decrease, step.inside
     (tensor([1., 0.], dtype=torch.float64), 0.5, True)
     """
-    x, q, r, d = torch.zeros_like(gradient), 0.0, gradient, -gradient
+    x, q, r, d = torch.zeros_like(gradient), 0.0, gradient.clone(), -gradient
     within: tuple[Tensor, float] | None = None  # the step in the smaller ball, once the path has left it
     rr = first = torch.dot(r, r).item()
     steps, negative, converged = 0, False, rr == 0
@@ -77,21 +77,18 @@ def trust_region_step(
         slope, curvature = torch.dot(r, d).item(), torch.dot(d, Wd).item()
         negative = curvature <= 0
         s = -slope / curvature if not negative else math.inf
-        if within is None and _leaves(x, d, s, radius):
-            own = _to_boundary(x, d, radius)
+        own = _to_boundary(x, d, radius)
+        if within is None and s > own:
             within = x + own * d, q + own * slope + own**2 * curvature / 2
-        out = _leaves(x, d, s, farthest)
-        s = _to_boundary(x, d, farthest) if out else s
-        x, q = x + s * d, q + s * slope + s**2 * curvature / 2
+        out = s > (last := _to_boundary(x, d, farthest))
+        s = min(s, last)
+        x.add_(d, alpha=s)
+        q += s * slope + s**2 * curvature / 2
         if out:
             break
-        r = r + s * Wd
+        r.add_(Wd, alpha=s)
         rr, before = torch.dot(r, r).item(), rr
         converged = rr <= rtol**2 * first
-        d = (rr / before) * d - r
+        d.mul_(rr / before).sub_(r)
     step, value = (x, q) if within is None else within
     return TrustRegionStep(step, -value, -q, converged and within is None, negative, steps)
-
-
-def _leaves(x: Tensor, d: Tensor, s: float, radius: float) -> bool:
-    return s == math.inf or torch.linalg.vector_norm(x + s * d).item() > radius

@@ -149,12 +149,14 @@ class ConstrainedModel:
     def __init__(
         self, at: Linearization, away: Tensor, solve: DualSolver, *, uses: int, dual: Tensor | None = None
     ) -> None:
-        self.at, self.away, self._solver, self._uses = at, away, solve, uses
+        self.at, self._solver, self._uses = at, solve, uses
         B = at.operator
         self.multiplier = self.solve(B.matvec(away)) if away.any() else torch.zeros_like(at.residual)
         self.tangential = away - B.rmatvec(self.multiplier)
         self.dual = self.solve(at.residual) if dual is None else dual
         self.normal = -B.rmatvec(self.dual)
+        self.distance = torch.linalg.vector_norm(away).item()  # |v - w|
+        self.corrected = torch.linalg.vector_norm(away + self.normal).item()  # from w to the linearised set
         self._second = at.second(self.multiplier)
 
     def solve(self, r: Tensor) -> Tensor:
@@ -167,11 +169,11 @@ class ConstrainedModel:
 
     def project(self, v: Tensor) -> Tensor:
         """P_T v  ``[P]``."""
-        return v - self.shortest(self.at.operator.matvec(v))
+        return self.shortest(self.at.operator.matvec(v)).neg_().add_(v)  # in place: vectors ``[P]`` are large
 
     def second(self, v: Tensor) -> Tensor:
         """sum_i y_i D^2 b_i v  ``[P]``."""
-        if not self.away.any():  # y = 0
+        if self.distance == 0:  # y = 0
             return torch.zeros_like(v)
         self._solver.products += 1
         return self._second(v)
@@ -179,16 +181,6 @@ class ConstrainedModel:
     def product(self, v: Tensor) -> Tensor:
         """P_T W v  ``[P]`` for a tangent v."""
         return self.project(v - self.second(v))
-
-    @property
-    def distance(self) -> float:
-        """|v - w|."""
-        return torch.linalg.vector_norm(self.away).item()
-
-    @property
-    def corrected(self) -> float:
-        """|v + n - w|, the distance of the point on the linearised set."""
-        return torch.linalg.vector_norm(self.away + self.normal).item()
 
     @property
     def unreachable(self) -> float:
@@ -204,14 +196,16 @@ class ConstrainedModel:
 
     def smallest_curvature(self) -> float:
         """The smallest Ritz value of W on the tangent space from one random vector (inf without tangent space)."""
-        start = rademacher(self.away.shape, generator=torch.Generator().manual_seed(0), like=self.away)
+        start = rademacher(self.normal.shape, generator=torch.Generator().manual_seed(0), like=self.normal)
         tangent = self.project(start)
         if torch.linalg.vector_norm(tangent) <= 1e-3 * torch.linalg.vector_norm(start):
             return math.inf
+        del start
 
         def product(v: Tensor) -> Tensor:  # normal directions, which rounding errors bring in, get the eigenvalue 1
             inside = self.project(v)
-            return self.product(inside) + (v - inside)
+            return self.product(inside).sub_(inside).add_(v)
 
-        *_, space = lanczos(product, tangent, max_steps=_LANCZOS, stride=_LANCZOS)
+        # few enough steps for the recurrence alone, which keeps two vectors
+        *_, space = lanczos(product, tangent, max_steps=_LANCZOS, stride=_LANCZOS, held=2)
         return space.ritz()[0][0].item()

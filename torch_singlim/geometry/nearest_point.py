@@ -17,7 +17,9 @@ from torch_singlim.network.problem import ZeroLossProblem
 __all__ = ["NearestPoint", "linearised_displacement", "nearest_point"]
 
 # Gauss-Newton steps are taken as long as each reduces |b| to this share, and is no longer than this share of the last
-_EASY_RESIDUAL, _EASY_STEP = 0.1, 0.3
+_EASY_RESIDUAL, _EASY_STEP = 0.1, 0.5
+# a step of length s along Gamma may increase |b| by O(s^2): residuals this small, relative to the first one, are enough
+_FEASIBLE = 1e-3
 # conjugate gradients on the tangent space: tolerance, and number of products; of 226 points on the way, 94 % reached
 # the ball of radius d, negative curvature or the tolerance in fewer
 _CG_RTOL, _CG_STEPS = 0.1, 25
@@ -127,7 +129,7 @@ class _Search:
         target = self.w + shift
         residual, moved = _norm(self.problem.residual(target)), _norm(target - self.v)
         size, distance = _norm(target), _norm(shift)
-        fallen = residual <= max(_EASY_RESIDUAL * self.residual, self.rounding * size)
+        fallen = residual <= max(_EASY_RESIDUAL * self.residual, _FEASIBLE * self.initial, self.rounding * size)
         if not fallen or moved > max(_EASY_STEP * self.moved, self.rounding * size):
             return False
         # The next step's normal part enters the distance to first order. Its tangential part, which enters squared,

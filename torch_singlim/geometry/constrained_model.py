@@ -30,8 +30,8 @@ __all__ = ["ConstrainedModel", "DualSolver"]
 # cost of two triangular solves, which are limited by memory bandwidth, in units of M^2 operations
 _TRIANGULAR = 100.0
 # Lanczos steps for the smallest curvature. They see it where many directions share it, or where there are few at all.
-# Along trainings of a network with 19,210 weights ten of them find curvatures down to -.05 in a few directions, which
-# changed distances by less than .1 %; five find .3 to .6 there.
+# Along trainings of a network with 19,210 weights, whose distances were right to .7 %, five steps find .3 to .6; ten
+# find negative curvature, in a few directions, at 4 of 26 states.
 _LANCZOS = 5
 
 

@@ -50,7 +50,7 @@ __all__ = [
 
 # tolerance of the nearest point: an estimated error of the distance of 1 %, the square of this over 2
 _NEAREST = 0.14
-# maximum number of linearisations; of 26 states along four trainings, 25 took 5 to 18
+# maximum number of linearisations; of 40 states along six trainings, 39 took 5 to 18
 _NEAREST_STEPS = 20
 
 

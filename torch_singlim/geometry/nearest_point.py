@@ -207,7 +207,7 @@ class _Search:
         """The error of |v - w|, and whether it is below the tolerance."""
         d, n, size = model.distance, _norm(model.normal), _norm(self.v)
         self.negative = step.negative
-        # in the ball of radius d the model falls by more than |v - w|^2 / 2 does, as a rule: at 122 of the 139 points of
+        # in the ball of radius d the model falls by more than |v - w|^2 / 2 does, as a rule: at 122 of 139 points of
         # 22 searches along trainings whose distance was wrong by more than .1 %, this error covered that
         self.error = abs(model.corrected - d) + step.reach_decrease / d
         small = self.error <= max(self.rtol**2 / 2 * d, self.rounding * size)

@@ -1,9 +1,11 @@
 """Nearest point and linearised displacement against dense linear algebra and a general constrained optimiser."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from tests.problems import NAMES, displaced, make
 from torch_singlim import Result, ZeroLossProblem, gauss_newton, linearize, nearest_point
@@ -99,14 +101,122 @@ def test_exactly_on_gamma(name):
     assert torch.equal(nearest.point, w)
 
 
-def test_what_was_not_found_is_reported():
+class Map(nn.Module):
+    """Weights a -> the outputs f(a), whatever the input."""
+
+    def __init__(self, start, function):
+        super().__init__()
+        self.a, self.function = nn.Parameter(torch.tensor(start, dtype=torch.float64)), function
+
+    def forward(self, x):
+        return self.function(self.a).expand(len(x), -1)
+
+
+def mapped(start, function, target):
+    problem = ZeroLossProblem(Map(start, function), "mse", torch.ones(1, 1), torch.tensor([target]).double())
+    return problem, problem.weights()
+
+
+def sphere(a):
+    return a.square().sum()[None]
+
+
+def ellipse(a):
+    return (a[0] ** 2 / 4 + a[1] ** 2)[None]
+
+
+def test_the_point_of_a_sphere():
+    problem, w = mapped([0.3, 0.4, 0.0], sphere, [1.0])
+    nearest = nearest_point(problem, w)
+    assert nearest.status is Result.SUCCESSFUL
+    torch.testing.assert_close(nearest.point, w / 0.5)
+    assert nearest.error < 1e-9
+
+
+@pytest.mark.parametrize(("start", "distance"), [([0.01, 0.0], 0.99), ([0.006, 0.008, 0.0], 0.99)])
+def test_next_to_the_centre_of_a_sphere_the_distance_is_flat(start, distance):
+    nearest = nearest_point(*mapped(start, sphere, [1.0]), max_steps=80)
+    assert nearest.status is Result.NEAR_FOCAL_POINT
+    assert not nearest.converged
+    assert nearest.distance == pytest.approx(distance, abs=1e-6)
+
+
+def test_a_saddle_of_the_distance_is_no_nearest_point():
+    """From (1, 0) to x^2/4 + y^2 = 1: (2, 0) is stationary, 1 away; the nearest points have x = 4/3, at sqrt(2/3)."""
+    nearest = nearest_point(*mapped([1.0, 0.0], ellipse, [1.0]))
+    assert nearest.status is Result.NEAR_FOCAL_POINT
+    assert nearest.distance == pytest.approx(1.0)
+    assert nearest.distance - nearest.error <= math.sqrt(2 / 3)
+    beside = nearest_point(*mapped([1.0, 1e-4], ellipse, [1.0]))
+    assert beside.converged
+    assert beside.distance == pytest.approx(math.sqrt(2 / 3), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("start", "function", "target"),
+    [
+        ([1.0, 1.0], lambda a: (a[0] * a[1])[None], [0.0]),  # by symmetry to the crossing of the two lines
+        ([1.0, 0.3, 0.5], lambda a: torch.stack([a[0] * a[1], a[0] - a[1]]), [0.0, 0.0]),  # a double root
+        ([0.0, 0.0], sphere, [1.0]),  # B = 0
+        ([0.1, 0.2, 0.3], lambda a: a.softmax(0), [1.0, 0.0, 0.0]),  # reached at infinity
+    ],
+)
+def test_where_b_loses_rank(start, function, target):
+    nearest = nearest_point(*mapped(start, function, target))
+    assert nearest.status is Result.SINGULAR
+    assert nearest.error == math.inf
+    assert "loses rank" in nearest.status.message
+
+
+def test_the_lines_of_a_product_away_from_their_crossing():
+    nearest = nearest_point(*mapped([1.0, 0.7], lambda a: (a[0] * a[1])[None], [0.0]))
+    assert nearest.converged
+    assert nearest.distance == pytest.approx(0.7)
+
+
+def test_from_far_away_where_full_steps_diverge():
+    """A point of a1 = sin(5 a0); the truth by a grid."""
+    problem, w = mapped([0.0, 3.0], lambda a: (a[1] - torch.sin(5 * a[0]))[None], [0.0])
+    x = torch.linspace(-4, 4, 400_001, dtype=torch.float64)
+    squared = x**2 + (torch.sin(5 * x) - 3) ** 2
+    assert nearest_point(problem, w).distance == pytest.approx(squared.min().sqrt().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["scalar", "two_layers", "cross_entropy", "many_outputs"])
+@pytest.mark.parametrize("size", [0.02, 0.1, 0.3])
+def test_the_error_covers_what_is_missing(name, size):
+    """Stopped early, against the search to the end."""
+    dense, point = make(name)
+    w = displaced(point, size)
+    truth = nearest_point(dense.problem, w, rtol=1e-8, max_steps=200)
+    assert truth.converged
+    covered = []
+    for steps in range(2, truth.steps):
+        early = nearest_point(dense.problem, w, rtol=1e-8, max_steps=steps)
+        assert early.status in (Result.MAX_STEPS, Result.NEAR_FOCAL_POINT)
+        assert early.steps == steps
+        assert early.products > 2 * steps
+        covered.append(abs(early.distance - truth.distance) <= early.error + 1e-12)
+    assert sum(covered) >= 0.9 * len(covered)
+
+
+@pytest.mark.parametrize("rtol", [0.3, 0.1, 1e-2, 1e-4])
+def test_the_tolerance_bounds_the_error(rtol):
+    dense, point = make("two_layers")
+    w = displaced(point, 0.3)
+    truth = nearest_point(dense.problem, w, rtol=1e-8, max_steps=200)
+    nearest = nearest_point(dense.problem, w, rtol=rtol, max_steps=200)
+    assert nearest.converged
+    assert nearest.error <= rtol**2 / 2 * nearest.distance * 1.1
+    assert abs(nearest.distance - truth.distance) <= nearest.error + 1e-12
+
+
+def test_one_step_is_not_enough():
     dense, w = make("two_layers")
-    for size, status in ((2.0, Result.STALLED), (0.1, Result.MAX_STEPS)):
-        nearest = nearest_point(dense.problem, displaced(w, size), max_steps=1)
-        assert not nearest.converged
-        assert nearest.status is status
-        assert nearest.steps == 1
-        assert nearest.residual > 1e-6
+    nearest = nearest_point(dense.problem, displaced(w, 2.0), max_steps=1)
+    assert nearest.status is Result.MAX_STEPS
+    assert (nearest.steps, nearest.error) == (1, math.inf)
+    assert nearest.residual > 1e-6
 
 
 def test_bad_weights():

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.func import grad, jvp
 
 from torch_singlim.geometry.gram import MAX_DENSE, Way, gram_matrix, worth_factoring
 from torch_singlim.geometry.jacobian import JacobianProducts
@@ -35,14 +36,19 @@ class Linearization:
 
     Args:
         operator: B, with the products v -> B v and u -> B^T u; shape [M, P].
-        deviation: returns b ``[M]``, the rows of the first sample first; ValueError if there is no zero-loss set.
+        compute_residual: returns b ``[M]``, the rows of the first sample first; ValueError if there is no zero-loss set.
+        residual_at: v -> R (f(v) - f*) ``[M]``, the residual at other weights in the metric R of these: its derivative
+            here is B exactly (for a loss given as a function, up to terms of the size of b).
+        second: u -> the product v -> sum_i u_i D^2 b_i v  ``[P]`` of the second derivatives, in the same metric.
         newton: returns c ``[M]`` with B^T c = grad L, the gradient in the coordinates of the residual; c = b for mse.
         gram: forms K = B B^T ``[M, M]``; optionally by a given method of `gram_matrix`.
         cheap_gram: whether forming and factoring K takes seconds only.
     """
 
     operator: LinearOperator
-    deviation: Callable[[], Tensor] = field(repr=False)
+    compute_residual: Callable[[], Tensor] = field(repr=False)
+    residual_at: Callable[[Tensor], Tensor] = field(repr=False)
+    second: Callable[[Tensor], Callable[[Tensor], Tensor]] = field(repr=False)
     newton: Callable[[], Tensor] = field(repr=False)
     gram: Callable[..., Tensor] = field(repr=False)
     cheap_gram: bool
@@ -50,7 +56,7 @@ class Linearization:
     @cached_property
     def residual(self) -> Tensor:
         """b ``[M]``."""
-        return self.deviation()
+        return self.compute_residual()
 
 
 def _at_chunk(problem: ZeroLossProblem, w: Tensor, part: slice, *, tangent: bool) -> JacobianProducts:
@@ -112,10 +118,31 @@ def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
     def newton() -> Tensor:
         return problem.sample_loss.newton(f, problem.targets).reshape(-1) * scale
 
+    def residual_at(v: Tensor) -> Tensor:
+        return problem.whiten(f, problem.sample_loss.deviation(problem.outputs(v), problem.targets))
+
+    def second(u: Tensor) -> Callable[[Tensor], Tensor]:
+        return _second(problem, w, scale * problem.sample_loss.unwhiten(f, problem.targets, u.reshape(N, -1)))
+
     def gram(way: Way | None = None) -> Tensor:
         return gram_matrix(problem, w, f, batched, way=way)
 
-    return Linearization(operator, residual, newton, gram, worth_factoring(problem))
+    return Linearization(operator, residual, residual_at, second, newton, gram, worth_factoring(problem))
+
+
+def _second(problem: ZeroLossProblem, w: Tensor, g: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product v -> (D^2 sum_i g_i . f_i) v  ``[P]`` for g ``[N, C]``, forward over reverse."""
+
+    def along(part: slice, v: Tensor) -> Tensor:
+        def gradient(q: Tensor) -> Tensor:
+            return grad(lambda each: (problem.function(each, problem.inputs[part]) * g[part]).sum())(q)
+
+        return jvp(gradient, (w,), (v,))[1]  # type: ignore[return-value]  # jvp is typed for any number of outputs
+
+    def product(v: Tensor) -> Tensor:
+        return problem.process_group.all_reduce(torch.stack([along(part, v) for part in problem.chunks()]).sum(0))
+
+    return product
 
 
 def largest_curvature(

@@ -22,6 +22,7 @@ from torch_singlim.linalg.operator import LinearOperator
 from torch_singlim.linalg.quasi_newton import QuasiNewton
 from torch_singlim.linalg.solution import Result, Solution
 from torch_singlim.linalg.tikhonov import Tikhonov, tikhonov
+from torch_singlim.linalg.trust_region import TrustRegionStep, trust_region_step
 
 __all__ = [
     # operators given by their products
@@ -44,6 +45,9 @@ __all__ = [
     "Tikhonov",
     # minimisation
     "QuasiNewton",
+    # a quadratic model in a ball
+    "trust_region_step",
+    "TrustRegionStep",
     # how an iteration ended
     "Solution",
     "Result",

@@ -21,6 +21,14 @@ class Result(Enum):
     MAX_STEPS = "the tolerance was not reached in the steps allowed: allow more of them, or a larger tolerance"
     INCONSISTENT = "the right-hand side has a part outside the range: this is the least-squares solution"
     STALLED = "no shorter step reduced the residual: this is the best point found"
+    NEAR_FOCAL_POINT = (
+        "near a focal point of the zero-loss set: the distance is flat along that set, or has a saddle, and another "
+        "point may be closer: allow more steps, or measure later in the training"
+    )
+    SINGULAR = (
+        "the zero-loss set is singular here: B loses rank, as at outputs that reach their targets only at infinity, or "
+        "in a layer with fewer units than outputs: use soft targets, another loss or a wider layer"
+    )
     DIVERGED = "the iterates are not bounded: the step size is probably unstable"
     INACCURATE = "the accuracy asked for costs more than unit-step integration: use effective_flow"
 

@@ -60,8 +60,15 @@ class SampleLoss(Protocol):
         """R^T u: ``[n, rows]`` -> ``[n, C]``."""
         ...
 
+    def deviation(self, f: Tensor, y: Tensor) -> Tensor:
+        """f - f* with the minimiser f* of l, up to directions that do not change l  ``[n, C]``.
+
+        If f* is unknown, the Newton step A^+ dl/df, which agrees with it to first order.
+        """
+        ...
+
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
-        """R (f - f*) with the minimiser f* of l ``[n, rows]``: zero exactly where l is zero."""
+        """R (f - f*) ``[n, rows]``: zero exactly where l is zero."""
         ...
 
     def newton(self, f: Tensor, y: Tensor) -> Tensor:
@@ -112,8 +119,11 @@ class MeanSquaredError:
     def unwhiten(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:
         return self.whiten(f, y, u)  # R is symmetric
 
+    def deviation(self, f: Tensor, y: Tensor) -> Tensor:
+        return f - self.optimum(y)
+
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
-        return self.whiten(f, y, f - self.optimum(y))
+        return self.whiten(f, y, self.deviation(f, y))
 
     def newton(self, f: Tensor, y: Tensor) -> Tensor:
         return self.residual(f, y)
@@ -192,8 +202,11 @@ class SoftCrossEntropy:
         s = F.softmax(f, 1).sqrt()
         return s * _reflect(s, F.pad(u, (0, 1)))
 
+    def deviation(self, f: Tensor, y: Tensor) -> Tensor:
+        return f - self.optimum(y)
+
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
-        return self.whiten(f, y, f - self.optimum(y))
+        return self.whiten(f, y, self.deviation(f, y))
 
     def newton(self, f: Tensor, y: Tensor) -> Tensor:
         p = F.softmax(f, 1)
@@ -272,12 +285,7 @@ class CustomLoss:
     def attained(self, f: Tensor, y: Tensor) -> bool:
         y = _in_double(y[: len(f)])
         start, end = self._descend(f, y)
-        root, vectors = self._root(end, y)
-        inverse = torch.where(root > 0, 1 / root.where(root > 0, 1), 0)
-        newton = torch.einsum(
-            "nij,nj,nj->ni", vectors, inverse, (vectors.mT @ self.residual(end, y)[:, :, None])[..., 0]
-        )
-        return bool((newton.norm(dim=1) <= _ATTAINED * (end - start).norm(dim=1)).all())
+        return bool((self.deviation(end, y).norm(dim=1) <= _ATTAINED * (end - start).norm(dim=1)).all())
 
     def num_rows(self, num_outputs: int) -> int:
         return num_outputs
@@ -314,10 +322,17 @@ class CustomLoss:
     def unwhiten(self, f: Tensor, y: Tensor, u: Tensor) -> Tensor:
         return self.whiten(f, y, u)  # R is symmetric
 
+    def deviation(self, f: Tensor, y: Tensor) -> Tensor:
+        return self._inverse_root_gradient(f, y, power=2)
+
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        return self._inverse_root_gradient(f, y, power=1)
+
+    def _inverse_root_gradient(self, f: Tensor, y: Tensor, *, power: int) -> Tensor:
+        """(R^+)^power dl/df."""
         gradient = torch.func.vmap(torch.func.grad(self.function))(f, y)
         root, vectors = self._root(f, y)
-        inverse = torch.where(root > 0, 1 / root.where(root > 0, 1), 0)
+        inverse = torch.where(root > 0, 1 / root.where(root > 0, 1), 0) ** power
         return torch.einsum("nij,nj,nkj,nk->ni", vectors, inverse, vectors, gradient)
 
     def newton(self, f: Tensor, y: Tensor) -> Tensor:

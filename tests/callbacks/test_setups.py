@@ -46,7 +46,7 @@ OF_PATHS = {
 }
 OF_PATHS |= {"drift/ceiling"}
 HALF = {"excess_loss", "distance/half", "distance/half_linear"}
-GEOMETRY = HALF | {"distance/nearest", "distance/linearised", "quality/converged", "quality/residual"}
+GEOMETRY = HALF | {"distance/linearised", "quality/residual"}
 MOTION = {"window/steps", "window/status", "drift/measured"}
 ALWAYS = MOTION | {"cost/overhead"}
 

@@ -1,4 +1,4 @@
-"""What a measurement takes: at most 20 vectors of the weights' size and one chunk."""
+"""What a measurement takes: at most 32 vectors of the weights' size and one chunk."""
 
 import json
 import os
@@ -12,7 +12,7 @@ PEAKS = """
 import gc, json, torch
 from torch import nn
 from torch_singlim import (
-    Dropout, SGDSettings, Snapshot, ZeroLossProblem, linearize, measure_distance, nearest_point,
+    Dropout, SGDSettings, Snapshot, ZeroLossProblem, level_distance, linearize, measure_distance, nearest_point,
 )
 from torch_singlim.measure import compare_window
 from torch_singlim.measure.limit import against_limit
@@ -44,6 +44,7 @@ def window(steps):
 calls = {
     "product": lambda: linearize(problem, w).operator.normal_product(w),
     "nearest point": lambda: nearest_point(problem, w, rtol=1e-2),
+    "half of the loss": lambda: level_distance(problem, w, 0.5),
     "measurement": lambda: measure(4096),
     "measurement, by products": lambda: measure(0),
     "window, unit steps": lambda: window(8),
@@ -72,5 +73,5 @@ def test_peak_memory_of_a_measurement():
     assert vector == pytest.approx(8 * 393_604)
     for name, peak in found.items():
         print(f"{name}: {peak / vector:.1f} P")
-        assert peak <= 20 * vector + chunk, name
+        assert peak <= 32 * vector + chunk, name
     assert found["product"] > vector  # the measurement sees what is taken

@@ -13,17 +13,17 @@ from torch_singlim.measure.distance import Expansion
 
 def test_a_verdict_without_drift_is_a_table_still():
     history = {
-        0: {"excess_loss": 1.0, "distance/nearest": 2.0, "quality/converged": 1.0},
+        0: {"excess_loss": 1.0, "distance/nearest": 2.0, "quality/nearest_error": 0.034},
         10: {
             "excess_loss": 0.5,
             "distance/half": 0.4,
             "distance/nearest": 1.0,
-            "quality/converged": 1.0,
             "window/steps": 10.0,
             "drift/measured": 0.1,
         },
     }
     assert "| 10 | 0.5 | 0.4 | - | - | 1 | - | - | - |" in verdict(history)
+    assert "| 0 | 1 | - | - | - | 2 ± 0.03 | - | - | - |" in verdict(history)
     assert "window" not in verdict(history)  # nothing to compare its motion with
     history[10]["drift/baseline_cosine"] = 0.4
     assert "| 0-10 | - | - | - | 0.4 | - | - | - |" in verdict(history)

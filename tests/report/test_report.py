@@ -143,7 +143,7 @@ def test_runs_with_different_tags_are_shown_side_by_side(sweep, tmp_path):
     assert len(rows) == 2
     (manual,) = [row for name, row in rows.items() if name.endswith("manual")]
     assert manual["cosine"] == ""
-    assert float(manual["distance [weight norm]"]) > 0
+    assert float(manual["distance to half [weight norm]"]) > 0
 
 
 def test_as_a_module():

@@ -36,7 +36,7 @@ class Linearization:
 
     Args:
         operator: B, with the products v -> B v and u -> B^T u; shape [M, P].
-        compute_residual: returns b ``[M]``, the rows of the first sample first; ValueError if there is no zero-loss set.
+        compute_residual: returns b ``[M]``, the rows of the first sample first; ValueError without a zero-loss set.
         residual_at: v -> R (f(v) - f*) ``[M]``, the residual at other weights in the metric R of these: its derivative
             here is B exactly (for a loss given as a function, up to terms of the size of b).
         second: u -> the product v -> sum_i u_i D^2 b_i v  ``[P]`` of the second derivatives, in the same metric.

@@ -137,8 +137,10 @@ class _Search:
         values, vectors = found.leading(_EIGENPAIRS)
         kept = values > _NEGLIGIBLE * values.max() if len(values) else values > 0
         values, vectors = values[kept], vectors[kept]
-        V = torch.stack([at.operator.rmatvec(each) for each in vectors]) if len(values) else self.w[None][:0]
-        self.memory = QuasiNewton(values, V / values.sqrt()[:, None], pairs=_PAIRS)
+        V = self.w.new_empty(len(values), len(self.w))
+        for i, (value, vector) in enumerate(zip(values, vectors, strict=True)):
+            V[i] = at.operator.rmatvec(vector) / value.sqrt()
+        self.memory = QuasiNewton(values, V, pairs=_PAIRS)
         self.spent += found.space.steps * _PRODUCT + (1 + len(values)) * _HALF_PRODUCT
         loss = self.loss(u)
         return (u, loss) if loss <= self.total else (torch.zeros_like(u), self.total)

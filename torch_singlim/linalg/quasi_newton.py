@@ -36,7 +36,8 @@ class QuasiNewton:
     def __init__(self, values: Tensor, vectors: Tensor, *, pairs: int) -> None:
         k, n = vectors.shape
         self._values = values.double().cpu()
-        self._basis = torch.cat([vectors, vectors.new_zeros(2 * pairs, n)])  # V, then s and y of each pair
+        self._basis = vectors.new_zeros(k + 2 * pairs, n)  # V, then s and y of each pair
+        self._basis[:k] = vectors
         self._products = torch.zeros(len(self._basis), len(self._basis), dtype=torch.float64)
         self._products[:k, :k] = torch.eye(k)
         self._capacity, self._slots, self._next = pairs, [], 0  # the slots in use, from the oldest pair to the newest

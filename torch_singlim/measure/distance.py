@@ -155,6 +155,13 @@ class DistanceMeasurement:
         return Forecast(self.nearest.point, self.tangent, self.limit.drift, self.limit.diffusion, self.limit.dimension)
 
     @property
+    def of_nearest(self) -> Reason | None:
+        """Why the nearest point was not found to tolerance (None if it was)."""
+        if self.nearest.converged:
+            return None
+        return Code.NEAREST(status=self.nearest.status.message)
+
+    @property
     def reason(self) -> Reason | None:
         """Why the limit's prediction is invalidated: the expansion that it rests on fails (None if it holds)."""
         if self.expansion is None or not self.expansion.fails:

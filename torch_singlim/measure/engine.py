@@ -331,7 +331,7 @@ class Engine:
                 relaxed_after=self.options.relaxed_after,
                 generator=self.generator,
             )
-        self.note(distance.reason)
+        self.note(distance.reason, distance.of_nearest)
         return distance
 
     def _stability(self, snapshot: Snapshot) -> float | None:

@@ -257,6 +257,7 @@ class Code(Enum):
         Scope.PART,
         "no point with {level} of the excess loss was found within {gradients} gradients of all samples",
     )
+    NEAREST = _NOTED, Scope.NOTHING, "the nearest point, at one step or more: {status}"
     FAILED = _SKIPPED, Scope.PART, "the measurement at step {step} failed: {error}"
     TIME = (
         _SKIPPED,

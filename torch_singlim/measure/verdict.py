@@ -19,20 +19,18 @@ __all__ = ["Visibility", "terminal_line", "verdict", "visibility"]
 _VISIBLE = 0.25
 
 
-def _cells(point: Mapping[str, float], shown: Sequence[Tag]) -> list[str]:
-    values = (point.get(tag.name) for tag in shown)
-    return ["-" if value is None else f"{value:.3g}" for value in values]
+def _cell(point: Mapping[str, float], tag: Tag) -> str:
+    """A value; the nearest point's with its error."""
+    if tag.name not in point:
+        return "-"
+    error = point.get(tags.NEAREST_ERROR.name) if tag is tags.NEAREST else None
+    return f"{point[tag.name]:.3g}" + (f" ± {error:.1g}" if error is not None else "")
 
 
-def _table(head: str, rows: Mapping[str, Mapping[str, float]], shown: Sequence[Tag], *, star: bool) -> list[str]:
-    """A markdown table with a row for each point; with `star`, distances that are upper bounds are marked."""
+def _table(head: str, rows: Mapping[str, Mapping[str, float]], shown: Sequence[Tag]) -> list[str]:
+    """A markdown table with a row for each point."""
     lines = [f"| {' | '.join([head, *(tag.label for tag in shown)])} |", "|---:" * (len(shown) + 1) + "|"]
-    for name, point in rows.items():
-        cells = _cells(point, shown)
-        if star and not point.get(tags.CONVERGED.name, 1.0):
-            cells = [cell + " *" * (tag is tags.NEAREST) for cell, tag in zip(cells, shown, strict=True)]
-        lines.append(f"| {' | '.join([name, *cells])} |")
-    return lines
+    return lines + [f"| {' | '.join([name, *(_cell(point, tag) for tag in shown)])} |" for name, point in rows.items()]
 
 
 def verdict(history: History, *, reasons: Sequence[Reason] = (), noise: str | None = None) -> str:
@@ -53,16 +51,14 @@ def verdict(history: History, *, reasons: Sequence[Reason] = (), noise: str | No
     ends = {f"{start}-{steps[-1]}": steps[-1] for start, steps in tags.windows(history).items()}
     lines = ["The distance was not measured."]
     if measured:
-        lines = _table("step", measured, tags.shown_in(Place.DISTANCES), star=True)
-    if not all(p.get(tags.CONVERGED.name, 1.0) for p in measured.values()):
-        lines.append("\n\\* the nearest point was not found to tolerance: an upper bound")
+        lines = _table("step", measured, tags.shown_in(Place.DISTANCES))
     shown = {tag.name for tag in tags.shown_in(Place.WINDOWS)}
     compared = {name: history[end] for name, end in ends.items() if shown & history[end].keys()}
     if compared:
-        lines += ["", *_table("window", compared, tags.shown_in(Place.WINDOWS), star=False)]
+        lines += ["", *_table("window", compared, tags.shown_in(Place.WINDOWS))]
     diffusing = {name: p for name, p in compared.items() if _diffuses(p)}
     if diffusing:
-        lines += ["", *_table("window", diffusing, tags.shown_in(Place.LENGTHS), star=False)]
+        lines += ["", *_table("window", diffusing, tags.shown_in(Place.LENGTHS))]
     if noise:
         lines.append(f"\nNoise: {noise}.")
     return "\n".join([*lines, *_sentences(reasons)])

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from torch_singlim.measure.measurement import Measurement
 from torch_singlim.measure.tags.clock import (
-    CONVERGED,
     GRADIENTS,
+    NEAREST_ERROR,
     NOISE_LEVEL,
     OVERHEAD,
     POTENTIAL,
@@ -79,7 +79,6 @@ __all__ = [
     "tags_page",
     "windows",
     "BASELINE_MOVED",
-    "CONVERGED",
     "DRIFT_BASELINE_COSINE",
     "DRIFT_CEILING",
     "DRIFT_COSINE",
@@ -99,6 +98,7 @@ __all__ = [
     "LIMIT_FROZEN_SPEED",
     "LINEARISED",
     "NEAREST",
+    "NEAREST_ERROR",
     "NOISE_LEVEL",
     "NOISE_CEILING",
     "NOISE_COSINE",
@@ -176,7 +176,7 @@ TAGS: tuple[Tag, ...] = (
     STEP_SIZE,
     NOISE_LEVEL,
     STABILITY,
-    CONVERGED,
+    NEAREST_ERROR,
     RESIDUAL,
     UNRESOLVED,
     TANGENT_STEPS,

@@ -98,20 +98,22 @@ STABILITY = Tag(
     group="Clock",
     chart="Largest eigenvalue over the largest stable one",
     value=lambda m: m.stability,
+    needs=needs(Need.LIMIT),
     shown=shown(Place.REPORT, Place.FINAL),
 )
 
 _PREDICTION_ERROR = "Error of the prediction [weight norm]"
 
-CONVERGED = Tag(
-    name="quality/converged",
-    label="nearest point found",
-    unit="0 or 1",
-    meaning="whether the nearest point was found to the tolerance",
-    advice="0 late in training: use a higher precision (`dtype`), or measure fewer samples",
+NEAREST_ERROR = Tag(
+    name="quality/nearest_error",
+    label="error of the nearest point",
+    unit="weight norm",
+    meaning="estimated error of `distance/nearest`, from how far the point still is from Γ and from being stationary "
+    "on it: that of a local minimum, another part of Γ may be closer",
+    advice="Above a tenth of the distance: rely on the distances to a level",
     group="Quality and cost",
-    chart="Nearest point found [0 or 1]",
-    value=of_distance(lambda d: float(d.nearest.converged)),
+    chart="Estimated error of the nearest point [weight norm]",
+    value=of_distance(lambda d: d.nearest.error),
 )
 RESIDUAL = Tag(
     name="quality/residual",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch_singlim.measure.distance import DistanceMeasurement
 from torch_singlim.measure.levels import Level
 from torch_singlim.measure.tags.tag import Need, Place, Tag, needs, of_distance, of_level, of_relaxed, of_window, shown
@@ -83,11 +85,11 @@ NEAREST = Tag(
     name="distance/nearest",
     label="nearest point",
     unit="weight norm",
-    meaning="distance to the nearest point of Γ; an upper bound if `quality/converged` is 0",
-    advice="Falls fast at first, then changes slowly; a star in the verdict marks upper bounds",
+    meaning="distance to the nearest point of Γ, if its error could be estimated, which is `quality/nearest_error`",
+    advice="Falls fast at first, then changes slowly",
     group="Distance",
     chart=_TO_SET,
-    value=of_distance(lambda d: d.nearest.distance),
+    value=of_distance(lambda d: d.nearest.distance if math.isfinite(d.nearest.error) else None),
     shown=shown(Place.DISTANCES, Place.TERMINAL, Place.PROGRESS, Place.REPORT, Place.FINAL),
 )
 LINEARISED = Tag(

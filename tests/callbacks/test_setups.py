@@ -34,7 +34,7 @@ from torch_singlim.measure.tags import TAGS
 
 # all that rests on the theory of this noise, or on its clock
 LIMIT = {name for tag in TAGS if Need.LIMIT in tag.needs for name in (tag.name, tag.stderr_name)}
-LIMIT -= {"distance/relaxed", "distance/relaxed_share"}  # measured at any known step size
+LIMIT -= {"distance/relaxed", "distance/relaxed_share", "stability"}  # measured at any known step size
 # paths beside the training, in any of them
 PATHS = {"drift/predicted", "drift/cosine", "drift/speed", "drift/residual", "drift/ceiling", "window/replay_error"}
 # and those that are only there if the noise can be seen

@@ -32,6 +32,9 @@ _CLOSE = 0.93
 # mu is changed when the gradient of L + mu |u|^2 / 2 is this share of mu |u|, or if the loss has fallen by less than
 # the last share in so many steps; the search may end at the second share of mu |u|
 _LOOSE, _STATIONARY, _PATIENCE, _SLOW = 1.0, 0.3, 10, 0.1
+# the level counts as out of reach if so many gradients have lowered the loss by less than this share: searches for 0.01
+# that meet it lower the loss by a fifth or more
+_ROUND, _HOPELESS = 200, 0.1
 # bounds for the slope of log L in log mu, and for a change of mu
 _FLATTEST, _STEEPEST, _LARGEST = 0.4, 1.5, 5.0
 # Armijo's constant, the shares by which a step is shortened, and the shortest one
@@ -186,6 +189,7 @@ class _Search:
         """Improve a displacement until that costs too much, or no longer shortens it."""
         loss, gradient = self.loss_and_gradient(d)
         length, steps, mark = math.inf, 0, loss  # when mu was changed, or patience ended, last
+        round_ends, lowest = self.spent + _ROUND, self.lowest
         while self.spent < self.max_gradients and loss > 0:
             d, loss, gradient = self.improve(d, loss, gradient)
             steps += 1
@@ -194,6 +198,10 @@ class _Search:
             close = _CLOSE * self.allowed <= loss <= self.allowed
             if close and tangential <= _STATIONARY and self.length > (1 - rtol) * length:
                 break
+            if self.spent > round_ends and self.length == math.inf:
+                if self.lowest > (1 - _HOPELESS) * lowest:
+                    break
+                round_ends, lowest = self.spent + _ROUND, self.lowest
             slow = steps >= _PATIENCE and loss > self.allowed and loss > (1 - _SLOW) * mark
             if tangential <= _LOOSE or loss < _CLOSE * self.allowed or slow:
                 length = self.length

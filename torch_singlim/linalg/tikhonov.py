@@ -13,8 +13,8 @@ from torch_singlim.linalg.krylov import KrylovBasis, lanczos
 __all__ = ["Tikhonov", "tikhonov"]
 
 # the regularisation is searched among so many decades on either side of the largest eigenvalue, in so many rounds with
-# so many points at once: to 1e-12 of its logarithm
-_DECADES, _ROUNDS, _POINTS = 14, 7, 129
+# so many points at once: to 2e-9 of it
+_DECADES, _ROUNDS, _POINTS = 14, 5, 129
 
 
 class Tikhonov:

@@ -5,19 +5,36 @@ import torch
 
 from tests.problems import DTYPE, NAMES, displaced, make
 from torch_singlim import ZeroLossProblem, linearize
-from torch_singlim.geometry import largest_curvature
+from torch_singlim.geometry import JacobianProducts, curvature, largest_curvature
+
+
+def count_products(monkeypatch):
+    """A list that grows with each product of a vector with the transposed Jacobian ."""
+    calls, original = [], JacobianProducts.vjp
+
+    def counted(self, u):
+        calls.append(u)
+        return original(self, u)
+
+    monkeypatch.setattr(JacobianProducts, "vjp", counted)
+    return calls
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("on_gamma", [True, False])
-@pytest.mark.parametrize("batch_size", [None, 3])
-def test_products_match_dense_matrices(name, on_gamma, batch_size):
+@pytest.mark.parametrize("way", ["formed", "cached", "chunks"])
+def test_products_match_dense_matrices(name, on_gamma, way, monkeypatch):
+    if way == "cached":
+        monkeypatch.setattr(curvature, "_TINY", 0)
+    batch_size = 3 if way == "chunks" else None
     dense, w = make(name)
     w = w if on_gamma else displaced(w)
     problem = ZeroLossProblem(dense.net, dense.loss, dense.inputs, dense.targets, batch_size=batch_size)
     v = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=DTYPE)
+    calls = count_products(monkeypatch)
     at = linearize(problem, w)
     B = at.operator.rows(w)
+    assert len(calls) == 1 if way == "formed" else len(calls) >= len(B)  # all rows at once, or one by one
     torch.testing.assert_close(B.T @ B, dense.gauss_newton(w), atol=1e-12, rtol=1e-9)
     torch.testing.assert_close(at.operator.matvec(v), B @ v, atol=1e-12, rtol=1e-9)
     torch.testing.assert_close(at.gram(), B @ B.T, atol=1e-12, rtol=1e-9)
@@ -44,6 +61,58 @@ def test_custom_loss_has_the_curvature_of_the_named_one():
     w = displaced(w)
     own = ZeroLossProblem(dense.net, lambda f, y: (f - y).square().mean(), dense.inputs, dense.targets)
     torch.testing.assert_close(linearize(own, w).gram(), linearize(dense.problem, w).gram())
+
+
+class Sine(torch.autograd.Function):
+    """Without a rule for vmap."""
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return Cosine.apply(ctx.saved_tensors[0], g)
+
+
+class Cosine(torch.autograd.Function):
+    """g cos x, which is linear in g; also without a rule for vmap."""
+
+    @staticmethod
+    def forward(x, g):
+        return g * x.cos()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, h):
+        x, g = ctx.saved_tensors
+        return -h * g * x.sin(), h * x.cos()
+
+
+class Waves(torch.nn.Module):
+    def forward(self, x):
+        return Sine.apply(x)
+
+
+def test_without_a_rule_for_vmap_the_matrix_is_not_formed():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), Waves(), torch.nn.Linear(3, 1))
+    problem = ZeroLossProblem(net, "mse", torch.randn(4, 2), torch.randn(4, 1))
+    w = problem.weights()
+    B = linearize(problem, w).operator.rows(w)
+    x, (first, _, second) = problem.inputs.float(), net
+
+    def outputs(weight):
+        return torch.nn.functional.linear((x @ weight.T + first.bias).sin(), second.weight, second.bias)[:, 0]
+
+    slopes = torch.autograd.functional.jacobian(outputs, first.weight.detach()).reshape(4, -1)
+    torch.testing.assert_close(B[:, : slopes.shape[1]].float(), slopes * (2 / 4) ** 0.5)
 
 
 def test_diverged_weights_are_refused():

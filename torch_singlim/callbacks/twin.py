@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -83,12 +84,18 @@ class MicroBatch:
     transients: tuple[tuple[Tensor | None, Tensor | None], ...] = field(default=(), repr=False)
 
 
+# of these, copy() makes the same as copy.copy, but takes 0.1 us for an OrderedDict instead of 2.5 us
+_CONTAINERS = (OrderedDict, dict, list, set)
+
+
 @contextmanager
 def _plain_attributes_restored(module: nn.Module) -> Iterator[None]:
     """Restore lists, dictionaries and other attributes of the module that a training step may change."""
     owned = ("_parameters", "_buffers", "_modules")
 
     def shallow(value: Any) -> Any:
+        if type(value) in _CONTAINERS:  # every layer has more than ten of them, for hooks
+            return value.copy()
         return copy.copy(value) if isinstance(value, list | dict | set) else value
 
     before = [(part, {k: shallow(v) for k, v in vars(part).items() if k not in owned}) for part in module.modules()]

@@ -33,13 +33,18 @@ class JacobianProducts:
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], w: Tensor, *, tangent: bool) -> None:
-        self._function, self._w, self._products = function, w, 0
-        self._transpose = None if tangent else func.vjp(self.vjp, torch.zeros_like(self.outputs))[1]
+        self._function, self._w, self._tangent, self._products = function, w, tangent, 0
         self._recorded: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def _backward(self) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
         return func.vjp(self._function, self._w)  # type: ignore[return-value]  # typed for auxiliary outputs, too
+
+    @cached_property
+    def _transpose(self) -> Callable[[Tensor], tuple[Tensor]] | None:
+        if self._tangent:
+            return None
+        return func.vjp(self.vjp, torch.zeros_like(self.outputs))[1]  # type: ignore[return-value]
 
     @property
     def outputs(self) -> Tensor:

@@ -25,8 +25,8 @@ class QuasiNewton:
         vectors: V  ``[k, n]``, orthonormal rows.
         pairs: number of pairs that are kept.
 
-    Source: J. Nocedal, S. Wright, Numerical Optimization, 2006, algorithm 7.4; W. Chen, Z. Wang, J. Zhou, Large-scale
-    L-BFGS using MapReduce, 2014, for the coefficients.
+    Source: J. Nocedal, S. Wright, Numerical Optimization, 2006, sections 7.2 and 7.3; W. Chen, Z. Wang, J. Zhou,
+    Large-scale L-BFGS using MapReduce, 2014, for the coefficients.
 
     >>> memory = QuasiNewton(torch.tensor([3.0]), torch.tensor([[1.0, 0.0]]), pairs=5)
     >>> memory.direction(torch.tensor([4.0, 0.0]), 1.0)  # f = 3 u_1^2 / 2
@@ -63,6 +63,10 @@ class QuasiNewton:
     def direction(self, g: Tensor, mu: float) -> Tensor:
         """-H g  ``[n]``.
 
+        The two loops over the pairs are two triangular systems: with R_ij = <s_i, y_j> for j >= i and D its diagonal,
+
+            R alpha = S g,   q = g - Y^T alpha,   r = H_0 q,   R^T c = D alpha - Y r,   H g = r + S^T c
+
         Args:
             g: grad f + mu u  ``[n]``.
             mu: the penalty, positive.
@@ -73,28 +77,24 @@ class QuasiNewton:
         P[size, :size] = P[:size, size] = (self._basis @ g).double().cpu()
         P[size, size] = torch.dot(g, g).item()
 
-        def unit(at: int) -> Tensor:
-            return torch.zeros(size + 1, dtype=torch.float64).index_fill_(0, torch.tensor([at]), 1.0)
-
-        pairs = []
-        for each in self._slots:
-            s, y = (unit(at) for at in self._slot(each))
-            y = y + mu * s
-            if (s @ P @ y).item() > 0:
-                pairs.append((s, y))
+        eye = torch.eye(size + 1, dtype=torch.float64)
+        first = torch.tensor([self._slot(pair)[0] for pair in self._slots], dtype=torch.long)
+        S = eye[first]
+        Y = eye[first + 1] + mu * S  # coefficients of the pairs, from the oldest to the newest  [m, size + 1]
+        PY = Y @ P
+        kept = (S * PY).sum(1) > 0
+        S, Y, PY = S[kept], Y[kept], PY[kept]
         gamma = 1 / (mu + (self._values.min().item() if k else 0.0))
-        if pairs:
-            s, y = pairs[-1]
-            inside = (P @ s)[:k], (P @ y)[:k]
-            outside = (s @ P @ y - inside[0] @ inside[1]).item(), (y @ P @ y - inside[1] @ inside[1]).item()
+        if len(S):
+            s, y = (P @ S[-1])[:k], PY[-1, :k]  # their parts along the rows of V
+            outside = (PY[-1] @ S[-1] - s @ y).item(), (PY[-1] @ Y[-1] - y @ y).item()
             if min(outside) > 0:
                 gamma = min(outside[0] / outside[1], 1 / mu)
-        q, found = unit(size), []
-        for s, y in reversed(pairs):
-            found.append((s @ P @ q) / (s @ P @ y))
-            q = q - found[-1] * y
+        R = torch.triu(S @ PY.T)  # the inner products of s_i with y_j, j >= i
+        alpha = torch.linalg.solve_triangular(R, S @ P[:, size:], upper=True)  # [m, 1]
+        q = eye[size] - (alpha.T @ Y)[0]
         r = gamma * q
         r[:k] += (1 / (self._values + mu) - gamma) * (P @ q)[:k]
-        for (s, y), alpha in zip(pairs, reversed(found), strict=True):
-            r = r + (alpha - (y @ P @ r) / (s @ P @ y)) * s
+        rest = R.diagonal()[:, None] * alpha - (PY @ r)[:, None]
+        r = r + (torch.linalg.solve_triangular(R.T, rest, upper=False).T @ S)[0]
         return -(self._basis.T @ r[:size].to(g)) - r[size].item() * g

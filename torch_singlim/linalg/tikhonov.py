@@ -12,8 +12,9 @@ from torch_singlim.linalg.krylov import KrylovBasis, lanczos
 
 __all__ = ["Tikhonov", "tikhonov"]
 
-# the regularisation is searched among so many decades on either side of the largest eigenvalue, by so many bisections
-_DECADES, _BISECTIONS = 14, 60
+# the regularisation is searched among so many decades on either side of the largest eigenvalue, in so many rounds with
+# so many points at once: to 2e-9 of it
+_DECADES, _ROUNDS, _POINTS = 14, 5, 129
 
 
 class Tikhonov:
@@ -52,9 +53,12 @@ class Tikhonov:
         """The mu that leaves this residual; the smallest one if every mu leaves more."""
         top, width = math.log(max(self._values[-1].item(), 1e-300)), _DECADES * math.log(10)
         low, high = top - width, top + width
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.residual(math.exp(middle)) < residual else (low, middle)
+        for _ in range(_ROUNDS):
+            between = torch.linspace(low, high, _POINTS, dtype=torch.float64)
+            mu = between.exp().to(self._values)[:, None]
+            left = self.norm * torch.linalg.vector_norm(mu * self._vectors[0] / (self._values + mu), dim=1)
+            last = int((left[1:-1] < residual).sum())  # the residual grows with mu
+            low, high = between[last].item(), between[last + 1].item()
         return math.exp(high)
 
     def leading(self, count: int) -> tuple[Tensor, Tensor]:

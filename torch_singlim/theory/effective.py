@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_singlim.linalg import Result, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Covariance, NoiseSystem, Sum, draw_noise, parts, stratified_noise
-from torch_singlim.theory.potential import noisy_gradient
+from torch_singlim.theory.potential import noisy_gradient, noisy_gradients
 from torch_singlim.theory.second_order import row_gradient
 from torch_singlim.theory.sgd import SGDSettings
 
@@ -111,17 +111,17 @@ class EffectiveLoss:
         etas = draw_noise(self.first, self.problem, self.problem.num_samples, generator=self.generator)
         return lambda w: noisy_gradient(self.first, self.problem, w, etas)
 
-    def block(self, strata: int) -> Iterator[Gradient]:
-        """The same for a block of at least `strata` draws, spread evenly over the distribution of eta.
+    def block(self, w: Tensor, strata: int) -> Iterator[Tensor]:
+        """Gradients at w ``[P]`` for a block of at least `strata` draws, spread evenly over the distribution of eta.
 
         If there is no noise of order 1, the block consists of the one exact gradient.
         """
         if not self.is_noisy:
-            yield self.draw()
+            yield self.draw()(w)
             return
         problem, first = self.problem, self.first
-        for etas in stratified_noise(first, problem, problem.num_samples, strata=strata, generator=self.generator):
-            yield lambda w, etas=etas: noisy_gradient(first, problem, w, etas)
+        draws = stratified_noise(first, problem, problem.num_samples, strata=strata, generator=self.generator)
+        yield from noisy_gradients(first, problem, w, draws)
 
     def order_two_gradient(self, w: Tensor) -> Tensor:
         """alpha (c_H/4) grad tr H at w ``[P]`` from one random direction for each sample; costs two gradients."""

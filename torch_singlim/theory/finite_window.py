@@ -26,8 +26,8 @@ _GROW, _SHRINK = 2.0, 0.3  # largest and smallest factor between the lengths of 
 def _block_mean(effective: EffectiveLoss, w: Tensor, strata: int) -> tuple[Tensor, int]:
     """Mean gradient of one stratified block at w ``[P]``, and the number of gradients that were computed."""
     total, count = torch.zeros_like(w), 0
-    for gradient in effective.block(strata):
-        total += gradient(w)
+    for gradient in effective.block(w, strata):
+        total += gradient
         count += 1
     mean = total.div_(count)
     return (mean + effective.order_two_gradient(w), count + 2) if effective.second else (mean, count)

@@ -9,6 +9,7 @@ On Gamma, to first order in eta, grad_w Lhat(w, eta) = M eta with M = d^2 Lhat/(
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,41 +20,59 @@ from torch_singlim.geometry import relaxed_filter
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Covariance, NoiseSystem, parts
+from torch_singlim.theory.directions import batched, directions_at_once, for_directions
 from torch_singlim.theory.potential import chunk_gradient, of_chunk, random_direction
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance
 
 _SAMPLES = 32  # draws of the gradient noise if its basis is too large: the variance is then accurate to about 25 %
 
-__all__ = ["GradientNoise", "gradient_noise", "noise_factor", "noise_product", "output_noise"]
+__all__ = ["GradientNoise", "gradient_noise", "noise_factor", "noise_products", "output_noise"]
 
 
-def noise_product(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas: list[Tensor]) -> Tensor:
-    """M eta = d/dt grad_w Lhat(w, t eta) at t = 0  ``[P]``: the gradient noise of the full batch, to first order."""
+def noise_products(
+    system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, etas: Iterable[tuple[Tensor, ...]]
+) -> Tensor:
+    """M eta = d/dt grad_w Lhat(w, t eta) at t = 0, the gradient noise of the full batch to first order  ``[k, P]``.
 
-    def over(chunk: slice) -> Tensor:
-        own = of_chunk(system, etas, chunk)
+    Args:
+        system: the noise.
+        problem: loss and N samples.
+        w: weights ``[P]``.
+        etas: k draws, each with one eta for each part ``[N, D]`` or ``[D]``; as many at once as memory allows.
+    """
 
-        def along(t: Tensor) -> Tensor:
-            return chunk_gradient(system, problem, w, [t * eta for eta in own], chunk)
+    def over(chunk: slice, stacked: tuple[Tensor, ...]) -> Tensor:
+        def one(*eta: Tensor) -> Tensor:
+            own = of_chunk(system, eta, chunk)
 
-        return jvp(along, (w.new_zeros(()),), (w.new_ones(()),))[1]  # type: ignore[return-value]
+            def at(*etas: Tensor) -> Tensor:
+                return chunk_gradient(system, problem, w, etas, chunk)
 
-    return problem.mean(over)
+            return jvp(at, tuple(map(torch.zeros_like, own)), own)[1]  # type: ignore[return-value]
+
+        return batched(one, *stacked)
+
+    def products(stacked: tuple[Tensor, ...]) -> Tensor:
+        return problem.mean(lambda chunk: over(chunk, stacked))
+
+    rows = list(for_directions(etas, directions_at_once(problem), products))
+    return torch.stack(rows) if rows else w.new_zeros(0, w.numel())
 
 
 def noise_factor(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor, *, batch_size: int) -> Tensor:
     """The dense F with Sigma = F^T F ``[k, P]``: one row for each component of eta (of each sample)."""
-    scale = part.scale(problem)
+    scale, N = part.scale(problem), problem.num_samples
     if not part.per_sample:
-        rows = [noise_product(part, problem, w, [s]) for s in torch.diag(scale)]
-        return torch.stack(rows) if rows else w.new_zeros(0, w.numel())
-    N, rows = problem.num_samples, []
-    for n in range(N):
-        for s in torch.diag(scale):
-            eta = scale.new_zeros(N, scale.numel())
-            eta[n] = s
-            rows.append(noise_product(part, problem, w, [eta]))  # M_n s / N
-    return torch.stack(rows) * math.sqrt(N / batch_size) if rows else w.new_zeros(0, w.numel())
+        return noise_products(part, problem, w, ((s,) for s in torch.diag(scale)))
+
+    def basis() -> Iterator[tuple[Tensor]]:
+        for n in range(N):
+            for s in torch.diag(scale):
+                eta = scale.new_zeros(N, scale.numel())
+                eta[n] = s
+                yield (eta,)
+
+    return noise_products(part, problem, w, basis()) * math.sqrt(N / batch_size)  # M_n s / N
 
 
 def output_noise(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tensor:
@@ -210,7 +229,7 @@ def gradient_noise(
             size = math.sqrt(problem.num_samples / batch_size) if part.per_sample else 1.0
             count = min(num_draws, _SAMPLES)
             signs = (random_direction(part, problem, generator=generator) for _ in range(count))
-            draws.append(size * torch.stack([noise_product(part, problem, w, list(s)) for s in signs]))
+            draws.append(size * noise_products(part, problem, w, signs))
             exact = False
     # the draws of all sampled parts are concatenated, with weights such that the common mean is the sum of their means
     count = sum(map(len, draws))

@@ -11,7 +11,7 @@ from torch_singlim.geometry import gauss_newton
 from torch_singlim.linalg import Estimate, FactoredOperator
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import CustomNoise, NoiseSystem, Sum, draw_noise, parts
-from torch_singlim.theory.gradient_noise import noise_product
+from torch_singlim.theory.gradient_noise import noise_products
 from torch_singlim.theory.potential import potential
 
 __all__ = ["Degeneracy", "degeneracy", "with_measured_order"]
@@ -75,7 +75,7 @@ def degeneracy(
     floor = rounding * (torch.linalg.vector_norm(V.gradient.mean).item() + abs(V.value.mean) / max(size, 1e-300))
     # draws from the noise's own distribution: random signs could cancel in every draw if few components act together
     etas = [draw_noise(noise, problem, problem.num_samples, generator=generator) for _ in range(_DRAWS)]
-    draws = torch.stack([noise_product(noise, problem, point, list(eta)) for eta in etas])
+    draws = noise_products(noise, problem, point, etas)
     rms = draws.square().sum(1).mean().sqrt().item()
     stiffest = hessian.largest
     length, error = torch.linalg.vector_norm(tangential.mean).item(), _SIGMAS * tangential.stderr

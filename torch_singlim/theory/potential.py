@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,14 @@ from torch.func import grad, grad_and_value, jvp
 from torch_singlim.linalg import Estimate, VectorEstimate, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import NoiseSystem, noisy_loss, parts, stratified_noise
+from torch_singlim.theory.directions import batched, directions_at_once, for_directions
 
 __all__ = [
     "Potential",
     "averaged_gradient",
     "chunk_gradient",
     "noisy_gradient",
+    "noisy_gradients",
     "of_chunk",
     "potential",
     "random_direction",
@@ -43,14 +45,22 @@ class Potential:
 
 
 def traced(
-    one: Callable[[int | None], tuple[Tensor, Tensor]], dimension: int, num_draws: int, *, like: Tensor
+    direction: Callable[[int | None], Tensor],
+    derivative: Callable[[Tensor], Tensor],
+    dimension: int,
+    num_draws: int,
+    *,
+    at_once: int,
+    like: Tensor,
 ) -> Potential:
     """A trace and its gradient from single directions: a sum over a basis (exact), or a mean over random directions.
 
     Args:
-        one: gradient ``[P]`` and value for the basis vector with the given index, or (None) for a random direction.
+        direction: the basis vector with the given index, or (None) a random direction.
+        derivative: directions, stacked ``[k, ...]`` -> gradient and value for each of them ``[k, P + 1]``.
         dimension: of the trace; a basis is used if num_draws is at least as large.
         num_draws: otherwise, number of random directions, at least 2, rounded up to a multiple of four.
+        at_once: number of directions that are passed to `derivative`.
         like: a vector ``[P]`` with the gradient's dtype and device.
 
     Raises:
@@ -62,10 +72,10 @@ def traced(
     groups = 1 if exact else min(_GROUPS, num_draws)
     count = dimension if exact else groups * math.ceil(num_draws / groups)
     gradients, values = like.new_zeros(groups, like.numel()), []
-    for i in range(count):
-        gradient, value = one(i if exact else None)
-        gradients[i % groups].add_(gradient, alpha=1 if exact else groups / count)
-        values.append(value)
+    directions = ((direction(i if exact else None),) for i in range(count))
+    for i, both in enumerate(for_directions(directions, at_once, lambda stacked: derivative(*stacked))):
+        gradients[i % groups].add_(both[:-1], alpha=1 if exact else groups / count)
+        values.append(both[-1].clone())  # a view would keep every gradient in memory
     trace = torch.stack(values)
     value = Estimate(trace.sum().item(), 0.0) if exact else Estimate.from_draws(trace)
     return Potential(value, VectorEstimate(gradients), count)
@@ -107,32 +117,56 @@ def noisy_gradient(system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, eta
     return problem.mean(lambda chunk: chunk_gradient(system, problem, w, of_chunk(system, etas, chunk), chunk))
 
 
-def second_order_gradient(
-    system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, s: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """d^2/dt^2 of grad_w Lhat(w, t s) ``[P]`` and of Lhat(w, t s) (scalar) at t = 0, s per part ``[N, D]`` or ``[D]``.
+def noisy_gradients(
+    system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, draws: Iterable[tuple[Tensor, ...]]
+) -> Iterator[Tensor]:
+    """grad_w Lhat(w, eta) ``[P]`` for each of several draws of eta, as many at once as memory allows."""
+
+    def over(chunk: slice, stacked: tuple[Tensor, ...]) -> Tensor:
+        def one(*eta: Tensor) -> Tensor:
+            return chunk_gradient(system, problem, w, of_chunk(system, eta, chunk), chunk)
+
+        return batched(one, *stacked)
+
+    def gradients(stacked: tuple[Tensor, ...]) -> Tensor:
+        return problem.mean(lambda chunk: over(chunk, stacked))
+
+    return for_directions(draws, directions_at_once(problem), gradients)
+
+
+def _chunk_second_order(
+    system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, s: Sequence[Tensor], chunk: slice
+) -> Tensor:
+    """d^2/dt^2 of grad_w Lhat(w, t s) and of Lhat(w, t s) at t = 0, over the samples in a chunk  ``[P + 1]``.
 
     Forward over forward over reverse mode: two directional derivatives of the gradient, so that the cost is a few
     gradients, independent of P and D.
     """
+    x, y, own = problem.inputs[chunk], problem.targets[chunk], of_chunk(system, s, chunk)
+    zeros = tuple(torch.zeros_like(direction) for direction in own)
 
-    def over(chunk: slice) -> Tensor:
-        x, y, own = problem.inputs[chunk], problem.targets[chunk], of_chunk(system, s, chunk)
+    def at(*etas: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_and_value(lambda v: noisy_loss(system, problem.batch_loss, v, x, y, etas))(w)
 
-        def at(t: Tensor) -> tuple[Tensor, Tensor]:
-            return grad_and_value(
-                lambda v: noisy_loss(system, problem.batch_loss, v, x, y, [t * direction for direction in own])
-            )(w)
+    def slope(*etas: Tensor) -> tuple[Tensor, Tensor]:
+        return jvp(at, etas, own)[1]  # type: ignore[return-value]  # jvp is typed for any number of outputs
 
-        zero, one = w.new_zeros(()), w.new_ones(())
+    gradient, value = jvp(slope, zeros, own)[1]  # type: ignore[misc]
+    return torch.cat([gradient, value[None]])
 
-        def slope(t: Tensor) -> tuple[Tensor, Tensor]:
-            return jvp(at, (t,), (one,))[1]  # type: ignore[return-value]  # jvp is typed for any number of outputs
 
-        gradient, value = jvp(slope, (zero,), (one,))[1]  # type: ignore[misc]
-        return torch.cat([gradient, value[None]])
+def second_order_gradient(
+    system: NoiseSystem, problem: ZeroLossProblem, w: Tensor, s: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """d^2/dt^2 of grad_w Lhat(w, t s) ``[P]`` and of Lhat(w, t s), a scalar, at t = 0.
 
-    both = problem.mean(over)
+    Args:
+        system: the noise.
+        problem: loss and N samples.
+        w: weights ``[P]``.
+        s: the direction, for each part ``[N, D]`` or ``[D]``.
+    """
+    both = problem.mean(lambda chunk: _chunk_second_order(system, problem, w, s, chunk))
     return both[:-1], both[-1]
 
 
@@ -150,17 +184,23 @@ def _part_potential(
 ) -> Potential:
     scale = part.scale(problem)
 
-    def curvature(i: int | None) -> tuple[Tensor, Tensor]:
+    def direction(i: int | None) -> Tensor:
         if i is None:
-            (s,) = random_direction(part, problem, generator=generator)
-        else:
-            s = torch.zeros_like(scale)
-            s[i] = scale[i]
-            s = s.expand(_shape(part, problem))
-        gradient, value = second_order_gradient(part, problem, w, [s])
-        return 0.5 * gradient, 0.5 * value
+            return random_direction(part, problem, generator=generator)[0]
+        s = torch.zeros_like(scale)
+        s[i] = scale[i]
+        return s.expand(_shape(part, problem))
 
-    laplacian = traced(curvature, scale.numel(), num_draws, like=w) if scale.numel() else None
+    def curvature(stacked: Tensor) -> Tensor:
+        def over(chunk: slice) -> Tensor:
+            return batched(lambda s: _chunk_second_order(part, problem, w, [s], chunk), stacked)
+
+        return 0.5 * problem.mean(over)
+
+    laplacian = None
+    if scale.numel():
+        at_once = directions_at_once(problem)
+        laplacian = traced(direction, curvature, scale.numel(), num_draws, at_once=at_once, like=w)
     gradient, penalty = _penalty(part, problem, w)
     fixed = Potential(Estimate(penalty.item(), 0.0), VectorEstimate(gradient[None]), 1)
     return fixed if laplacian is None else fixed + laplacian
@@ -223,7 +263,7 @@ def averaged_gradient(
     means = w.new_zeros(groups, w.numel())
     for mean in means:
         draws = list(stratified_noise(system, problem, problem.num_samples, strata=each, generator=generator))
-        for eta in draws:
-            mean.add_(noisy_gradient(system, problem, w, eta), alpha=1 / len(draws))
+        for gradient in noisy_gradients(system, problem, w, draws):
+            mean.add_(gradient, alpha=1 / len(draws))
     means -= problem.gradient(w)
     return VectorEstimate(means)

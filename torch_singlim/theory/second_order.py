@@ -20,6 +20,7 @@ from torch_singlim.geometry import samples_at_once
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, VectorEstimate, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Covariance
+from torch_singlim.theory.directions import batched, directions_at_once
 from torch_singlim.theory.potential import Potential, traced
 
 __all__ = ["covariance_potential", "ito_drift", "log_pseudo_determinant", "trace"]
@@ -83,12 +84,14 @@ def trace(
     rows = problem.num_residuals // problem.num_samples
     eye = torch.eye(rows, dtype=problem.dtype, device=problem.device)
 
-    def combination(i: int | None) -> tuple[Tensor, Tensor]:
+    def combination(i: int | None) -> Tensor:
         if i is None:
-            return row_gradient(problem, w, rademacher((problem.num_samples, rows), generator=generator, like=w))
-        return row_gradient(problem, w, eye[i].expand(problem.num_samples, -1))
+            return rademacher((problem.num_samples, rows), generator=generator, like=w)
+        return eye[i].expand(problem.num_samples, -1)
 
-    return traced(combination, rows, num_draws, like=w)
+    # each direction takes a gradient for each sample
+    at_once = max(1, min(directions_at_once(problem), samples_at_once(problem, 1) // problem.num_samples))
+    return traced(combination, lambda z: _row_gradients(problem, w, z), rows, num_draws, at_once=at_once, like=w)
 
 
 def row_gradient(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,27 +101,34 @@ def row_gradient(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> tuple[Tensor
     variance of the gradient under noise on the labels, not the curvature of the loss. With g = J^T R^T z:
     grad |g|^2 = 2 grad <J g, R^T z> at fixed g, one forward and one reverse derivative.
     """
+    both = _row_gradients(problem, w, z[None])[0]
+    return both[:-1], both[-1]
 
-    def sample(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+
+def _row_gradients(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> Tensor:
+    """Gradient and value of `row_gradient` for each of k directions z ``[k, N, rows]``, joined  ``[k, P + 1]``."""
+
+    def sample(x: Tensor, u: Tensor) -> Tensor:
         def outputs(v: Tensor) -> Tensor:
             return problem.function(v, x[None])[0]
 
         (g,) = vjp(outputs, w)[1](u)
         gradient, square = grad_and_value(lambda v: torch.dot(jvp(outputs, (v,), (g,))[1], u))(w)
-        return 2 * gradient, square
+        return torch.cat([2 * gradient, square[None]])
 
-    y = problem.targets
-    u = problem.sample_loss.unwhiten(problem.sample_loss.optimum(y), y, z)  # R^T z  [N, C]
     # a gradient [P] for each sample is in memory: the same bound on the chunk as for rows of the Jacobian
     size = samples_at_once(problem, 1)
-    totals, square = torch.zeros_like(w), w.new_zeros(())
-    own = problem.process_group.shard(problem.num_samples)
-    for start in range(own.start, own.stop, size):
-        part = slice(start, min(start + size, own.stop))
-        each, squares = vmap(sample)(problem.inputs[part], u[part])
-        totals, square = totals + each.sum(0), square + squares.sum()
-    group, N = problem.process_group, problem.num_samples
-    return group.all_reduce(totals) / N, group.all_reduce(square) / N
+    y, own = problem.targets, problem.process_group.shard(problem.num_samples)
+
+    def over(z: Tensor) -> Tensor:
+        u = problem.sample_loss.unwhiten(problem.sample_loss.optimum(y), y, z)  # R^T z  [N, C]
+        total = w.new_zeros(w.numel() + 1)
+        for start in range(own.start, own.stop, size):
+            part = slice(start, min(start + size, own.stop))
+            total = total + vmap(sample)(problem.inputs[part], u[part]).sum(0)
+        return total
+
+    return problem.process_group.all_reduce(batched(over, z)) / problem.num_samples
 
 
 def log_pseudo_determinant(
@@ -135,32 +145,38 @@ def log_pseudo_determinant(
     """
     M = problem.num_residuals
 
-    def direction(i: int | None) -> tuple[Tensor, Tensor]:
+    def direction(i: int | None) -> Tensor:
         if i is None:
-            z = rademacher((M,), generator=generator, like=w)
-        else:
-            z = w.new_zeros(M)
-            z[i] = 1.0
-        log = torch.dot(z, hessian.gram_function(torch.log, z))
-        return _quadratic_gradient(problem, w, hessian.pseudo_inverse(z)), log
+            return rademacher((M,), generator=generator, like=w)
+        z = w.new_zeros(M)
+        z[i] = 1.0
+        return z
 
-    found = traced(direction, M, num_draws, like=w)
+    def derivative(z: Tensor) -> Tensor:
+        logs = torch.stack([torch.dot(one, hessian.gram_function(torch.log, one)) for one in z])
+        t = torch.stack([hessian.pseudo_inverse(one) for one in z])
+        return torch.cat([_quadratic_gradients(problem, w, t), logs[:, None]], 1)
+
+    found = traced(direction, derivative, M, num_draws, at_once=directions_at_once(problem), like=w)
     if hessian.exact:
         return replace(found, value=Estimate(hessian.spectrum().log().sum().item(), 0.0))
     return found
 
 
-def _quadratic_gradient(problem: ZeroLossProblem, w: Tensor, t: Tensor) -> Tensor:
-    """grad_w <t, H(w) t> = grad_w (1/N) sum_n (J_n t)^T A_n (J_n t)  ``[P]`` at fixed t ``[P]``."""
+def _quadratic_gradients(problem: ZeroLossProblem, w: Tensor, t: Tensor) -> Tensor:
+    """grad_w <t, H(w) t> = grad_w (1/N) sum_n (J_n t)^T A_n (J_n t) ``[k, P]`` at k fixed vectors t ``[k, P]``."""
 
     def over(chunk: slice) -> Tensor:
         x, y = problem.inputs[chunk], problem.targets[chunk]
 
-        def quadratic(v: Tensor) -> Tensor:
-            f, Jt, *_ = jvp(lambda u: problem.function(u, x), (v,), (t,))
-            return problem.sample_loss.curvature(f, y, Jt).mean()
+        def along(t: Tensor) -> Tensor:
+            def quadratic(v: Tensor) -> Tensor:
+                f, Jt, *_ = jvp(lambda u: problem.function(u, x), (v,), (t,))
+                return problem.sample_loss.curvature(f, y, Jt).mean()
 
-        return grad(quadratic)(w)
+            return grad(quadratic)(w)
+
+        return batched(along, t)
 
     return problem.mean(over)
 

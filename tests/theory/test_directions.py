@@ -83,7 +83,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("noise", NOISES, ids=str)
+@pytest.mark.parametrize("noise", NOISES, ids=lambda noise: str(noise).split(" at 0x")[0])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_values_are_those_of_one_direction_at_a_time(network, noise):
     torch.manual_seed(0)

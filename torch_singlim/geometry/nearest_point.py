@@ -161,9 +161,12 @@ class _Search:
         rtol = min(_CG_RTOL, max(_norm(model.tangential) / d, 1e-8)) if d > 0 else _CG_RTOL
         for trial in range(_TRIES):
             theta = 1.0 if n == 0 else min(1.0, _NORMAL_SHARE * self.radius / n)
+            gradient = model.tangential - theta * bent  # the normal step has turned it by then
+            if _norm(gradient) <= self.rounding * d:  # conjugate gradients would follow rounding errors
+                gradient = torch.zeros_like(gradient)
             step = trust_region_step(
                 model.product,
-                model.tangential - theta * bent,  # the normal step has turned the gradient by then
+                gradient,
                 self.radius if self.radius < math.inf else _FIRST * max(d, n),
                 reach=0.0 if trial else d,
                 rtol=rtol,
@@ -171,6 +174,10 @@ class _Search:
             )
             if trial == 0 and d > 0:
                 self._judge(model, step)
+                if self.successful:  # another tangential step might not be as good as the error says
+                    self.v = self.v + model.normal
+                    self.residual = _norm(self.problem.residual(self.v))
+                    return True
             length = math.hypot(theta * n, _norm(step.x))
             goal = (1 - theta) * at.residual
             v = self.v + theta * model.normal + step.x

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.distributed_run import CASES
+from tests.zoo import LEVELS
 from torch_singlim.network import ProcessGroup
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +32,8 @@ def finished(case, devices, out, *more):
 
 
 def codes(found):
-    """Of the reasons, but for those of windows that are too short for their noise."""
-    return [reason["code"] for reason in found["reasons"] if reason["code"] != "UNRESOLVED"]
+    """Of the reasons, but for windows that are too short for their noise and levels that are out of reach."""
+    return [reason["code"] for reason in found["reasons"] if reason["code"] not in ("UNRESOLVED", "LEVEL_NOT_MET")]
 
 
 def test_shards_of_a_process_group():
@@ -65,18 +66,23 @@ def test_two_processes_log_what_one_logs(case, tmp_path):
         assert each["history"].keys() == (two[0] if random else one)["history"].keys()
         for key, value in (two[0] if random else one)["history"].items():
             if TIMED not in key:
-                assert each["history"][key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
+                assert each["history"][key] == pytest.approx(value, rel=tolerance(key), abs=1e-9), key
     for key, value in one["history"].items():
         if key.startswith("0 ") and TIMED not in key:
-            assert two[0]["history"][key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
+            assert two[0]["history"][key] == pytest.approx(value, rel=tolerance(key), abs=1e-9), key
     if CASES[case].get("products"):
         assert list(tmp_path.rglob("events.out.tfevents.*"))
     if CASES[case].get("loss") == "half":
         assert "not recognised" in one["verdict"]
         return
-    assert {reason["code"] for reason in one["reasons"]} <= {"NO_NOISE", "UNRESOLVED"}
+    assert {reason["code"] for reason in one["reasons"]} <= {"NO_NOISE", "UNRESOLVED", "LEVEL_NOT_MET", "NEAREST"}
     print(f"{case}: samples evaluated alone {one['rows']}, by each of two {[each['rows'] for each in two]}")
     assert all(each["rows"] < 0.65 * one["rows"] for each in two)
+
+
+def tolerance(key):
+    """Sums of another order, which the search for a level, in single precision, makes more of: a bound all the same."""
+    return 0.05 if key.split()[1] in LEVELS else 1e-6
 
 
 @pytest.mark.slow

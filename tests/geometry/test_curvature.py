@@ -126,7 +126,7 @@ def test_diverged_weights_are_refused():
 def test_the_largest_curvature_is_that_of_the_dense_matrix(name, dtype):
     dense, w = make(name)
     w = displaced(w, 0.1)
-    problem = dense.problem if dtype == torch.float64 else dense.problem.fast()
+    problem = dense.problem.at_precision(dtype)
     found = largest_curvature(problem, w, generator=torch.Generator().manual_seed(0))
     exact = torch.linalg.eigvalsh(dense.gauss_newton(w))[-1].item()
     assert found.item() == pytest.approx(exact, rel=0.01)

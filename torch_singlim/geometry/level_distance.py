@@ -262,7 +262,7 @@ def level_distance(
     if total == 0:
         return LevelPoint(w, 0.0, level, 0.0, 0.0, _LOSS, certified=True)
     # the certificate is evaluated in float64; the search need not be
-    fast = problem.fast()
+    fast = problem.at_precision(torch.float32)
     allowed = (1 - _MARGIN) * level * total
     search = _Search(fast, w.to(fast.dtype), total, allowed, max_gradients)
     d, loss = search.first()
@@ -275,7 +275,7 @@ def level_distance(
     if math.isfinite(search.mu):
         search.run(d, rtol)
     u = (search.best if search.length < math.inf else search.deepest).to(w.dtype)
-    exact = problem if problem.dtype == torch.float64 else problem.subset(problem.num_samples)
+    exact = problem.at_precision(torch.float64)
     total = exact.loss(w.to(exact.dtype)).item()
     v, value = w + u, math.nan
     for stretched in _STRETCHED:  # where single precision met the level and double precision does not

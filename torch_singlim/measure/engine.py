@@ -340,7 +340,7 @@ class Engine:
         if problem is None or sgd is None or not self.affords("stability"):
             return None
         with self.budget.timed("stability"):
-            found = largest_curvature(problem.fast(), snapshot.weights, generator=self.generator)
+            found = largest_curvature(problem.at_precision(torch.float32), snapshot.weights, generator=self.generator)
         return None if found is None else found.item() / sgd.largest_stable_curvature
 
     def _find_levels(self, snapshot: Snapshot, found: dict[Level, LevelPoint], *levels: Level) -> None:

@@ -167,23 +167,25 @@ class ZeroLossProblem:
         return whole
 
     def subset(self, count: int, *, dtype: torch.dtype = torch.float64) -> ZeroLossProblem:
-        """The same problem on its first `count` samples, all of them evaluated by this process."""
-        part = self.alone()
-        part.function = self.function.at_precision(dtype)
-        part.dtype = dtype
-        part.inputs = self.inputs[:count]
-        if part.inputs.is_floating_point():
-            part.inputs = part.inputs.to(dtype)
-        part.targets = self.targets[:count].to(dtype) if self.targets.is_floating_point() else self.targets[:count]
+        """The same problem on its first `count` samples, all of them evaluated by this process at once."""
+        part = self.alone().at_precision(dtype)
+        part.inputs, part.targets = part.inputs[:count], part.targets[:count]
         part.num_samples = part.batch_size = len(part.inputs)
         part.num_residuals = part.num_samples * (self.num_residuals // self.num_samples)
         part.sites = part.function.sites(part.inputs)
         return part
 
-    def fast(self) -> ZeroLossProblem:
-        """The same problem in single precision; itself if processes share its samples."""
-        alone = self.process_group.size == 1
-        return self.subset(self.num_samples, dtype=torch.float32) if alone else self
+    def at_precision(self, dtype: torch.dtype) -> ZeroLossProblem:
+        """The same problem in another floating point type."""
+        if dtype == self.dtype:
+            return self
+        other = copy.copy(self)
+        other.function, other.dtype = self.function.at_precision(dtype), dtype
+        other.inputs, other.targets = (
+            each.to(dtype) if each.is_floating_point() else each for each in (self.inputs, self.targets)
+        )
+        other.sites = other.function.sites(other.inputs[:2])
+        return other
 
     def on(self, inputs: Tensor, targets: Tensor) -> ZeroLossProblem:
         """The same loss on other samples, such as a batch, evaluated by this process.

@@ -122,15 +122,13 @@ def geometry(problem, w):
 
 
 def searches(problem, w):
-    nearest, level = nearest_point(problem, w), level_distance(problem, w, 0.1, max_gradients=100)
+    nearest = nearest_point(problem, w)
     products = nearest_point(problem, w, max_dense=0, max_steps=3)
     return {
         "nearest point": nearest.point,
         "distance": nearest.distance,
         "residual of the linearisation": nearest.linearised,
         "nearest point by products": products.point,
-        "point of the level": level.point,
-        "level distance": level.distance,
     }
 
 
@@ -162,6 +160,14 @@ def test_geometry_is_that_of_the_cpu(network, device):
 @pytest.mark.parametrize("network", [*ON_GAMMA, *OFF_GAMMA])
 def test_searches_find_what_they_find_on_the_cpu(network, device):
     compared(searches, *pair(network, device))
+
+
+@pytest.mark.parametrize("network", [*ON_GAMMA, *OFF_GAMMA])
+def test_a_level_is_as_far_as_on_the_cpu(network, device):
+    """But for the course of a search in single precision, which rounding errors change."""
+    here, there = (level_distance(*each, 0.1, max_gradients=100) for each in pair(network, device))
+    assert here.certified == there.certified
+    assert there.distance == pytest.approx(here.distance, rel=0.02)
 
 
 @pytest.mark.parametrize("network", [*ON_GAMMA, *OFF_GAMMA])

@@ -36,7 +36,7 @@ def test_every_chart_has_its_curves(tmp_path):
     assert all(len(chart["series"]) >= 2 for chart in seen["charts"])  # of both runs
     assert seen["errors"] == []
     assert seen["cards"] == 4
-    assert seen["images"] == 8
+    assert seen["images"] == 10  # five of each run
     assert len(seen["rows"]) == 2  # a row for each run, and no stray ones
     assert sorted(row["settings"]["width"] for row in seen["rows"]) == [24, 32]
     assert all(row["metrics"]["singlim/drift/cosine"] is not None for row in seen["rows"])

@@ -18,10 +18,7 @@ TABLE = RAISES | {f"{name} (no problem)": case for name, case in NO_PROBLEM.item
 # the rest is slow
 OFTEN = {
     *RAISES,
-    "random forward (no problem)",
     "wrong derivatives (no problem)",
-    "adam",
-    "batch norm",
     "bf16-mixed",
     "injected noise",
     "dict batches with noise",
@@ -69,10 +66,6 @@ HABITS = {name: case for name, case in coupling.FOLLOWED.items() if "compiled" n
 FOLLOWED_OFTEN = {
     "label noise, injected",
     "momentum, decay",
-    "adam",
-    "one cycle with cycled momentum",
-    "accumulation",
-    "batch normalisation",
     "16-mixed",
 }
 

@@ -4,7 +4,7 @@ from torch_singlim.geometry.curvature import Linearization, gauss_newton, larges
 from torch_singlim.geometry.gram import MAX_DENSE, gram_flops, gram_matrix, samples_at_once, worth_factoring
 from torch_singlim.geometry.jacobian import JacobianProducts
 from torch_singlim.geometry.level_distance import LevelPoint, level_distance
-from torch_singlim.geometry.nearest_point import NearestPoint, linearised_displacement, nearest_point
+from torch_singlim.geometry.nearest_point import NearestPoint, nearest_point
 from torch_singlim.geometry.relaxed import num_modes, relaxation_level, relaxed_filter, relaxed_part
 from torch_singlim.geometry.tangent_space import TangentSpace, tangent_space
 
@@ -27,7 +27,6 @@ __all__ = [
     # Gamma
     "nearest_point",
     "NearestPoint",
-    "linearised_displacement",
     "tangent_space",
     "TangentSpace",
     # the modes that have had the time to decay

@@ -1,4 +1,4 @@
-"""The nearest point of the zero-loss set, and the displacement from that set by one linearisation."""
+"""The nearest point of the zero-loss set, with an estimate of its error."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from torch_singlim.geometry.constrained_model import ConstrainedModel, DualSolver
 from torch_singlim.geometry.curvature import Linearization, linearize
 from torch_singlim.geometry.gram import MAX_DENSE
-from torch_singlim.linalg import FactoredOperator, Result, Solution, TrustRegionStep, minimum_norm, trust_region_step
+from torch_singlim.linalg import FactoredOperator, Result, TrustRegionStep, trust_region_step
 from torch_singlim.network.problem import ZeroLossProblem
 
-__all__ = ["NearestPoint", "linearised_displacement", "nearest_point"]
+__all__ = ["NearestPoint", "nearest_point"]
 
 # Gauss-Newton steps are taken as long as each reduces |b| to this share, and is no longer than this share of the last
 _EASY_RESIDUAL, _EASY_STEP = 0.1, 0.5
@@ -322,29 +322,3 @@ def nearest_point(
     return NearestPoint(
         search.v, distance, search.error, search.linearised, status, search.residual, steps, solve.products
     )
-
-
-def linearised_displacement(
-    problem: ZeroLossProblem, w: Tensor, *, rtol: float = 1e-2, max_steps: int = 100
-) -> Solution:
-    """B^+ b, the displacement of w from Gamma by the linearisation at w, from products alone.
-
-    The `residual` of the solution is |B x - b|/|b|. The displacement is dominated by the smallest eigenvalues of H,
-    which the products resolve last. Unless the residual is small, the norm of x is too small by an unknown amount.
-
-    Args:
-        problem: the loss and its samples.
-        w: weights ``[P]``.
-        rtol: tolerance of that residual.
-        max_steps: maximum number of products.
-
-    Raises:
-        ValueError: outputs that are not finite.
-
-    >>> from torch import nn
-    >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))
-    >>> linearised_displacement(problem, torch.tensor([1.0, 5.0], dtype=torch.float64)).x
-    tensor([-2.,  0.], dtype=torch.float64)
-    """
-    at = linearize(problem, w)
-    return minimum_norm(at.operator, None, at.residual, rtol=rtol, max_steps=max_steps)

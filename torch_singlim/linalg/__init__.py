@@ -9,7 +9,6 @@ from torch_singlim.linalg.factored import (
     KrylovFactored,
     cholesky,
     gram_cutoff,
-    minimum_norm,
 )
 from torch_singlim.linalg.krylov import (
     KrylovBasis,
@@ -32,7 +31,6 @@ __all__ = [
     "DenseFactored",
     "CholeskyFactored",
     "KrylovFactored",
-    "minimum_norm",
     "cholesky",
     "gram_cutoff",
     # Lanczos

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from torch_singlim.linalg.estimate import Estimate, rademacher
-from torch_singlim.linalg.krylov import KrylovBasis, krylov_function, krylov_solve, lanczos
+from torch_singlim.linalg.krylov import KrylovBasis, krylov_function, lanczos
 from torch_singlim.linalg.operator import LinearOperator
-from torch_singlim.linalg.solution import Result, Solution
 
 __all__ = [
     "CholeskyFactored",
@@ -31,7 +30,6 @@ __all__ = [
     "KrylovFactored",
     "cholesky",
     "gram_cutoff",
-    "minimum_norm",
 ]
 
 
@@ -350,35 +348,3 @@ def cholesky(gram: Tensor) -> Tensor | None:
     pivots = factor.diagonal().square()
     full = info.item() == 0 and bool((pivots > gram_cutoff(len(gram), gram.dtype) * gram.diagonal().max()).all())
     return factor if full else None
-
-
-def minimum_norm(operator: LinearOperator, gram: Tensor | None, u: Tensor, *, rtol: float, max_steps: int) -> Solution:
-    """The shortest x with B x = u: x = B^T K^+ u, with the status and the relative residual |B x - u| / |u|.
-
-    Args:
-        operator: B ``[m, n]``.
-        gram: K = B B^T ``[m, m]``, or None to use products alone (Lanczos).
-        u: right-hand side ``[m]``.
-        rtol: largest relative residual that counts as converged.
-        max_steps: maximum number of products with K if `gram` is None.
-
-    If K has full numerical rank, its Cholesky factor is used, else its eigendecomposition without the eigenvalues below
-    the cutoff.
-    """
-    norm = torch.linalg.vector_norm(u).item()
-    if norm == 0.0:
-        return Solution(u.new_zeros(operator.shape[1]), Result.SUCCESSFUL, 0, 0.0)
-    if gram is None:
-        cutoff = gram_cutoff(u.numel(), u.dtype)
-        inner = krylov_solve(
-            operator.gram_product, u, rtol=rtol, max_steps=max_steps, cutoff=cutoff, held=operator.held
-        )
-        return Solution(operator.rmatvec(inner.x), inner.status, inner.steps, inner.residual)
-    factor = cholesky(gram)
-    if factor is not None:
-        y = torch.cholesky_solve(u[:, None], factor)[:, 0]
-    else:
-        y = DenseFactored.from_gram(operator, gram).gram_function(torch.reciprocal, u)
-    residual = torch.linalg.vector_norm(gram @ y - u).item() / norm
-    status = Result.SUCCESSFUL if residual <= rtol else Result.INCONSISTENT
-    return Solution(operator.rmatvec(y), status, 1, residual)

@@ -93,8 +93,14 @@ class FunctionalModule(WeightSpace):
         self.constants = {name: self._cast(tensor) for name, tensor in constants}
 
     def at_precision(self, dtype: torch.dtype) -> FunctionalModule:
-        """The same function in another floating point type."""
-        return FunctionalModule(self.module, dtype=dtype, device=self.device, step_ratios=self.step_ratios)
+        """The same function in another floating point type, with the same copy of the module.
+
+        A new copy could not always be made: in the course of a training a module may hold what cannot be copied.
+        """
+        other = copy.copy(self)
+        other.dtype, other._scale = dtype, None if self._scale is None else self._scale.to(dtype)
+        other.refresh_constants()
+        return other
 
     def __call__(self, w: Tensor, x: Tensor, eta: Tensor | None = None) -> Tensor:
         """Outputs ``[n, C]`` at weights w ``[P]``, inputs x, noise eta ``[n, D]``; trailing dimensions flattened."""

@@ -172,7 +172,6 @@ class ZeroLossProblem:
         part.inputs, part.targets = part.inputs[:count], part.targets[:count]
         part.num_samples = part.batch_size = len(part.inputs)
         part.num_residuals = part.num_samples * (self.num_residuals // self.num_samples)
-        part.sites = part.function.sites(part.inputs)
         return part
 
     def at_precision(self, dtype: torch.dtype) -> ZeroLossProblem:
@@ -184,7 +183,6 @@ class ZeroLossProblem:
         other.inputs, other.targets = (
             each.to(dtype) if each.is_floating_point() else each for each in (self.inputs, self.targets)
         )
-        other.sites = other.function.sites(other.inputs[:2])
         return other
 
     def on(self, inputs: Tensor, targets: Tensor) -> ZeroLossProblem:
@@ -228,6 +226,11 @@ class ZeroLossProblem:
     def samples_fitting(self) -> int:
         """Number of samples, at least 1, that fit into the memory when the highest derivative is taken."""
         return max(1, int(self.memory / max(_PASSES * self.sample_bytes, 1)))
+
+    @property
+    def activations(self) -> float:
+        """Numbers in the activations of all samples that a backward pass keeps."""
+        return self.num_samples * self.sample_bytes / self.dtype.itemsize
 
     # --- weights and samples ---------------------------------------------------------------------------------------
 

@@ -41,7 +41,15 @@ class SampleLoss(Protocol):
         ...
 
     def attained(self, f: Tensor, y: Tensor) -> bool:
-        """Whether l(., y) attains its infimum for all samples; f: outputs of the first ones, where a search begins."""
+        """Whether l(., y) attains its infimum for all samples.
+
+        Args:
+            f: outputs of the first samples, where a search for the infimum begins.
+            y: targets of all samples.
+
+        Raises:
+            ValueError: the infimum is not 0.
+        """
         ...
 
     def optimum(self, y: Tensor) -> Tensor:
@@ -222,10 +230,6 @@ _INFIMUM_STEPS, _INFIMUM = 200, 1e-3
 _ATTAINED = 1e-3
 
 
-def _in_double(y: Tensor) -> Tensor:
-    return y.double() if y.is_floating_point() else y
-
-
 @dataclass(frozen=True)
 class CustomLoss:
     """A user's l(f_i, y_i): maps one sample's outputs ``[C]`` and target to a scalar; convex and smooth, infimum 0.
@@ -251,13 +255,11 @@ class CustomLoss:
                 "the loss function must return one non-negative number per sample, its infimum 0, "
                 f"got shape {tuple(values.shape[1:])} per sample, smallest value {values.min().item():.3g}"
             )
-        self._check_infimum(outputs, y[: len(outputs)])
         return y
 
-    def _descend(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs to start from ``[n, C]``, and those at the end of a descent on the loss."""
-        start = outputs.detach().double() + 1  # the outputs themselves may be optimal
-        f, y = start.clone().requires_grad_(), _in_double(y)
+    def _descend(self, start: Tensor, y: Tensor) -> Tensor:
+        """The end of a descent on the loss from outputs ``[n, C]``."""
+        f = start.clone().requires_grad_()
         descent = torch.optim.LBFGS(
             [f], max_iter=_INFIMUM_STEPS, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
         )
@@ -270,21 +272,18 @@ class CustomLoss:
             return total
 
         descent.step(closure)
-        return start, f.detach()
+        return f.detach()
 
-    def _check_infimum(self, outputs: Tensor, y: Tensor) -> None:
-        """Raise ValueError unless a descent in the outputs comes close to 0."""
-        start, f = self._descend(outputs, y)
-        first, found = self.value(start, _in_double(y)).sum().item(), self.value(f, _in_double(y))
+    def attained(self, f: Tensor, y: Tensor) -> bool:
+        start, y = f.detach().double() + 1, y[: len(f)]  # the outputs themselves may be optimal
+        y = y.double() if y.is_floating_point() else y
+        end = self._descend(start, y)
+        first, found = self.value(start, y).sum().item(), self.value(end, y)
         if found.sum().item() > _INFIMUM * first or bool((found < -_INFIMUM * abs(first)).any()):
             raise ValueError(
                 f"the infimum of the loss function must be 0, got about {found.min().item():.3g} per sample by descent "
                 "in the outputs: subtract the infimum, which may depend on the target, within the function"
             )
-
-    def attained(self, f: Tensor, y: Tensor) -> bool:
-        y = _in_double(y[: len(f)])
-        start, end = self._descend(f, y)
         return bool((self.deviation(end, y).norm(dim=1) <= _ATTAINED * (end - start).norm(dim=1)).all())
 
     def num_rows(self, num_outputs: int) -> int:

@@ -69,8 +69,7 @@ def _at_chunk(problem: ZeroLossProblem, w: Tensor, part: slice, *, tangent: bool
 
 def _matrix(problem: ZeroLossProblem, f: Tensor, at: JacobianProducts) -> Tensor | None:
     """B ``[M, P]`` of a tiny problem, all products with its transpose at once; None for others, or if vmap cannot."""
-    activations = problem.num_samples * problem.sample_bytes / problem.dtype.itemsize
-    if problem.num_residuals * (activations + problem.num_weights) > _TINY:
+    if problem.num_residuals * (problem.activations + problem.num_weights) > _TINY:
         return None
     N, C = f.shape
     R = problem.output_factor(f, slice(0, N))  # [N, rows, C]
@@ -86,8 +85,8 @@ def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
     """b(w) and B = N^{-1/2} [R_i J_i] at w.
 
     If all samples fit into one chunk, the pass through the network is made once and cached; a product then costs about
-    half a gradient; for tiny problems B is formed. With several chunks the pass is repeated chunk by chunk,
-    which bounds the memory.
+    half a gradient; for tiny problems B is formed. With several chunks the pass is repeated chunk by chunk, which
+    bounds the memory.
 
     Args:
         problem: loss and samples.
@@ -189,8 +188,8 @@ def largest_curvature(
 
     >>> from torch import nn
     >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))
-    >>> largest_curvature(problem, torch.zeros(2, dtype=torch.float64))
-    tensor(2., dtype=torch.float64)
+    >>> round(largest_curvature(problem, torch.zeros(2, dtype=torch.float64)).item(), 9)
+    2.0
     """
     w = w.to(problem.dtype)
     B = linearize(problem, w).operator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
@@ -11,7 +12,7 @@ from torch.func import vmap
 
 from torch_singlim.network import ZeroLossProblem
 
-__all__ = ["batched", "directions_at_once", "for_directions"]
+__all__ = ["batched", "directions_at_once", "for_directions", "mean_at"]
 
 # numbers of all directions at once, activations and weights. One direction takes 8 ms of calls of torch however small
 # the network is; at this limit computing takes as long, and on a CPU twice as many were at most a fifth faster. The
@@ -27,8 +28,7 @@ def directions_at_once(problem: ZeroLossProblem) -> int:
     """
     if problem.batch_size < problem.num_samples:
         return 1
-    activations = problem.num_samples * problem.sample_bytes / problem.dtype.itemsize
-    small = int(_NUMBERS / (activations + problem.num_weights))
+    small = int(_NUMBERS / (problem.activations + problem.num_weights))
     return max(1, min(small, problem.samples_fitting // problem.num_samples))
 
 
@@ -37,7 +37,7 @@ def batched(function: Callable[..., Tensor], *directions: Tensor) -> Tensor:
 
     Args:
         function: of one direction, which may consist of several tensors; it must not communicate with other processes.
-        directions: stacked  ``[k, ...]`` each.
+        *directions: stacked  ``[k, ...]`` each.
 
     Functions that vmap cannot batch, such as a loss with ``.item()`` or a decision that depends on data, are evaluated
     one direction at a time. An error that is not due to vmap is then raised again, by the function itself.
@@ -48,6 +48,17 @@ def batched(function: Callable[..., Tensor], *directions: Tensor) -> Tensor:
         return vmap(function)(*directions)
     except RuntimeError:  # what vmap raises whatever it refuses; also if memory ran out
         return torch.stack([function(*one) for one in zip(*directions, strict=True)])
+
+
+def mean_at(problem: ZeroLossProblem, function: Callable[..., Tensor], *directions: Tensor) -> Tensor:
+    """Mean over samples of a function of samples, at each of k directions  ``[k, ...]``.
+
+    Args:
+        problem: loss and samples.
+        function: a chunk and one direction, of one or more tensors -> the mean over the chunk.
+        *directions: stacked  ``[k, ...]`` each.
+    """
+    return problem.mean(lambda chunk: batched(functools.partial(function, chunk), *directions))
 
 
 def for_directions(

@@ -20,7 +20,7 @@ from torch_singlim.geometry import relaxed_filter
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Covariance, NoiseSystem, parts
-from torch_singlim.theory.directions import batched, directions_at_once, for_directions
+from torch_singlim.theory.directions import directions_at_once, for_directions, mean_at
 from torch_singlim.theory.potential import chunk_gradient, of_chunk, random_direction
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance
 
@@ -41,19 +41,17 @@ def noise_products(
         etas: k draws, each with one eta for each part ``[N, D]`` or ``[D]``; as many at once as memory allows.
     """
 
-    def over(chunk: slice, stacked: tuple[Tensor, ...]) -> Tensor:
-        def one(*eta: Tensor) -> Tensor:
-            own = of_chunk(system, eta, chunk)
+    def one(chunk: slice, *eta: Tensor) -> Tensor:
+        own = of_chunk(system, eta, chunk)
 
-            def at(*etas: Tensor) -> Tensor:
-                return chunk_gradient(system, problem, w, etas, chunk)
+        def at(*etas: Tensor) -> Tensor:
+            return chunk_gradient(system, problem, w, etas, chunk)
 
-            return jvp(at, tuple(map(torch.zeros_like, own)), own)[1]  # type: ignore[return-value]
-
-        return batched(one, *stacked)
+        zeros = tuple(map(torch.zeros_like, own))
+        return jvp(at, zeros, own)[1]  # type: ignore[return-value]  # jvp is typed for any number of outputs
 
     def products(stacked: tuple[Tensor, ...]) -> Tensor:
-        return problem.mean(lambda chunk: over(chunk, stacked))
+        return mean_at(problem, one, *stacked)
 
     rows = list(for_directions(etas, directions_at_once(problem), products))
     return torch.stack(rows) if rows else w.new_zeros(0, w.numel())

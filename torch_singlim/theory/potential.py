@@ -13,7 +13,7 @@ from torch.func import grad, grad_and_value, jvp
 from torch_singlim.linalg import Estimate, VectorEstimate, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import NoiseSystem, noisy_loss, parts, stratified_noise
-from torch_singlim.theory.directions import batched, directions_at_once, for_directions
+from torch_singlim.theory.directions import directions_at_once, for_directions, mean_at
 
 __all__ = [
     "Potential",
@@ -122,14 +122,11 @@ def noisy_gradients(
 ) -> Iterator[Tensor]:
     """grad_w Lhat(w, eta) ``[P]`` for each of several draws of eta, as many at once as memory allows."""
 
-    def over(chunk: slice, stacked: tuple[Tensor, ...]) -> Tensor:
-        def one(*eta: Tensor) -> Tensor:
-            return chunk_gradient(system, problem, w, of_chunk(system, eta, chunk), chunk)
-
-        return batched(one, *stacked)
+    def one(chunk: slice, *eta: Tensor) -> Tensor:
+        return chunk_gradient(system, problem, w, of_chunk(system, eta, chunk), chunk)
 
     def gradients(stacked: tuple[Tensor, ...]) -> Tensor:
-        return problem.mean(lambda chunk: over(chunk, stacked))
+        return mean_at(problem, one, *stacked)
 
     return for_directions(draws, directions_at_once(problem), gradients)
 
@@ -151,7 +148,7 @@ def _chunk_second_order(
     def slope(*etas: Tensor) -> tuple[Tensor, Tensor]:
         return jvp(at, etas, own)[1]  # type: ignore[return-value]  # jvp is typed for any number of outputs
 
-    gradient, value = jvp(slope, zeros, own)[1]  # type: ignore[misc]
+    gradient, value = jvp(slope, zeros, own)[1]  # type: ignore[misc]  # as above
     return torch.cat([gradient, value[None]])
 
 
@@ -192,10 +189,7 @@ def _part_potential(
         return s.expand(_shape(part, problem))
 
     def curvature(stacked: Tensor) -> Tensor:
-        def over(chunk: slice) -> Tensor:
-            return batched(lambda s: _chunk_second_order(part, problem, w, [s], chunk), stacked)
-
-        return 0.5 * problem.mean(over)
+        return 0.5 * mean_at(problem, lambda chunk, s: _chunk_second_order(part, problem, w, [s], chunk), stacked)
 
     laplacian = None
     if scale.numel():

@@ -20,7 +20,7 @@ from torch_singlim.geometry import samples_at_once
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, VectorEstimate, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Covariance
-from torch_singlim.theory.directions import batched, directions_at_once
+from torch_singlim.theory.directions import batched, directions_at_once, mean_at
 from torch_singlim.theory.potential import Potential, traced
 
 __all__ = ["covariance_potential", "ito_drift", "log_pseudo_determinant", "trace"]
@@ -166,19 +166,16 @@ def log_pseudo_determinant(
 def _quadratic_gradients(problem: ZeroLossProblem, w: Tensor, t: Tensor) -> Tensor:
     """grad_w <t, H(w) t> = grad_w (1/N) sum_n (J_n t)^T A_n (J_n t) ``[k, P]`` at k fixed vectors t ``[k, P]``."""
 
-    def over(chunk: slice) -> Tensor:
+    def along(chunk: slice, t: Tensor) -> Tensor:
         x, y = problem.inputs[chunk], problem.targets[chunk]
 
-        def along(t: Tensor) -> Tensor:
-            def quadratic(v: Tensor) -> Tensor:
-                f, Jt, *_ = jvp(lambda u: problem.function(u, x), (v,), (t,))
-                return problem.sample_loss.curvature(f, y, Jt).mean()
+        def quadratic(v: Tensor) -> Tensor:
+            f, Jt, *_ = jvp(lambda u: problem.function(u, x), (v,), (t,))
+            return problem.sample_loss.curvature(f, y, Jt).mean()
 
-            return grad(quadratic)(w)
+        return grad(quadratic)(w)
 
-        return batched(along, t)
-
-    return problem.mean(over)
+    return mean_at(problem, along, t)
 
 
 def covariance_potential(

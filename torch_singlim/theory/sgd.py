@@ -61,7 +61,7 @@ class SGDSettings:
         Source: J. Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability, 2021,
         appendix B, for d = 0.
 
-        >>> SGDSettings(lr=0.1, momentum=0.9).largest_stable_curvature
+        >>> round(SGDSettings(lr=0.1, momentum=0.9).largest_stable_curvature, 9)
         38.0
         """
         mu = self.momentum

@@ -179,15 +179,20 @@ class _Search:
         target = max(_AIM * self.allowed, _REDUCTION * loss)
         self.mu *= min(max((target / loss) ** (1 / self.slope), 1 / _LARGEST), _LARGEST)
 
-    def start_at(self, d: Tensor, loss: float) -> None:
-        """Take the mu for which a displacement is closest to stationary: -grad L(w + d) = mu d."""
-        self.spent += 1
-        mu = -torch.dot(self.problem.gradient(self.w + d), d).item() / torch.dot(d, d).item()
-        self.mu = mu if mu > 0 else 2 * loss / torch.dot(d, d).item()
+    def run(self, d: Tensor, rtol: float, *, given: bool) -> None:
+        """Improve a displacement until that costs too much, or no longer shortens it.
 
-    def run(self, d: Tensor, rtol: float) -> None:
-        """Improve a displacement until that costs too much, or no longer shortens it."""
+        Args:
+            d: the displacement.
+            rtol: see `level_distance`.
+            given: whether it is not that of the linear model. Then mu is the one for which it is closest to stationary,
+                -grad L(w + d) = mu d.
+        """
         loss, gradient = self.loss_and_gradient(d)
+        if given:
+            square = torch.dot(d, d).item()
+            mu = -torch.dot(gradient, d).item() / square
+            self.mu = mu if mu > 0 else 2 * loss / square
         length, steps, mark = math.inf, 0, loss  # when mu was changed, or patience ended, last
         round_ends, lowest = self.spent + _ROUND, self.lowest
         while self.spent < self.max_gradients and loss > 0:
@@ -265,15 +270,14 @@ def level_distance(
     fast = problem.at_precision(torch.float32)
     allowed = (1 - _MARGIN) * level * total
     search = _Search(fast, w.to(fast.dtype), total, allowed, max_gradients)
-    d, loss = search.first()
+    (d, loss), known = search.first(), None
     if start is not None:
         known = start.to(fast.dtype) - search.w
         value = search.loss(known)
         if known.any() and (value < loss if loss > allowed else search.best is known):
-            d, loss = known, value
-            search.start_at(d, loss)
-    if math.isfinite(search.mu):
-        search.run(d, rtol)
+            d = known
+    if math.isfinite(search.mu) or d is known:
+        search.run(d, rtol, given=d is known)
     u = (search.best if search.length < math.inf else search.deepest).to(w.dtype)
     exact = problem.at_precision(torch.float64)
     total = exact.loss(w.to(exact.dtype)).item()

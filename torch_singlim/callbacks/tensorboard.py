@@ -205,8 +205,9 @@ def draw(trainer: Trainer, name: str, engine: Engine, sgd: SGDSettings | None, s
     """Write the figures of the monitor with this name; every process takes part in computing what they show."""
     seen = engine.last_distance
     spectrum = None if seen is None else Spectrum.of(seen, sgd, engine.options.relaxed_after)
+    layers = by_layer(engine, space)
     for writer in writers(trainer):
-        for title, figure in figures(engine.history, engine.windows.last, spectrum, by_layer(engine, space)).items():
+        for title, figure in figures(engine.history, engine.windows.last, spectrum, layers).items():
             writer.add_figure(f"{name}/figures/{title}", figure, trainer.global_step)
 
 

@@ -120,11 +120,12 @@ class DualSolver:
             self.rank = dense.rank
             return lambda r: dense.gram_function(torch.reciprocal, r)
         self.factored = False
-        steps, cutoff = (
-            {"rtol": self.direct_rtol, "max_steps": self.krylov_steps},
-            gram_cutoff(B.shape[0], at.residual.dtype),
+        cutoff = gram_cutoff(B.shape[0], at.residual.dtype)
+        return lambda r: (
+            krylov_solve(
+                B.gram_product, r, rtol=self.direct_rtol, max_steps=self.krylov_steps, cutoff=cutoff, held=B.held
+            ).x
         )
-        return lambda r: krylov_solve(B.gram_product, r, cutoff=cutoff, held=B.held, **steps).x
 
 
 class ConstrainedModel:

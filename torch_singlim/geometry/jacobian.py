@@ -44,7 +44,7 @@ class JacobianProducts:
     def _transpose(self) -> Callable[[Tensor], tuple[Tensor]] | None:
         if self._tangent:
             return None
-        return func.vjp(self.vjp, torch.zeros_like(self.outputs))[1]  # type: ignore[return-value]
+        return func.vjp(self.vjp, torch.zeros_like(self.outputs))[1]  # type: ignore[return-value]  # as above
 
     @property
     def outputs(self) -> Tensor:

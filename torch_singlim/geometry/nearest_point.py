@@ -112,8 +112,7 @@ class _Search:
         self.first = math.inf  # curvature of the modes that resist the step at w
         self.first_rank = problem.num_residuals
         self.negative = False
-        self.eps = torch.finfo(w.dtype).eps
-        self.rounding = 100 * self.eps
+        self.rounding = 100 * torch.finfo(w.dtype).eps
 
     def feasible(self, size: float) -> bool:
         """Whether |b| is small enough, or at the level of rounding errors."""

@@ -190,8 +190,7 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int) -> dict[str, f
 
     "loss": the excess loss. "half", "tenth", "hundredth": the distance to this level of it. "stability": the largest
     eigenvalue. "check": the check of the derivatives. "distance": the nearest point and the relaxed part. "limit": the
-    same with the limit's prediction.
-    "figures": those for TensorBoard.
+    same with the limit's prediction. "figures": those for TensorBoard.
 
     Args:
         problem: loss and samples.

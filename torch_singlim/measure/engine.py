@@ -80,7 +80,7 @@ class Engine:
         self.options, self.schedule, self.budget, self.generator = options, schedule, budget, generator
         self.noise: NoiseSystem = training.noise
         self.reasons: list[Reason] = list(training.reasons)
-        """Why something was not measured or predicted, in this order."""
+        """Why something was not measured or predicted, the oldest reason first."""
         self.history: dict[int, dict[str, float]] = {}
         """What was measured: step -> tag -> value."""
         self.last_distance: DistanceMeasurement | None = None

@@ -68,7 +68,11 @@ class Levels:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], like: Tensor | None) -> Levels:
-        """The levels with this state, on the device of `like`  ``[P]``.
+        """The levels with this state.
+
+        Args:
+            state: as `state_dict` gives it.
+            like: weights of the network, on its device  ``[P]``; None: there is no problem, and nothing is kept.
 
         Raises:
             ValueError: points of another network.

@@ -99,12 +99,12 @@ def time_scales_figure(history: History) -> Figure:
     """
     figure, (fall, drift) = _panels(2)
     lines = [
-        (tags.EXCESS_LOSS, _CEILING, ".", "excess loss [loss]"),
-        (tags.HALF, _MEASURED, "v", "distance to half of it [norm]"),
-        (tags.TENTH, _MEASURED, "1", "distance to a tenth [norm]"),
-        (tags.NEAREST, _MEASURED, "s", "nearest point [norm]"),
-        (tags.RELAXED, _LIMIT, "o", "relaxed part [norm]"),
-        (tags.RELAXED_EXPECTED, _THEORY, "^", "the same, expected [norm]"),
+        (tags.EXCESS_LOSS, _CEILING, ".", "excess loss"),
+        (tags.HALF, _MEASURED, "v", "distance to half of it"),
+        (tags.TENTH, _MEASURED, "1", "distance to a tenth"),
+        (tags.NEAREST, _MEASURED, "s", "nearest point"),
+        (tags.RELAXED, _LIMIT, "o", "relaxed part"),
+        (tags.RELAXED_EXPECTED, _THEORY, "^", "the same, expected"),
     ]
     for tag, color, marker, label in lines:
         steps, values = _series(history, tag)
@@ -113,7 +113,7 @@ def time_scales_figure(history: History) -> Figure:
     fall.set(xscale="log", yscale="log", xlabel="optimizer steps", title="Excess loss and distances")
     fall.set_ylabel("loss, or weight norm")
     if fall.lines:
-        fall.legend()
+        fall.legend(loc="lower left")
     if not tags.windows(history):
         _empty(drift, "the drift was not measured")
         return figure

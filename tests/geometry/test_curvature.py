@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from tests.problems import DTYPE, NAMES, displaced, make
-from torch_singlim import ZeroLossProblem, linearize
+from torch_singlim import ZeroLossProblem, gauss_newton, linearize
 from torch_singlim.geometry import JacobianProducts, curvature, largest_curvature
 
 
@@ -43,6 +44,23 @@ def test_products_match_dense_matrices(name, on_gamma, way, monkeypatch):
         torch.testing.assert_close(B.T @ B, hessian, atol=1e-10, rtol=1e-8)
         assert torch.linalg.vector_norm(at.residual) < 1e-14
     assert not at.operator.rmatvec(torch.zeros(problem.num_residuals, dtype=DTYPE)).any()
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9, 0.0])
+def test_the_factor_tells_a_small_eigenvalue_from_a_zero(smallest):
+    """Inputs along one more direction, with this share of the others' variance; single precision cannot tell."""
+    x = torch.eye(40, dtype=torch.float64)
+    x[-1] = x[:-1].sum(0) / 6.3 + smallest**0.5 * x[-1]
+    problem = ZeroLossProblem(nn.Linear(40, 1, bias=False), "mse", x, torch.zeros(40, 1), dtype=torch.float64)
+    at = linearize(problem, problem.weights())
+    K, factor = at.gram(), at.factor()
+    torch.testing.assert_close(at.gram(dtype=torch.float32).double(), K, rtol=1e-6, atol=1e-7)
+    assert torch.linalg.matrix_rank(K) == (39 if smallest == 0 else 40)
+    assert (factor is None) == (smallest == 0)
+    if factor is not None:
+        assert factor.lower.dtype == torch.float32 or smallest < 1e-6
+        found = gauss_newton(problem, problem.weights(), at=at, max_dense=0, factor=factor).solve(K[0])
+        torch.testing.assert_close(found, torch.eye(40, dtype=torch.float64)[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["two_layers", "cross_entropy"])

@@ -44,6 +44,27 @@ def test_nearest_point_is_on_gamma_and_stationary(name, way):
     check(dense, problem, w, nearest)
 
 
+@pytest.mark.parametrize(("name", "max_dense"), [("two_layers", 4096), ("many_outputs", 4096), ("many_outputs", 0)])
+def test_a_search_that_begins_at_the_nearest_point_of_weights_nearby(name, max_dense):
+    dense, point = make(name)
+    count = len(dense.inputs)
+    problem = ZeroLossProblem(dense.net, dense.loss, dense.inputs, dense.targets, batch_size=count)
+    w = displaced(point, 0.02)
+    start = nearest_point(problem, displaced(point, 0.018), rtol=1e-9, max_steps=60).point
+    cold, warm = (
+        nearest_point(problem, w, rtol=1e-3, max_steps=60, max_dense=max_dense, start=s) for s in (None, start)
+    )
+    exact = nearest_point(problem, w, rtol=1e-9, max_steps=60).distance
+    assert warm.status is Result.SUCCESSFUL
+    assert warm.distance == pytest.approx(exact, abs=2 * warm.error + 1e-12)
+    assert warm.steps <= cold.steps
+    assert warm.linearised is None
+    # exact to begin with: nothing is left to do
+    again = nearest_point(problem, w, rtol=1e-3, start=nearest_point(problem, w, rtol=1e-9, max_steps=60).point)
+    assert (again.steps, again.status) == (1, Result.SUCCESSFUL)
+    assert again.distance == pytest.approx(exact, rel=1e-6)
+
+
 @pytest.mark.parametrize("memory", [None, 0])
 def test_where_a_factor_is_cheap_and_where_it_does_not_fit_into_memory(memory):
     dense, point = make("many_outputs")

@@ -12,6 +12,7 @@ from torch_singlim.linalg import (
     KrylovFactored,
     LinearOperator,
     Result,
+    cholesky,
     gram_cutoff,
     krylov_solve,
 )
@@ -36,7 +37,7 @@ def factored(B: torch.Tensor, way: str):
         return DenseFactored.from_gram(operator, B @ B.T)
     lanczos = (operator, B[0], 1e-12, 50, gram_cutoff(len(B), DTYPE))
     if way == "cholesky":
-        return CholeskyFactored(*lanczos, factor=torch.linalg.cholesky(B @ B.T))
+        return CholeskyFactored(*lanczos, factor=cholesky(B @ B.T))
     return KrylovFactored(*lanczos)
 
 
@@ -72,6 +73,32 @@ def test_spectrum_and_functions(kind, way):
     if H.inverse is not None:
         torch.testing.assert_close(H.inverse(u), torch.linalg.inv(B @ B.T) @ u, rtol=0, atol=1e-9)
     assert (H.inverse is None) == (kind != "full" or way == "krylov")
+
+
+def test_a_factor_in_single_precision_is_refined():
+    generator = torch.Generator().manual_seed(4)
+    Q = torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=DTYPE)).Q
+    values = torch.logspace(0, -5, 60, dtype=DTYPE)
+    B = torch.cat([Q * values.sqrt(), torch.zeros(60, 40, dtype=DTYPE)], 1)
+    K, u, v = B @ B.T, torch.randn(60, generator=generator, dtype=DTYPE), torch.ones(100, dtype=DTYPE)
+    factor = cholesky(K.float())
+    H = CholeskyFactored(LinearOperator.from_matrix(B), v, 1e-3, 50, gram_cutoff(60, DTYPE), factor=factor)
+    truth = torch.linalg.inv(K) @ u
+    assert torch.linalg.vector_norm(factor.solve(u) - truth) > 1e-5 * torch.linalg.vector_norm(truth)
+    torch.testing.assert_close(H.solve(u), truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(H.pseudo_inverse(u), torch.linalg.pinv(B) @ u, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(H.project_kernel(v), v - torch.linalg.pinv(B) @ (B @ v), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DTYPE])
+def test_no_factor_without_full_rank(dtype):
+    """Pivots alone do not tell: where the leading block is ill-conditioned, the last one is large by rounding."""
+    generator = torch.Generator().manual_seed(4)
+    for trial in range(20):
+        B = torch.randn(300, 299 if trial % 2 else 150, generator=generator, dtype=dtype)
+        assert cholesky(B @ B.T) is None
+    B = torch.randn(300, 600, generator=generator, dtype=dtype)
+    assert cholesky(B @ B.T) is not None
 
 
 @pytest.mark.parametrize(("kind", "way"), GRID)

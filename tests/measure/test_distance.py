@@ -1,9 +1,10 @@
 """The distance measurement: what is measured at the weights, and what at the iterate."""
 
+import pytest
 import torch
 
 from tests.problems import displaced, make
-from torch_singlim import AntiCorrelated, Dropout, SGDSettings, Snapshot, measure_distance
+from torch_singlim import AntiCorrelated, Dropout, SGDSettings, Snapshot, ZeroLossProblem, measure_distance
 from torch_singlim.measure.distance import compare_expansion
 from torch_singlim.theory import averaged_gradient, potential
 
@@ -28,6 +29,31 @@ def test_a_transient_perturbation_does_not_drift():
     truth = compare_expansion(averaged, expanded)
     torch.testing.assert_close(found.expansion.cosine, truth.cosine)
     torch.testing.assert_close(found.expansion.ratio, truth.ratio)
+
+
+def test_where_many_residuals_are_factored_the_search_begins_at_the_last_point():
+    """Many residuals: here, above max_dense. The factor of the last step serves the projections, too."""
+    dense, point = make("many_outputs")
+    problem = ZeroLossProblem(dense.net, dense.loss, dense.inputs, dense.targets, batch_size=len(dense.inputs))
+    before, w, sgd = displaced(point, 0.018), displaced(point, 0.02), SGDSettings(lr=0.05)
+    start = measure_distance(problem, Snapshot(5, before), max_dense=0).nearest.point.float()
+    exact = measure_distance(problem, Snapshot(5, w, sgd=sgd), noise=Dropout(), num_draws=1000)
+    assert exact.nearest.linearised_distance is not None
+    found = measure_distance(
+        problem, Snapshot(5, w, sgd=sgd), noise=Dropout(), num_draws=1000, max_dense=0, start=start
+    )
+    assert (found.nearest.steps, found.nearest.linearised_distance) == (1, None)
+    assert found.nearest.factor is found.tangent.hessian.factor
+    assert found.nearest.distance == pytest.approx(
+        exact.nearest.distance, abs=found.nearest.error + exact.nearest.error
+    )
+    assert found.relaxed.measured == pytest.approx(exact.relaxed.measured, rel=0.03)
+    torch.testing.assert_close(
+        found.limit.drift, exact.limit.drift, rtol=0, atol=0.02 * exact.limit.drift.norm().item()
+    )
+    # what is decomposed is cheap: the search begins at w
+    whole = measure_distance(problem, Snapshot(5, w, sgd=sgd), start=start)
+    assert whole.nearest.point.equal(exact.nearest.point)
 
 
 def test_the_geometry_needs_no_noise_and_the_relaxed_part_a_step_size():

@@ -14,6 +14,7 @@ from torch.func import grad, jvp, vmap
 from torch_singlim.geometry.gram import MAX_DENSE, Way, gram_matrix, worth_factoring
 from torch_singlim.geometry.jacobian import JacobianProducts
 from torch_singlim.linalg import (
+    CholeskyFactor,
     CholeskyFactored,
     DenseFactored,
     FactoredOperator,
@@ -45,7 +46,7 @@ class Linearization:
             here is B exactly (for a loss given as a function, up to terms of the size of b).
         second: u -> the product v -> sum_i u_i D^2 b_i v  ``[P]`` of the second derivatives, in the same metric.
         newton: returns c ``[M]`` with B^T c = grad L, the gradient in the coordinates of the residual; c = b for mse.
-        gram: forms K = B B^T ``[M, M]``; optionally by a given method of `gram_matrix`.
+        gram: forms K = B B^T ``[M, M]``; optionally by a given method of `gram_matrix`, or in another precision.
         cheap_gram: whether forming and factoring K takes seconds only.
     """
 
@@ -61,6 +62,11 @@ class Linearization:
     def residual(self) -> Tensor:
         """b ``[M]``."""
         return self.compute_residual()
+
+    def factor(self) -> CholeskyFactor | None:
+        """The Cholesky factor of K in single precision, or in full if that fails; None if K is rank-deficient."""
+        product, dtype = self.operator.gram_product, self.residual.dtype
+        return cholesky(self.gram(dtype=torch.float32), product=product, dtype=dtype) or cholesky(self.gram())
 
 
 def _at_chunk(problem: ZeroLossProblem, w: Tensor, part: slice, *, tangent: bool) -> JacobianProducts:
@@ -145,7 +151,9 @@ def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
     def second(u: Tensor) -> Callable[[Tensor], Tensor]:
         return _second(problem, w, scale * problem.sample_loss.unwhiten(f, problem.targets, u.reshape(N, -1)))
 
-    def gram(way: Way | None = None) -> Tensor:
+    def gram(way: Way | None = None, dtype: torch.dtype = problem.dtype) -> Tensor:
+        if dtype != problem.dtype:
+            return linearize(problem.at_precision(dtype), w.to(dtype)).gram(way)
         return B @ B.T if B is not None and way is None else gram_matrix(problem, w, f, batched, way=way)
 
     return Linearization(operator, residual, residual_at, second, newton, gram, worth_factoring(problem))
@@ -209,6 +217,8 @@ def gauss_newton(
     max_dense: int = MAX_DENSE,
     rtol: float = 1e-6,
     max_steps: int = 300,
+    projections: bool = True,
+    factor: CholeskyFactor | None = None,
 ) -> FactoredOperator:
     """H = B^T B at w, for projections and matrix functions.
 
@@ -220,6 +230,8 @@ def gauss_newton(
             projections use the Cholesky factor of K if K is cheap to form.
         rtol: relative accuracy of each matrix function by Lanczos.
         max_steps: maximum number of products with K for each of these.
+        projections: whether projections are going to be made; else no Cholesky factor is computed.
+        factor: that of a K at weights nearby, which is refined by products instead of computing another one.
 
     >>> from torch import nn
     >>> problem = ZeroLossProblem(nn.Linear(2, 1, bias=False), "mse", torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))
@@ -230,5 +242,6 @@ def gauss_newton(
     if problem.num_residuals <= max_dense:
         return DenseFactored.from_gram(at.operator, at.gram())
     lanczos = (at.operator, w, rtol, max_steps, gram_cutoff(problem.num_residuals, problem.dtype))
-    factor = cholesky(at.gram()) if at.cheap_gram else None
+    if factor is None and projections and at.cheap_gram:
+        factor = at.factor()
     return KrylovFactored(*lanczos) if factor is None else CholeskyFactored(*lanczos, factor=factor)

@@ -120,12 +120,21 @@ def _from_layers(problem: ZeroLossProblem, w: Tensor, f: Tensor) -> Tensor:
         G = group.all_gather(G.view(own.stop - own.start, -1), N).view(N * rows, -1)
         for i in range(own.start, own.stop, width):
             last = min(i + width, own.stop)
-            at = slice(i * rows, last * rows)
-            block = G[at] @ G.T  # [n rows, M]
-            inner = call.weight_rate * (A[i:last] @ A.T) if call.weight else block.new_zeros(1, 1)
+            at, lower = slice(i * rows, last * rows), slice(0, last * rows)
+            block = G[at] @ G[lower].T  # the columns up to the diagonal  [n rows, <= M]
+            inner = call.weight_rate * (A[i:last] @ A[:last].T) if call.weight else block.new_zeros(1, 1)
             inner = inner + call.bias_rate
-            K[at] += block.view(-1, rows, N, rows).mul_(inner[:, None, :, None]).view_as(block)
-    return group.all_reduce(K) / N
+            K[at, lower] += block.view(-1, rows, last, rows).mul_(inner[:, None, :, None]).view_as(block)
+    return _mirrored(group.all_reduce(K).div_(N))
+
+
+def _mirrored(K: Tensor) -> Tensor:
+    """K with the transpose of its lower triangle as its upper one, in place."""
+    for i in range(0, len(K), _BLOCK):
+        j = i + _BLOCK
+        K[i:j, i:j] = K[i:j, i:j].tril() + K[i:j, i:j].tril(-1).T
+        K[i:j, j:] = K[j:, i:j].T
+    return K
 
 
 def _rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, part: slice) -> Tensor:

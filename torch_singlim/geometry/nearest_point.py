@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_singlim.geometry.constrained_model import ConstrainedModel, DualSolver
 from torch_singlim.geometry.curvature import Linearization, linearize
 from torch_singlim.geometry.gram import MAX_DENSE
-from torch_singlim.linalg import FactoredOperator, Result, TrustRegionStep, trust_region_step
+from torch_singlim.linalg import CholeskyFactor, FactoredOperator, Result, TrustRegionStep, trust_region_step
 from torch_singlim.network.problem import ZeroLossProblem
 
 __all__ = ["NearestPoint", "nearest_point"]
@@ -62,20 +62,23 @@ class NearestPoint:
         error: estimated error of the distance, in the same units; inf if it is unknown, as after a single step. It is
             that of this local minimum: another part of Gamma may be closer.
         linearised: B^+ b, the displacement from Gamma by the linearisation at w alone ``[P]``; correct to first order.
+            None if the search did not begin at w.
         status: how the search ended; successful: the error is below the given tolerance.
         residual: |b(point)|, about the square root of twice the remaining excess loss.
         steps: number of linearisations.
         products: number of products with B, its transpose or second derivatives of b; each costs one to two gradients.
+        factor: that of K at a point one normal step away, where the search ended with such a step; else None.
     """
 
     point: Tensor = field(repr=False)
     distance: float
     error: float
-    linearised: Tensor = field(repr=False)
+    linearised: Tensor | None = field(repr=False)
     status: Result
     residual: float
     steps: int
     products: int
+    factor: CholeskyFactor | None = field(default=None, repr=False)
 
     @property
     def converged(self) -> bool:
@@ -83,9 +86,9 @@ class NearestPoint:
         return self.status is Result.SUCCESSFUL
 
     @property
-    def linearised_distance(self) -> float:
-        """|B^+ b|, in units of the weights' norm."""
-        return torch.linalg.vector_norm(self.linearised).item()
+    def linearised_distance(self) -> float | None:
+        """|B^+ b|, in units of the weights' norm; None if the search did not begin at w."""
+        return None if self.linearised is None else _norm(self.linearised)
 
 
 def _norm(v: Tensor) -> float:
@@ -99,15 +102,22 @@ class _Search:
         problem: the loss and its samples.
         w: weights  ``[P]``.
         initial: |b(w)|.
+        start: the first v, see `nearest_point`.
         solve: solves with K.
         rtol: see `nearest_point`.
     """
 
-    def __init__(self, problem: ZeroLossProblem, w: Tensor, initial: float, solve: DualSolver, rtol: float) -> None:
+    def __init__(
+        self, problem: ZeroLossProblem, w: Tensor, initial: float, start: Tensor | None, solve: DualSolver, rtol: float
+    ) -> None:
         self.problem, self.w, self.initial, self.solve, self.rtol = problem, w, initial, solve, rtol
         self.v, self.residual, self.error, self.radius = w, initial, math.inf, math.inf
-        self.moved, self.easy, self.successful = math.inf, True, False
-        self.linearised, self.dual = torch.zeros_like(w), None  # B^+ b and K^+ b at w
+        self.moved, self.easy, self.successful = math.inf, start is None, False
+        self.linearised: Tensor | None = None  # B^+ b at w
+        self.dual: Tensor | None = None  # K^+ b at w
+        self.length = 0.0  # |b(w)| as a length
+        if start is not None:
+            self.v, self.residual, self.length = start, _norm(problem.residual(start)), _norm(start - w)
         self.model: ConstrainedModel | None = None  # the last one
         self.first = math.inf  # curvature of the modes that resist the step at w
         self.first_rank = problem.num_residuals
@@ -124,7 +134,7 @@ class _Search:
         dual = self.solve(at, at.operator.matvec(away) - at.residual)
         shift = at.operator.rmatvec(dual)
         if self.dual is None:
-            self.dual, self.linearised = -dual, -shift
+            self.dual, self.linearised, self.length = -dual, -shift, _norm(shift)
         target = self.w + shift
         residual, moved = _norm(self.problem.residual(target)), _norm(target - self.v)
         size, distance = _norm(target), _norm(shift)
@@ -135,7 +145,7 @@ class _Search:
         # shrinks like the steps, or, before there is a second one, like the turn of the tangent space, which |b| tells
         share = min(1.0, residual / self.residual) if self.residual > 0 else 0.0
         rate = max(moved / self.moved, 2 * share)
-        normal = min(moved * share, _SOFT * residual / self.initial * _norm(self.linearised))
+        normal = min(moved * share, _SOFT * residual / self.initial * self.length)
         self.error = normal + (rate * moved) ** 2 / max(distance, moved)
         self.v, self.residual, self.moved = target, residual, moved
         stationary = moved <= max(self.rtol * distance, self.rounding * size)
@@ -204,7 +214,7 @@ class _Search:
         at = model.at
         if not self.solve.factored:
             rest = at.residual_at(v)
-            return v, rest, _norm(rest - goal) / self.initial * _norm(self.linearised)
+            return v, rest, _norm(rest - goal) / self.initial * self.length
         v = v - model.shortest(at.residual_at(v) - goal)
         rest = at.residual_at(v)
         return v, rest, _norm(model.shortest(rest - goal))
@@ -224,7 +234,8 @@ class _Search:
         if self.model is None:  # Gauss-Newton steps alone
             return Result.SUCCESSFUL if self.successful else Result.MAX_STEPS
         model = self.model
-        lost = self.solve.rank < self.first_rank or model.rayleigh(model.multiplier) < _SINGULAR * self.first
+        soft = self.first < math.inf and model.rayleigh(model.multiplier) < _SINGULAR * self.first
+        lost = self.solve.rank < self.first_rank or soft
         if lost or (self.residual > self.rounding and model.unreachable > _UNREACHABLE):
             self.error = math.inf
             return Result.SINGULAR
@@ -247,6 +258,7 @@ def nearest_point(
     max_steps: int = 20,
     max_dense: int = MAX_DENSE,
     krylov_steps: int = 500,
+    start: Tensor | None = None,
     at: Linearization | None = None,
     hessian: FactoredOperator | None = None,
 ) -> NearestPoint:
@@ -279,6 +291,8 @@ def nearest_point(
         max_dense: B B^T is formed and factored up to this many residuals, and above if that is cheap; as long as its
             factor is a good preconditioner of the later ones, only once. Else Lanczos is used.
         krylov_steps: maximum number of products for each solve if Lanczos is used.
+        start: a point near Gamma to begin at  ``[P]``, such as the nearest point of weights nearby: one step may then
+            be enough, but the search stays near it. Default: w.
         at: ``linearize(problem, w)``, if it was computed already.
         hessian: ``gauss_newton(problem, w)``, if it was computed already; K then need not be formed at w.
 
@@ -306,18 +320,21 @@ def nearest_point(
         problem,
         at,
         hessian,
-        rtol=max(min(0.1 * rtol, _PROJECTION), 1e4 * eps),  # on a wide spectrum, these may not get below 1e4 eps
+        # the error estimate takes the square of these; on a wide spectrum, they may not get below 1e4 eps
+        rtol=max(min(0.1 * rtol, rtol**2 / 20, _PROJECTION), 1e4 * eps),
         direct_rtol=min(0.1 * rtol, _PROJECTION),
         max_dense=max_dense,
         krylov_steps=krylov_steps,
     )
-    search, steps, stalled = _Search(problem, w, initial, solve, rtol), 0, False
+    search, steps, stalled = _Search(problem, w, initial, start, solve, rtol), 0, False
+    at = at if start is None else linearize(problem, start)
     while not (search.successful or stalled) and steps < max_steps:
         at = solve.counted(linearize(problem, search.v) if steps else at)
         steps += 1
         search.easy = search.easy and search.gauss_newton(at)
         stalled = not search.easy and not search.newton(at)
     status, distance = search.status(stalled), _norm(search.v - w)
+    factor = solve.factor if search.successful else None
     return NearestPoint(
-        search.v, distance, search.error, search.linearised, status, search.residual, steps, solve.products
+        search.v, distance, search.error, search.linearised, status, search.residual, steps, solve.products, factor
     )

@@ -34,9 +34,17 @@ def relaxed_filter(eigenvalues: Tensor, level: float) -> Tensor:
     return 1 / (1 + (level / eigenvalues) ** 4)
 
 
-def relaxed_part(hessian: FactoredOperator, v: Tensor, level: float) -> Tensor:
-    """f(H) v  ``[P]``, the part of v along the relaxed modes of H, where f is the `relaxed_filter`."""
-    return hessian.normal_function(lambda values: relaxed_filter(values, level), v)
+def relaxed_part(hessian: FactoredOperator, residual: Tensor, level: float) -> Tensor:
+    """f(H) B^+ b  ``[P]``, the part of the linearised displacement along the relaxed modes of H; f: `relaxed_filter`.
+
+    Args:
+        hessian: H = B^T B.
+        residual: b  ``[M]``.
+        level: see `relaxation_level`.
+    """
+    return hessian.operator.rmatvec(
+        hessian.gram_function(lambda values: relaxed_filter(values, level) / values, residual)
+    )
 
 
 def num_modes(hessian: FactoredOperator) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torch_singlim.geometry.curvature import gauss_newton
 from torch_singlim.geometry.gram import MAX_DENSE
-from torch_singlim.linalg import FactoredOperator
+from torch_singlim.linalg import CholeskyFactor, FactoredOperator
 from torch_singlim.network.problem import ZeroLossProblem
 
 __all__ = ["TangentSpace", "tangent_space"]
@@ -54,7 +54,13 @@ class TangentSpace:
 
 
 def tangent_space(
-    problem: ZeroLossProblem, w: Tensor, *, max_dense: int = MAX_DENSE, rtol: float = 1e-6, max_steps: int = 300
+    problem: ZeroLossProblem,
+    w: Tensor,
+    *,
+    max_dense: int = MAX_DENSE,
+    rtol: float = 1e-6,
+    max_steps: int = 300,
+    factor: CholeskyFactor | None = None,
 ) -> TangentSpace:
     """The tangent space of Gamma at w, the kernel of the Gauss-Newton matrix; w is assumed to be on Gamma.
 
@@ -64,6 +70,7 @@ def tangent_space(
         max_dense: up to this many residuals everything is exact (one eigendecomposition of an M x M matrix).
         rtol: relative accuracy of each projection above that number.
         max_steps: maximum number of products per projection above that number.
+        factor: of K at a point nearby, if there is one, see `gauss_newton`.
 
     Raises:
         ValueError: a loss that never reaches its infimum: there is no zero-loss set.
@@ -76,4 +83,4 @@ def tangent_space(
     (1, 2.0, tensor([0., 1.], dtype=torch.float64))
     """
     problem.check_attained()
-    return TangentSpace(gauss_newton(problem, w, max_dense=max_dense, rtol=rtol, max_steps=max_steps))
+    return TangentSpace(gauss_newton(problem, w, max_dense=max_dense, rtol=rtol, max_steps=max_steps, factor=factor))

@@ -1,5 +1,6 @@
 """Numerical linear algebra on plain tensors, independent of networks."""
 
+from torch_singlim.linalg.cholesky import CholeskyFactor, cholesky, gram_cutoff
 from torch_singlim.linalg.estimate import Estimate, VectorEstimate, rademacher
 from torch_singlim.linalg.exponential import LinearDescent, descent_norm, linear_descent, phi1, phi2
 from torch_singlim.linalg.factored import (
@@ -7,8 +8,6 @@ from torch_singlim.linalg.factored import (
     DenseFactored,
     FactoredOperator,
     KrylovFactored,
-    cholesky,
-    gram_cutoff,
 )
 from torch_singlim.linalg.krylov import (
     KrylovBasis,
@@ -32,6 +31,7 @@ __all__ = [
     "CholeskyFactored",
     "KrylovFactored",
     "cholesky",
+    "CholeskyFactor",
     "gram_cutoff",
     # Lanczos
     "lanczos",

@@ -37,9 +37,9 @@ class LinearOperator:
 
     @property
     def held(self) -> int:
-        """How many Krylov vectors ``[m]`` take the memory of four vectors ``[n]``, or of 10^6 numbers; at least 2."""
+        """How many Krylov vectors ``[m]`` take the memory of four vectors ``[n]``, or of 32 MB; at least 2."""
         m, n = self.shape
-        return max(2, max(4 * n, 10**6) // max(m, 1))
+        return max(2, max(4 * n, 4 * 10**6) // max(m, 1))
 
     def gram_product(self, u: Tensor) -> Tensor:
         """K u with K = B B^T.  u ``[m]`` -> ``[m]``."""

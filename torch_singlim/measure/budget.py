@@ -205,8 +205,9 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int) -> dict[str, f
     exact = M <= MAX_DENSE
     decompositions = 0.0
     if exact or worth_factoring(problem):
-        # for the modes at w, for those at the nearest point, and for the search, once or at every step
-        times, each = (3, _EIGENVECTORS) if exact else (8, _FACTOR)
+        # for the modes at w, for those at the nearest point, and for the search; or, of factors, about seven in single
+        # precision, each in half of the time
+        times, each = (3, _EIGENVECTORS) if exact else (3.5, _FACTOR)
         decompositions = times * (gram_flops(problem) + each * float(M) ** 3) / _rate(problem)
     distance = decompositions + _LANCZOS * gradient
     return {

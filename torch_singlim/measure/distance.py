@@ -20,7 +20,7 @@ from torch_singlim.geometry import (
     relaxed_part,
     tangent_space,
 )
-from torch_singlim.linalg import FactoredOperator, VectorEstimate
+from torch_singlim.linalg import CholeskyFactor, FactoredOperator, VectorEstimate
 from torch_singlim.measure.agreement import compare
 from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.measure.snapshot import Snapshot
@@ -35,6 +35,7 @@ from torch_singlim.theory import (
     gradient_noise,
     has_effective_flow,
     potential,
+    sampled_potential,
     singular_limit,
 )
 
@@ -52,6 +53,8 @@ __all__ = [
 _NEAREST = 0.14
 # maximum number of linearisations; of 40 states along six trainings, 39 took 5 to 18
 _NEAREST_STEPS = 20
+# random vectors for the expected variance where H is not decomposed: each averages over thousands of residuals
+_FORMS = 2
 
 
 @dataclass(frozen=True)
@@ -170,9 +173,11 @@ class DistanceMeasurement:
         return Code.EXPANSION_FAILS(step=self.step, cosine=cosine, ratio=self.expansion.ratio)
 
 
-def tangent_at(problem: ZeroLossProblem, point: Tensor, *, max_dense: int = MAX_DENSE) -> TangentSpace:
+def tangent_at(
+    problem: ZeroLossProblem, point: Tensor, *, max_dense: int = MAX_DENSE, factor: CholeskyFactor | None = None
+) -> TangentSpace:
     """The tangent space of Gamma at one of its points, with the accuracy that a measurement needs."""
-    return tangent_space(problem, point, max_dense=max_dense, rtol=1e-3, max_steps=100)
+    return tangent_space(problem, point, max_dense=max_dense, rtol=1e-3, max_steps=100, factor=factor)
 
 
 def _noise_gradient(
@@ -181,13 +186,15 @@ def _noise_gradient(
     noise: NoiseSystem,
     sgd: SGDSettings,
     *,
+    sampled: bool,
     num_draws: int,
     generator: torch.Generator | None,
 ) -> tuple[VectorEstimate, Expansion | None]:
     """The noise's average gradient at w ``[P]``, and at order 1 how well its second-order expansion holds."""
     gradient, expansion = VectorEstimate(torch.zeros_like(w)[None]), None
     if noise.order == 1:
-        expanded = potential(noise, problem, w, num_draws=num_draws, generator=generator).gradient
+        evaluate = sampled_potential if sampled else potential
+        expanded = evaluate(noise, problem, w, num_draws=num_draws, generator=generator).gradient
         gradient = averaged_gradient(noise, problem, w, num_draws=num_draws, generator=generator)
         expansion = compare_expansion(gradient, expanded)
     if has_effective_flow(noise, problem):
@@ -201,14 +208,14 @@ def _relaxed(
     problem: ZeroLossProblem,
     snapshot: Snapshot,
     hessian: FactoredOperator,
-    linearised: Tensor,
+    residual: Tensor,
     *,
     noise: NoiseSystem | None,
     num_draws: int,
     relaxed_after: float,
     generator: torch.Generator | None,
 ) -> tuple[RelaxedPart | None, Expansion | None]:
-    """The part of the linearised displacement ``[P]`` along the relaxed modes, with the value that theory expects."""
+    """The part of B^+ b ``[P]`` along the relaxed modes, b the residual, with the value that theory expects."""
     sgd = snapshot.sgd
     if sgd is None:
         return None, None
@@ -217,15 +224,21 @@ def _relaxed(
     if noise is not None:
         w, batch = snapshot.weights, sgd.batch(problem.num_samples)
         gradient, expansion = _noise_gradient(
-            problem, snapshot.iterate, noise, sgd, num_draws=num_draws, generator=generator
+            problem,
+            snapshot.iterate,
+            noise,
+            sgd,
+            sampled=not hessian.decomposed,
+            num_draws=num_draws,
+            generator=generator,
         )
         Sigma = gradient_noise(noise, problem, w, batch_size=batch, num_draws=num_draws, generator=generator)
         expectation = expected_distance(
-            hessian, gradient, Sigma, sgd=sgd, level=level, num_draws=4, generator=generator
+            hessian, gradient, Sigma, sgd=sgd, level=level, num_draws=_FORMS, generator=generator
         )
         expected, offset = expectation.rms, expectation.offset.mean
         del gradient, Sigma, expectation  # each takes the memory of several weight vectors
-    part = relaxed_part(hessian, linearised, level)
+    part = relaxed_part(hessian, residual, level)
     cosine = math.nan if offset is None else compare(part, offset).cosine
     count = hessian.count(level)
     return RelaxedPart(torch.linalg.vector_norm(part).item(), expected, cosine, count, num_modes(hessian)), expansion
@@ -239,6 +252,7 @@ def measure_distance(
     num_draws: int = 32,
     relaxed_after: float = 3.0,
     max_dense: int = MAX_DENSE,
+    start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> DistanceMeasurement:
     """Distance, tangent space and the limit's prediction at one snapshot.
@@ -251,13 +265,16 @@ def measure_distance(
         relaxed_after: a mode counts as relaxed once alpha lambda step reaches this.
         max_dense: up to this many residuals the geometry is exact. Above, Lanczos is used, and unless B B^T is cheap to
             factor, the distance is that of one linearisation.
+        start: the nearest point of the last measurement  ``[P]``, where the search begins if H is not decomposed: one
+            factor of B B^T is then enough, instead of about seven.
         generator: of random directions.
     """
     w = snapshot.weights
     at = linearize(problem, w)
+    residual, cold = at.residual, start is None or problem.num_residuals <= max_dense
     # the relaxed modes are those of H at w, where loss and noise are in balance
-    hessian = gauss_newton(problem, w, at=at, max_dense=max_dense, rtol=1e-2, max_steps=200)
-    factored = hessian.decomposed or hessian.inverse is not None
+    hessian = gauss_newton(problem, w, at=at, max_dense=max_dense, rtol=1e-2, max_steps=200, projections=cold)
+    factored = hessian.decomposed or hessian.inverse is not None or not cold
     nearest = nearest_point(
         problem,
         w,
@@ -265,16 +282,17 @@ def measure_distance(
         max_steps=_NEAREST_STEPS if factored else 1,
         max_dense=max_dense,
         krylov_steps=100,
+        start=None if cold or start is None else start.to(w),
         at=at,
         hessian=hessian,
     )
     del at
-    tangent = tangent_at(problem, nearest.point, max_dense=max_dense)
+    tangent = tangent_at(problem, nearest.point, max_dense=max_dense, factor=nearest.factor)
     relaxed, expansion = _relaxed(
         problem,
         snapshot,
         hessian,
-        nearest.linearised,
+        residual,
         noise=noise,
         num_draws=num_draws,
         relaxed_after=relaxed_after,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_singlim.geometry import LevelPoint, largest_curvature, nearest_point
+from torch_singlim.geometry import LevelPoint, largest_curvature
 from torch_singlim.measure.budget import Account, Budget, expected_seconds
 from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
 from torch_singlim.measure.full_batch_window import compare_window
@@ -23,13 +23,12 @@ from torch_singlim.measure.snapshot import Snapshot
 from torch_singlim.measure.states import check_keys
 from torch_singlim.measure.steps import Recorded
 from torch_singlim.measure.tags import EXCESS_LOSS, Need, scalars
-from torch_singlim.measure.training import Training, with_orders
+from torch_singlim.measure.training import Training, checked, orders_known, with_orders
 from torch_singlim.measure.verdict import Visibility, verdict, visibility
 from torch_singlim.measure.window import Window
 from torch_singlim.measure.windows import Windows
 from torch_singlim.network import PeerFailed, ProcessGroup, ZeroLossProblem, out_of_memory
-from torch_singlim.noise import CustomNoise, NoiseSystem, Sum, parts
-from torch_singlim.theory import check_derivatives, with_measured_order
+from torch_singlim.noise import NoiseSystem, parts
 
 __all__ = ["Engine"]
 
@@ -38,8 +37,6 @@ T = TypeVar("T")
 
 # version of the state_dict; other versions cannot be loaded
 _VERSION = 3
-# tolerance of the nearest point at which the order of a custom noise is measured
-_ORDER_POINT = 1e-2
 
 
 class Engine:
@@ -118,7 +115,7 @@ class Engine:
     def expects(self) -> frozenset[Need]:
         """The conditions of series that are fulfilled, so that these will be logged if there is time."""
         limit = self.problem is not None and self.supports(Scope.LIMIT)
-        paths, known = self.supports(Scope.PATHS), self._orders_known()
+        paths, known = self.supports(Scope.PATHS), orders_known(self.noise)
         baseline = not any(reason.code is Code.NO_BASELINE for reason in self.reasons)
         found = {
             Need.PATHS: paths,
@@ -139,9 +136,6 @@ class Engine:
         """Whether this takes no more than a part of the time that is left; the first process decides for all."""
         return bool(self.process_group.broadcast(self.budget.affords(kind, part=part)))
 
-    def _orders_known(self) -> bool:
-        return not any(isinstance(p, CustomNoise) and p.claimed_order == "measured" for p in parts(self.noise))
-
     def _prepare(self) -> bool:
         """Check derivatives and measure orders, once; returns whether the nearest point can be measured."""
         if self.problem is None or not self.supports(Scope.SET):
@@ -150,24 +144,12 @@ class Engine:
             if not self.affords("check"):
                 return False
             with self.budget.timed("check"):
-                self._check(self.problem)
+                draws, limit = self.options.num_draws, self.supports(Scope.LIMIT)
+                found = checked(self.problem, self.noise, limit=limit, num_draws=draws, generator=self.generator)
+                self.noise = found.noise
+                self.note(*found.reasons)
             self._checked = True
         return self.supports(Scope.SET)
-
-    def _check(self, problem: ZeroLossProblem) -> None:
-        """Measure the order of custom noises and check the derivatives; failures are kept as reasons."""
-        if self.supports(Scope.LIMIT) and not self._orders_known():
-            point = nearest_point(problem, problem.weights(), rtol=_ORDER_POINT).point
-            try:
-                self.noise = with_measured_order(
-                    self.noise, problem, point, num_draws=self.options.num_draws, generator=self.generator
-                )
-            except ValueError as error:
-                self.note(Code.ORDER_UNKNOWN(why=str(error)))
-        try:
-            check_derivatives(problem, self.noise if self.supports(Scope.LIMIT) else Sum(()))
-        except ValueError as error:
-            self.note(Code.DERIVATIVES(why=str(error)))
 
     # --- one step --------------------------------------------------------------------------------------------------
 
@@ -226,7 +208,7 @@ class Engine:
         distance = self._contained(step, lambda: self._distance(snapshot)) if prepared else None
         self._contained(step, lambda: self._find_levels(snapshot, levels, Level.HUNDREDTH))
         clock = None
-        if self.supports(Scope.LIMIT) and self._orders_known():
+        if self.supports(Scope.LIMIT) and orders_known(self.noise):
             clock = Clock.at(snapshot, self.noise, self.variance)
         # nothing can fail from here on: the state may change
         self.windows.turn(snapshot, before, ended, None if distance is None else distance.forecast)
@@ -329,9 +311,11 @@ class Engine:
                 noise=self.noise if predicted else None,
                 num_draws=self.options.num_draws,
                 relaxed_after=self.options.relaxed_after,
+                start=self.levels.nearest,
                 generator=self.generator,
             )
         self.note(distance.reason, distance.of_nearest)
+        self.levels.keep_nearest(distance.nearest)
         return distance
 
     def _stability(self, snapshot: Snapshot) -> float | None:
@@ -383,7 +367,7 @@ class Engine:
             "reasons": [reason.state_dict() for reason in self.reasons],
             "windows": self.windows.state_dict(),
             "levels": self.levels.state_dict(),
-            "orders": [part.order for part in parts(self.noise)] if self._orders_known() else None,
+            "orders": [part.order for part in parts(self.noise)] if orders_known(self.noise) else None,
             "checked": self._checked,
             "last_step": self.last_step,
             "generator": self.generator.get_state(),

@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_singlim.geometry import LevelPoint, level_distance
+from torch_singlim.geometry import LevelPoint, NearestPoint, level_distance
 from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.network import ZeroLossProblem
 
 __all__ = ["Level", "Levels"]
+
+# key of the nearest point in the state
+_NEAREST = "NEAREST"
 
 
 class Level(Enum):
@@ -33,10 +36,11 @@ class Levels:
 
     Args:
         points: the last point of each level, in single precision  ``[P]``.
+        nearest: the same of the zero-loss set.
     """
 
-    def __init__(self, points: Mapping[Level, Tensor] | None = None) -> None:
-        self.points: dict[Level, Tensor] = dict(points or {})
+    def __init__(self, points: Mapping[Level, Tensor] | None = None, nearest: Tensor | None = None) -> None:
+        self.points, self.nearest = dict(points or {}), nearest
         self.displacement: Tensor | None = None
         """v - w of the last point with half of the loss  ``[P]``."""
 
@@ -62,9 +66,14 @@ class Levels:
             self.displacement = (point.point - w).float()
         return point
 
+    def keep_nearest(self, found: NearestPoint) -> None:
+        """Begin the next search for the nearest point of the zero-loss set at this one, if it was found."""
+        self.nearest = found.point.float() if found.converged else None
+
     def state_dict(self) -> dict[str, Any]:
         """The last points, by the names of their levels."""
-        return {level.name: point for level, point in self.points.items()}
+        points = {level.name: point for level, point in self.points.items()}
+        return points if self.nearest is None else points | {_NEAREST: self.nearest}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], like: Tensor | None) -> Levels:
@@ -79,7 +88,8 @@ class Levels:
         """
         if like is None:
             return cls()
-        points = {Level[name]: point.to(like.device) for name, point in state.items()}
+        points = {name: point.to(like.device) for name, point in state.items()}
         if any(point.shape != like.shape for point in points.values()):
             raise ValueError(f"points of levels of another network, for {len(like)} weights")
-        return cls(points)
+        nearest = points.pop(_NEAREST, None)
+        return cls({Level[name]: point for name, point in points.items()}, nearest)

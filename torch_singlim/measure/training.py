@@ -5,11 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
+from torch_singlim.geometry import nearest_point
 from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import CustomNoise, Dropout, Minibatch, NoiseSystem, Sum, WeightDecay, parts
+from torch_singlim.theory import check_derivatives, with_measured_order
 
-__all__ = ["Training", "detect_noise", "training_of", "unsupported_noise", "with_orders"]
+__all__ = [
+    "Training",
+    "checked",
+    "detect_noise",
+    "orders_known",
+    "training_of",
+    "unsupported_noise",
+    "with_orders",
+]
+
+# tolerance of the nearest point at which the order of a custom noise is measured
+_ORDER_POINT = 1e-2
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,44 @@ def with_orders(noise: NoiseSystem, orders: Sequence[int | None] | None) -> Nois
     known = zip(parts(noise), orders, strict=True)
     systems = tuple(replace(n, claimed_order=k) if isinstance(n, CustomNoise) else n for n, k in known)
     return Sum(systems) if isinstance(noise, Sum) else systems[0]
+
+
+def orders_known(noise: NoiseSystem) -> bool:
+    """Whether no part is a custom noise whose order is yet to be measured."""
+    return not any(isinstance(part, CustomNoise) and part.claimed_order == "measured" for part in parts(noise))
+
+
+def checked(
+    problem: ZeroLossProblem,
+    noise: NoiseSystem,
+    *,
+    limit: bool,
+    num_draws: int,
+    generator: torch.Generator | None = None,
+) -> Training:
+    """The noise with the orders of its custom parts, measured near the module's weights, and what fails of the theory.
+
+    Args:
+        problem: loss and samples.
+        noise: all noise of the training.
+        limit: whether the limit is going to be predicted; else orders are not measured, and the noise's derivatives
+            are not checked.
+        num_draws: for the trace in V.
+        generator: of its draws.
+    """
+    reasons = []
+    if limit and not orders_known(noise):
+        point = nearest_point(problem, problem.weights(), rtol=_ORDER_POINT).point
+        try:
+            noise = with_measured_order(noise, problem, point, num_draws=num_draws, generator=generator)
+        except ValueError as error:
+            limit = False
+            reasons.append(Code.ORDER_UNKNOWN(why=str(error)))
+    try:
+        check_derivatives(problem, noise if limit else Sum(()))
+    except ValueError as error:
+        reasons.append(Code.DERIVATIVES(why=str(error)))
+    return Training(noise, tuple(reasons))
 
 
 def unsupported_noise(problem: ZeroLossProblem, noise: NoiseSystem) -> tuple[Reason, ...]:

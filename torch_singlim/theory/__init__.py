@@ -9,7 +9,7 @@ from torch_singlim.theory.finite_window import finite_window
 from torch_singlim.theory.gradient_noise import GradientNoise, gradient_noise
 from torch_singlim.theory.limit_flow import limit_flow
 from torch_singlim.theory.order import Degeneracy, degeneracy, with_measured_order
-from torch_singlim.theory.potential import Potential, averaged_gradient, potential
+from torch_singlim.theory.potential import Potential, averaged_gradient, potential, sampled_potential
 from torch_singlim.theory.second_order import covariance_potential, ito_drift
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance, time_scale
 from torch_singlim.theory.singular_limit import LimitPrediction, singular_limit
@@ -23,6 +23,7 @@ __all__ = [
     "check_derivatives",
     # order 1: the effective potential
     "potential",
+    "sampled_potential",
     "Potential",
     "averaged_gradient",
     # order 2: the gradient noise on Gamma and the Ito term

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from torch_singlim.geometry import gauss_newton
+from torch_singlim.geometry import MAX_DENSE, gauss_newton
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Covariance, NoiseSystem, Sum, parts
 from torch_singlim.theory.distance import expected_distance
 from torch_singlim.theory.gradient_noise import gradient_noise, noise_factor
 from torch_singlim.theory.order import with_measured_order
-from torch_singlim.theory.potential import Potential, potential
+from torch_singlim.theory.potential import Potential, potential, sampled_potential
 from torch_singlim.theory.second_order import covariance_potential, ito_drift
 from torch_singlim.theory.sgd import SGDSettings, time_scale
 
@@ -147,7 +147,8 @@ def singular_limit(
     V = Potential(Estimate(0.0, 0.0), VectorEstimate(torch.zeros_like(point)[None]), 0)
     if order == 1:
         leading = Sum(_leading(noise, 1))
-        V = potential(leading, problem, point, num_draws=num_draws, generator=generator)
+        evaluate = potential if hessian.decomposed else sampled_potential
+        V = evaluate(leading, problem, point, num_draws=num_draws, generator=generator)
     elif order == 2:
         V = _order_two(problem, point, _leading(noise, 2), batch_size, hessian, num_draws, generator)
     sampled = V.gradient if hessian.decomposed else V.gradient.halves()  # projections are expensive in the second case
@@ -157,9 +158,9 @@ def singular_limit(
     Sigma = gradient_noise(noise, problem, point, batch_size=batch_size, num_draws=num_draws, generator=generator)
     # noise of order 1 is normal to Gamma, up to rounding and sampling
     along = Sigma.diffusion(hessian, num_weights=problem.num_weights) if order == 2 else Sigma.closed.identity
-    # over all modes, which are known only if H was decomposed
+    # over all modes, which are known only if H was decomposed, or has so few that Lanczos finds all
     offset, variance = math.nan, Estimate(math.nan, 0.0)
-    if hessian.exact:
+    if hessian.decomposed or (hessian.operator.shape[0] <= MAX_DENSE and hessian.exact):
         # at order 2 the variance dominates, and the offset is of higher order
         gradient = V.gradient if order == 1 else VectorEstimate(torch.zeros_like(point)[None])
         expected = expected_distance(hessian, gradient, Sigma, sgd=sgd, generator=generator)

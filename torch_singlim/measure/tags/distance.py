@@ -14,7 +14,7 @@ def _relaxed_share(d: DistanceMeasurement) -> float | None:
 
 
 def _linearised(d: DistanceMeasurement) -> float | None:
-    return None if d.tangent.unresolved else d.nearest.linearised_distance
+    return None if d.tangent.unresolved else d.nearest.linearised_distance  # None after a warm start
 
 
 def _level(level: Level, words: str, advice: str, *places: Place) -> tuple[Tag, Tag]:
@@ -96,7 +96,7 @@ LINEARISED = Tag(
     name="distance/linearised",
     label="linearised",
     unit="weight norm",
-    meaning="\\|B⁺b\\|, the distance to Γ in the linear model at w, if B Bᵀ is factored. It is dominated by the "
+    meaning="\\|B⁺b\\|, the distance to Γ in the linear model at w, if B Bᵀ is decomposed. It is dominated by the "
     "smallest eigenvalues of H, for which the linear model holds next to Γ alone: a figure about this model, not about "
     "the network",
     advice="Equal to `distance/nearest` next to Γ only; do not read it as a distance elsewhere",

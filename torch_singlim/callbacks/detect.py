@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from torch_singlim.callbacks.stand_in import StandIn, ignore
-from torch_singlim.measure import Code, Reason
+from torch_singlim.measure import Code, Reason, TrainingSet
 from torch_singlim.network import (
     FunctionalModule,
     MeanSquaredError,
@@ -42,6 +42,7 @@ __all__ = [
     "given_samples",
     "read_samples",
     "recognise_loss",
+    "training_set",
 ]
 
 _log = logging.getLogger(__name__)
@@ -66,12 +67,14 @@ class Samples:
         targets: ``[N, ...]``.
         train_size: size of the training set; None: a stream of unknown length.
         trials: small batches in the form in which a training step gets them, with their inputs and targets.
+        whole: inputs and targets of the whole training set, if these samples are a part of it and it is in memory.
     """
 
     inputs: Tensor
     targets: Tensor
     train_size: int | None
     trials: tuple[tuple[Any, Tensor, Tensor], ...] = field(repr=False)
+    whole: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -181,6 +184,16 @@ def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.d
     except Exception:  # a training step may need more of the trainer; the caller tells the user what to pass instead
         return None
     return losses
+
+
+def training_set(problem: ZeroLossProblem, samples: Samples) -> TrainingSet | None:
+    """All training samples of a problem that has a part of them, if they are in memory."""
+    if samples.whole is None:
+        return None
+    inputs, targets = samples.whole
+    with torch.no_grad():
+        outputs = problem.function(problem.weights(), problem.inputs[:1])
+    return TrainingSet(inputs, as_targets(problem.sample_loss, targets, outputs))
 
 
 def as_targets(loss: SampleLoss, targets: Tensor, outputs: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,10 +30,12 @@ __all__ = ["Gatherer", "tensor_samples"]
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
-def _holds_tensors(dataset: Dataset | None) -> bool:
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return isinstance(dataset, TensorDataset)
+def _tensors(dataset: Dataset | None) -> list[Tensor] | None:
+    """The tensors of a `TensorDataset`, or of a subset of one; None: another data set."""
+    if isinstance(dataset, TensorDataset):
+        return list(dataset.tensors)
+    found = _tensors(dataset.dataset) if isinstance(dataset, Subset) else None
+    return None if found is None else [each[torch.as_tensor(dataset.indices)] for each in found]  # type: ignore[union-attr]
 
 
 def tensor_samples(
@@ -53,7 +56,8 @@ def tensor_samples(
         ValueError: batches of another form.
     """
     loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader) or not _holds_tensors(loader.dataset):
+    tensors = _tensors(loader.dataset) if isinstance(loader, DataLoader) else None
+    if tensors is None:
         return None
     whole = isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler)
     datamodule = getattr(trainer, "datamodule", None)
@@ -64,7 +68,8 @@ def tensor_samples(
     limited = getattr(trainer, "overfit_batches", 0) or trainer.limit_train_batches not in (None, 1.0)
     if not whole or not plain or limited:
         return None
-    return read_samples(trainer, num_samples, batch_to_problem=batch_to_problem)
+    found = read_samples(trainer, num_samples, batch_to_problem=batch_to_problem)
+    return replace(found, whole=as_pair(tensors, batch_to_problem)) if found.is_subset else found
 
 
 class Gatherer:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from torch_singlim.callbacks.detect import Samples, find_problem, given_samples
+from torch_singlim.callbacks.detect import Samples, find_problem, given_samples, training_set
 from torch_singlim.callbacks.follower import Follower
 from torch_singlim.callbacks.gather import Gatherer, tensor_samples
 from torch_singlim.callbacks.inject import injected_noise
@@ -136,7 +136,7 @@ class Started:
             return
         engine, group = self.engine, self.engine.process_group
         problem, subset = _find(self.trainer, self.module, samples, self.asked, self.settings, group)
-        engine.found(problem, _training(problem, self.settings, self.asked, self.trainer, subset))
+        engine.found(problem, _training(problem, self.settings, self.asked, self.trainer, samples, subset))
         if not isinstance(problem, Reason):
             engine.note(Code.GATHERED(step=self.trainer.global_step, samples=problem.num_samples))
             self.subject = replace(self.subject, space=problem.function)
@@ -181,7 +181,7 @@ def _start(trainer: Trainer, module: LightningModule, names: Sequence[str], aske
         )
     group = ProcessGroup(trainer.global_rank, trainer.world_size, str(trainer.strategy.root_device))
     settings = read_optimizer(trainer, module, names, step_batch_size(trainer))
-    problem, subset, gatherer = None, None, None
+    problem, subset, gatherer, samples = None, None, None, None
     try:
         if asked.data:
             samples = given_samples(trainer, *asked.data)
@@ -195,7 +195,7 @@ def _start(trainer: Trainer, module: LightningModule, names: Sequence[str], aske
         problem = Code.NO_PROBLEM(why=str(error))
     plain = WeightSpace(module, dtype=asked.dtype, step_ratios=settings.step_ratios)
     space = problem.function if isinstance(problem, ZeroLossProblem) else plain
-    training = _training(problem, settings, asked, trainer, subset)
+    training = _training(problem, settings, asked, trainer, samples, subset)
     total = trainer.estimated_stepping_batches
     schedule = Schedule.of_run(window=asked.window, every_n_steps=asked.every_n_steps, total=total)
     generator = torch.Generator().manual_seed(asked.seed)
@@ -244,13 +244,16 @@ def _training(
     settings: OptimizerSettings,
     asked: Asked,
     trainer: Trainer,
+    samples: Samples | None = None,
     subset: Reason | None = None,
 ) -> Training:
-    """The training of a problem, with its noise and the reasons."""
+    """The training of a problem, with its noise and the reasons, and all samples if the problem has a part of them."""
+    partial = isinstance(problem, ZeroLossProblem) and samples is not None
     return training_of(
         problem,
         given=asked.noise,
         weight_decay=settings.weight_decay,
         injected=injected_noise(trainer),
         reasons=(*settings.reasons, *([subset] if subset else [])),
+        whole=training_set(problem, samples) if partial else None,
     )

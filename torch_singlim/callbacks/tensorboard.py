@@ -96,7 +96,8 @@ def _charts(name: str, tags: Sequence[Tag], expected: frozenset[Need]) -> dict[s
     there = [tag for tag in tags if tag.needs <= expected]
     charts: dict[str, Chart] = {}
     for title in dict.fromkeys(tag.chart for tag in there if tag.chart):
-        patterns = [f"^{re.escape(f'{name}/{tag.name}')}$" for tag in there if tag.chart == title]
+        of_chart = [(f"{name}/{tag.name}", tag.members is not None) for tag in there if tag.chart == title]
+        patterns = [f"^{re.escape(tag)}{'/.*' if family else ''}$" for tag, family in of_chart]
         charts[title] = ["Multiline", patterns]
     for tag in there:
         if tag.band and (Need.REPLICAS in expected or Need.PATHS not in tag.needs):
@@ -176,7 +177,7 @@ class Spectrum:
 def by_layer(engine: Engine, space: WeightSpace) -> list[tuple[str, dict[str, float]]]:
     """The shares of the layers in the last distance to half of the loss, and in the last noise-induced drift."""
     sizes = {name: shape.numel() for name, shape in zip(space.names, space.shapes, strict=True)}
-    window, displacement = engine.windows.last, engine.levels.displacement
+    window, displacement = engine.windows.last, engine.geometry.levels.displacement
     found = [] if window is None else list(drift_by_layer(window, sizes))
     if displacement is None or len(displacement) != space.num_weights:
         return found

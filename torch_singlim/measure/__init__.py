@@ -11,6 +11,7 @@ from torch_singlim.measure.levels import Level
 from torch_singlim.measure.measurement import Clock, Measurement
 from torch_singlim.measure.options import Options
 from torch_singlim.measure.reasons import Code, Kind, Reason, Scope
+from torch_singlim.measure.samples import TrainingSet
 from torch_singlim.measure.scaling import Exponents, Rate, Scaling, fit_exponents, scaling_table
 from torch_singlim.measure.schedule import Due, Schedule
 from torch_singlim.measure.snapshot import Snapshot, StepSums
@@ -26,6 +27,7 @@ __all__ = [
     # how it is trained, and why something is not measured
     "Training",
     "training_of",
+    "TrainingSet",
     "Reason",
     "Code",
     "Kind",

@@ -39,6 +39,8 @@ _SKIPPED = {
     "half": "the distance to half of the loss",
     "tenth": "the distance to a tenth of the loss",
     "hundredth": "the distance to a hundredth of the loss",
+    "whole": "the loss of the whole training set at these points",
+    "subsets": "the nearest points of fewer samples",
     "stability": "the largest eigenvalue",
     "limit": "the limit's prediction",
     "distance": "the nearest point and the relaxed part",
@@ -185,16 +187,18 @@ class Budget:
         return Code.TIME(share=self.share, grace=_GRACE, what=", ".join(parts))
 
 
-def expected_seconds(problem: ZeroLossProblem, *, num_draws: int) -> dict[str, float]:
+def expected_seconds(problem: ZeroLossProblem, *, num_draws: int, total: int = 0) -> dict[str, float]:
     """Approximate times of the parts of a measurement, in seconds, from the time of one gradient.
 
     "loss": the excess loss. "half", "tenth", "hundredth": the distance to this level of it. "stability": the largest
     eigenvalue. "check": the check of the derivatives. "distance": the nearest point and the relaxed part. "limit": the
-    same with the limit's prediction. "figures": those for TensorBoard.
+    same with the limit's prediction. "whole": the loss of the whole training set, twice. "subsets": the nearest points
+    of fewer samples. "figures": those for TensorBoard.
 
     Args:
         problem: loss and samples.
         num_draws: random directions for the limit's potential.
+        total: number of samples in the whole training set.
     """
     N = problem.num_samples
     few = min(N, _TIMED_SAMPLES)
@@ -218,6 +222,8 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int) -> dict[str, f
         "hundredth": _HUNDREDTH * gradient,
         "stability": _LARGEST * gradient,
         "distance": distance,
+        "whole": 2 * _LOSS * gradient * total / N,
+        "subsets": distance,
         "limit": distance + num_draws * _DRAW * gradient,
         "figures": _FIGURES,
     }

@@ -40,6 +40,8 @@ from torch_singlim.theory import (
 )
 
 __all__ = [
+    "NEAREST",
+    "NEAREST_STEPS",
     "DistanceMeasurement",
     "Expansion",
     "Forecast",
@@ -50,9 +52,9 @@ __all__ = [
 ]
 
 # tolerance of the nearest point: an estimated error of the distance of 1 %, the square of this over 2
-_NEAREST = 0.14
+NEAREST = 0.14
 # maximum number of linearisations; of 40 states along six trainings, 39 took 5 to 18
-_NEAREST_STEPS = 20
+NEAREST_STEPS = 20
 # random vectors for the expected variance where H is not decomposed: each averages over thousands of residuals
 _FORMS = 2
 
@@ -278,8 +280,8 @@ def measure_distance(
     nearest = nearest_point(
         problem,
         w,
-        rtol=_NEAREST,
-        max_steps=_NEAREST_STEPS if factored else 1,
+        rtol=NEAREST,
+        max_steps=NEAREST_STEPS if factored else 1,
         max_dense=max_dense,
         krylov_steps=100,
         start=None if cold or start is None else start.to(w),

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_singlim.geometry import LevelPoint, largest_curvature
+from torch_singlim.geometry import LevelPoint
 from torch_singlim.measure.budget import Account, Budget, expected_seconds
-from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
+from torch_singlim.measure.distance import DistanceMeasurement
 from torch_singlim.measure.full_batch_window import compare_window
+from torch_singlim.measure.geometry import Geometry
 from torch_singlim.measure.levels import Level, Levels
 from torch_singlim.measure.limit import against_limit
 from torch_singlim.measure.measurement import Clock, Measurement
@@ -76,12 +77,13 @@ class Engine:
         self.full_batch, self.process_group = full_batch, process_group
         self.options, self.schedule, self.budget, self.generator = options, schedule, budget, generator
         self.noise: NoiseSystem = training.noise
+        self.whole = training.whole
         self.reasons: list[Reason] = list(training.reasons)
         """Why something was not measured or predicted, the oldest reason first."""
         self.history: dict[int, dict[str, float]] = {}
         """What was measured: step -> tag -> value."""
         self.last_distance: DistanceMeasurement | None = None
-        self.levels = Levels()
+        self.geometry = Geometry(options, schedule, budget, lambda kind, part: self.affords(kind, part=part), generator)
         self.windows = Windows(schedule)
         self.last_step = -1
         """The last step at which everything was measured."""
@@ -95,7 +97,7 @@ class Engine:
             training: with the noise of this problem.
         """
         self.problem = None if isinstance(problem, Reason) else problem
-        self.noise = training.noise
+        self.noise, self.whole = training.noise, training.whole
         self.note(*training.reasons)
         if not self.supports(Scope.GEOMETRY):
             self.budget.close(Account.GEOMETRY)
@@ -112,6 +114,11 @@ class Engine:
         """sigma^2 of the slow clock."""
         return 0.0 if self.problem is None else self.noise.variance(self.problem)
 
+    @property
+    def _has_part(self) -> bool:
+        """Whether a part of the training set is measured."""
+        return any(reason.code is Code.SUBSET for reason in self.reasons)
+
     def expects(self) -> frozenset[Need]:
         """The conditions of series that are fulfilled, so that these will be logged if there is time."""
         limit = self.problem is not None and self.supports(Scope.LIMIT)
@@ -121,6 +128,7 @@ class Engine:
             Need.PATHS: paths,
             Need.BASELINE: paths and baseline,
             Need.REPLICAS: paths and self.options.replicas > 0,
+            Need.PART: self._has_part,
             Need.LIMIT: limit,
             Need.MOVES: limit and known and self.noise.order is not None,
         }
@@ -202,19 +210,38 @@ class Engine:
         excess_loss = self._contained(step, lambda: self._excess_loss(snapshot))
         prepared = self._contained(step, self._prepare)
         ended = self._close(snapshot) if self.windows.ends(step) else None
-        levels: dict[Level, LevelPoint] = {}
-        self._contained(step, lambda: self._find_levels(snapshot, levels, Level.HALF, Level.TENTH))
-        stability = self._contained(step, lambda: self._stability(snapshot))
-        distance = self._contained(step, lambda: self._distance(snapshot)) if prepared else None
-        self._contained(step, lambda: self._find_levels(snapshot, levels, Level.HUNDREDTH))
+        at = self._at_weights(snapshot, prepared=bool(prepared))
         clock = None
         if self.supports(Scope.LIMIT) and orders_known(self.noise):
             clock = Clock.at(snapshot, self.noise, self.variance)
         # nothing can fail from here on: the state may change
-        self.windows.turn(snapshot, before, ended, None if distance is None else distance.forecast)
-        self.last_distance = distance or self.last_distance
-        overhead = self.budget.overhead
-        return self._keep(Measurement(step, excess_loss, levels, stability, distance, ended, clock, overhead))
+        self.windows.turn(snapshot, before, ended, None if at.distance is None else at.distance.forecast)
+        self.last_distance = at.distance or self.last_distance
+        return self._keep(
+            replace(at, excess_loss=excess_loss, window=ended, clock=clock, overhead=self.budget.overhead)
+        )
+
+    def _at_weights(self, snapshot: Snapshot, *, prepared: bool) -> Measurement:
+        """Distances and stability; the nearest point if its measurement is prepared."""
+        problem, step, geometry = self.problem, snapshot.step, self.geometry
+        if problem is None:
+            return Measurement(step)
+        levels: dict[Level, LevelPoint] = {}
+
+        def find(*which: Level) -> None:
+            self.note(*geometry.find_levels(problem, snapshot, levels, *which))
+
+        self._contained(step, lambda: find(Level.HALF, Level.TENTH))
+        stability = self._contained(step, lambda: geometry.stability(problem, snapshot))
+        distance = self._contained(step, lambda: self._distance(problem, snapshot)) if prepared else None
+        self._contained(step, lambda: find(Level.HUNDREDTH))
+        whole = self._contained(step, lambda: geometry.of_whole(problem, self.whole, snapshot, levels))
+        fewer = None
+        if distance is not None and self._has_part:
+            fewer = self._contained(step, lambda: geometry.of_fewer(problem, snapshot, distance.nearest))
+        return Measurement(
+            step, levels=levels, whole=whole or {}, stability=stability, distance=distance, of_samples=fewer or {}
+        )
 
     def _contained(self, step: int, what: Callable[[], T | None]) -> T | None:
         """A part of a measurement; where it fails, on any process, the others are made all the same."""
@@ -248,7 +275,8 @@ class Engine:
         if self.problem is None:
             return None
         if self.budget.share is not None and not self._timed:
-            self.budget.expect(expected_seconds(self.problem, num_draws=self.options.num_draws))
+            total, draws = 0 if self.whole is None else len(self.whole), self.options.num_draws
+            self.budget.expect(expected_seconds(self.problem, num_draws=draws, total=total))
             self._timed = True
         if not self.affords("loss"):
             return None
@@ -297,48 +325,12 @@ class Engine:
             window = against_limit(window, opened.forecast, snapshot.iterate - opened.iterate, steps)
         return window
 
-    def _distance(self, snapshot: Snapshot) -> DistanceMeasurement | None:
+    def _distance(self, problem: ZeroLossProblem, snapshot: Snapshot) -> DistanceMeasurement | None:
         """The distance and the limit's prediction, as far as there is time for them."""
-        assert self.problem is not None
-        part = self.schedule.part_at(snapshot.step)  # of the time that is left
-        if not self.affords("distance", part=part):
-            return None
-        predicted = self.supports(Scope.LIMIT) and self.affords("limit", part=part)
-        with self.budget.timed("limit" if predicted else "distance"):
-            distance = measure_distance(
-                self.problem,
-                snapshot,
-                noise=self.noise if predicted else None,
-                num_draws=self.options.num_draws,
-                relaxed_after=self.options.relaxed_after,
-                start=self.levels.nearest,
-                generator=self.generator,
-            )
-        self.note(distance.reason, distance.of_nearest)
-        self.levels.keep_nearest(distance.nearest)
+        distance = self.geometry.distance(problem, snapshot, self.noise if self.supports(Scope.LIMIT) else None)
+        if distance is not None:
+            self.note(distance.reason, distance.of_nearest)
         return distance
-
-    def _stability(self, snapshot: Snapshot) -> float | None:
-        """lambda_1 over the largest curvature at which the optimizer is stable."""
-        problem, sgd = self.problem, snapshot.sgd
-        if problem is None or sgd is None or not self.affords("stability"):
-            return None
-        with self.budget.timed("stability"):
-            found = largest_curvature(problem.at_precision(torch.float32), snapshot.weights, generator=self.generator)
-        return None if found is None else found.item() / sgd.largest_stable_curvature
-
-    def _find_levels(self, snapshot: Snapshot, found: dict[Level, LevelPoint], *levels: Level) -> None:
-        """Add the distances to these levels of the loss to those that were found, as far as there is time."""
-        for level in levels:
-            kind, part = level.name.lower(), 1.0 if level is Level.HALF else self.schedule.part_at(snapshot.step)
-            if self.problem is None or not self.affords(kind, part=part):
-                continue
-            with self.budget.timed(kind):
-                point = self.levels.measure(self.problem, snapshot.weights, level, found)
-            if isinstance(point, Reason):
-                self.note(point)
-            else:
-                found[level] = point
 
     # --- what was found --------------------------------------------------------------------------------------------
 
@@ -366,7 +358,7 @@ class Engine:
             "history": {step: dict(point) for step, point in self.history.items()},
             "reasons": [reason.state_dict() for reason in self.reasons],
             "windows": self.windows.state_dict(),
-            "levels": self.levels.state_dict(),
+            "levels": self.geometry.levels.state_dict(),
             "orders": [part.order for part in parts(self.noise)] if orders_known(self.noise) else None,
             "checked": self._checked,
             "last_step": self.last_step,
@@ -398,7 +390,7 @@ class Engine:
         self.budget.load_state_dict(state["budget"])
         self.generator.set_state(random)
         self.note(*noted)
-        self.windows, self.levels, self.history, self.noise = windows, levels, history, noise
+        self.windows, self.geometry.levels, self.history, self.noise = windows, levels, history, noise
         self._checked, self.last_step = state["checked"], state["last_step"]
         if windows.open is not None and windows.open.closed:
             self.note(Code.INTERRUPTED(start=windows.open.start))

@@ -53,8 +53,12 @@ class Measurement:
         step: optimizer steps so far.
         excess_loss: L(w).
         levels: the nearest points of lower levels of the loss, as far as there was time.
+        whole: excess loss of the whole training set at each of these points, as a share of that at the weights, where
+            a part of the training set is measured.
         stability: lambda_1 over the largest curvature at which the optimizer is stable.
         distance: nearest point, relaxed part, the limit's prediction.
+        of_samples: number of samples -> distance of the nearest point for so many of them, nested, where a part of the
+            training set is measured.
         window: the window that ends here.
         clock: step size, noise level, slow time.
         overhead: share of the wall time so far that was spent on measurements.
@@ -63,8 +67,10 @@ class Measurement:
     step: int
     excess_loss: float | None = None
     levels: Mapping[Level, LevelPoint] = field(default_factory=dict)
+    whole: Mapping[Level, float] = field(default_factory=dict)
     stability: float | None = None
     distance: DistanceMeasurement | None = None
+    of_samples: Mapping[int, float] = field(default_factory=dict)
     window: Window | None = None
     clock: Clock | None = None
     overhead: float | None = None

@@ -125,8 +125,8 @@ class Code(Enum):
     SUBSET = (
         _UNSUPPORTED,
         Scope.LIMIT,
-        "{samples} of {total} training samples are measured, so that the distance is a lower bound: pass num_samples "
-        "to measure all of them",
+        "{samples} of {total} training samples are measured: the distance to their nearest point is a lower bound for "
+        "that of all, and distances to levels are those of these samples; pass num_samples to measure all of them",
     )
     GATHERED = (
         _NOTED,

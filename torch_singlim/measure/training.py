@@ -9,6 +9,7 @@ import torch
 
 from torch_singlim.geometry import nearest_point
 from torch_singlim.measure.reasons import Code, Reason
+from torch_singlim.measure.samples import TrainingSet
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import CustomNoise, Dropout, Minibatch, NoiseSystem, Sum, WeightDecay, parts
 from torch_singlim.theory import check_derivatives, with_measured_order
@@ -34,10 +35,12 @@ class Training:
     Args:
         noise: all noise of the training.
         reasons: what of the training the theory does not cover.
+        whole: all training samples, if a part of them is measured and all are in memory; else None.
     """
 
     noise: NoiseSystem
     reasons: tuple[Reason, ...] = ()
+    whole: TrainingSet | None = None
 
 
 def detect_noise(problem: ZeroLossProblem, *, weight_decay: float, injected: NoiseSystem | None) -> NoiseSystem:
@@ -124,6 +127,7 @@ def training_of(
     weight_decay: float,
     injected: NoiseSystem | None,
     reasons: tuple[Reason, ...] = (),
+    whole: TrainingSet | None = None,
 ) -> Training:
     """The noise that was given, or else that is detected, with every reason why its drift cannot be predicted.
 
@@ -133,6 +137,7 @@ def training_of(
         weight_decay: the optimizer's.
         injected: noise that is injected.
         reasons: the reasons that are known already.
+        whole: all training samples, if a part of them is measured and all are in memory.
 
     Raises:
         ValueError: a given noise that does not fit the problem.
@@ -142,4 +147,4 @@ def training_of(
     noise = given or detect_noise(problem, weight_decay=weight_decay, injected=injected)
     noise.check(problem)
     empty = () if problem.attained else (Code.NOT_ATTAINED(),)
-    return Training(noise, (*empty, *reasons, *unsupported_noise(problem, noise)))
+    return Training(noise, (*empty, *reasons, *unsupported_noise(problem, noise)), whole)

@@ -167,10 +167,11 @@ class ZeroLossProblem:
         return whole
 
     def subset(self, count: int, *, dtype: torch.dtype = torch.float64) -> ZeroLossProblem:
-        """The same problem on its first `count` samples, all of them evaluated by this process at once."""
+        """The same problem on its first `count` samples, all of them evaluated by this process."""
         part = self.alone().at_precision(dtype)
         part.inputs, part.targets = part.inputs[:count], part.targets[:count]
-        part.num_samples = part.batch_size = len(part.inputs)
+        part.num_samples = len(part.inputs)
+        part.batch_size = min(self.batch_size, part.num_samples)
         part.num_residuals = part.num_samples * (self.num_residuals // self.num_samples)
         return part
 

@@ -25,18 +25,23 @@ from torch_singlim.measure.tags.clock import (
 from torch_singlim.measure.tags.distance import (
     BASELINE_MOVED,
     EXCESS_LOSS,
+    GROWTH,
     HALF,
     HALF_LINEAR,
+    HALF_WHOLE,
     HUNDREDTH,
     HUNDREDTH_LINEAR,
+    HUNDREDTH_WHOLE,
     LINEARISED,
     NEAREST,
+    OF_SAMPLES,
     RELAXED,
     RELAXED_COSINE,
     RELAXED_EXPECTED,
     RELAXED_SHARE,
     TENTH,
     TENTH_LINEAR,
+    TENTH_WHOLE,
 )
 from torch_singlim.measure.tags.drift import (
     DRIFT_BASELINE_COSINE,
@@ -90,10 +95,13 @@ __all__ = [
     "EXPANSION_COSINE",
     "EXPANSION_RATIO",
     "GRADIENTS",
+    "GROWTH",
     "HALF",
     "HALF_LINEAR",
+    "HALF_WHOLE",
     "HUNDREDTH",
     "HUNDREDTH_LINEAR",
+    "HUNDREDTH_WHOLE",
     "LIMIT_FROZEN_COSINE",
     "LIMIT_FROZEN_SPEED",
     "LINEARISED",
@@ -106,6 +114,7 @@ __all__ = [
     "NOISE_PREDICTED",
     "NOISE_RATIO",
     "NOISE_SHARE",
+    "OF_SAMPLES",
     "OVERHEAD",
     "POTENTIAL",
     "PREDICTION_ERROR",
@@ -124,6 +133,7 @@ __all__ = [
     "TANGENT_STEPS",
     "TENTH",
     "TENTH_LINEAR",
+    "TENTH_WHOLE",
     "TIME_SCALE",
     "UNRESOLVED",
     "WINDOW_STATUS",
@@ -142,7 +152,12 @@ TAGS: tuple[Tag, ...] = (
     HALF_LINEAR,
     TENTH_LINEAR,
     HUNDREDTH_LINEAR,
+    HALF_WHOLE,
+    TENTH_WHOLE,
+    HUNDREDTH_WHOLE,
     NEAREST,
+    OF_SAMPLES,
+    GROWTH,
     LINEARISED,
     RELAXED,
     RELAXED_EXPECTED,
@@ -201,6 +216,8 @@ def scalars(measurement: Measurement) -> dict[str, float]:
             value = None if read is None else read(measurement)
             if value is not None and math.isfinite(value):
                 found[name] = value
+        if tag.members is not None:
+            found |= {f"{tag.name}/{key}": value for key, value in tag.members(measurement).items()}
     return found
 
 
@@ -250,7 +267,9 @@ def last(history: History, name: str) -> float | None:
 
 
 def _row(tag: Tag) -> str:
-    names = f"`{tag.name}`" + (f", `{tag.stderr_name}`" if tag.stderr is not None else "")
+    names = f"`{tag.name}{'' if tag.members is None else '/N'}`" + (
+        f", `{tag.stderr_name}`" if tag.stderr is not None else ""
+    )
     return f"| {names} | {tag.unit} | {tag.meaning} | {tag.advice} |"
 
 

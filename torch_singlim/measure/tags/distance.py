@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
+from torch_singlim.linalg import Estimate
 from torch_singlim.measure.distance import DistanceMeasurement
 from torch_singlim.measure.levels import Level
+from torch_singlim.measure.samples import growth
 from torch_singlim.measure.tags.tag import Need, Place, Tag, needs, of_distance, of_level, of_relaxed, of_window, shown
 
 
@@ -17,8 +20,13 @@ def _linearised(d: DistanceMeasurement) -> float | None:
     return None if d.tangent.unresolved else d.nearest.linearised_distance  # None after a warm start
 
 
-def _level(level: Level, words: str, advice: str, *places: Place) -> tuple[Tag, Tag]:
-    """The tags of a level: the distance that a point proves, and the same in the linear model."""
+def _growth(distances: Mapping[int, float], read: Callable[[Estimate], float]) -> float | None:
+    p = growth(distances)
+    return None if p is None else read(p)
+
+
+def _level(level: Level, words: str, advice: str, *places: Place) -> tuple[Tag, Tag, Tag]:
+    """The tags of a level: the distance that a point proves, the same in the linear model, the whole training set."""
     name = f"distance/{level.name.lower()}"
     return (
         Tag(
@@ -43,10 +51,24 @@ def _level(level: Level, words: str, advice: str, *places: Place) -> tuple[Tag, 
             chart="",
             value=of_level(level, lambda p: p.linear),
         ),
+        Tag(
+            name=f"{name}_whole",
+            label=f"whole training set, at the point for {words}",
+            unit="share",
+            meaning="excess loss of the whole training set at that point v, as a share of its excess loss at w, where "
+            f"a part of the training set is measured: v proves that the whole is no farther than `{name}` from this "
+            "level of its own loss",
+            advice=f"Near {level.value:g}: the samples speak for the training set. Above 1: v says nothing about it",
+            group="Distance",
+            chart=_WHOLE,
+            value=lambda m: m.whole.get(level),
+            needs=needs(Need.PART),
+        ),
     )
 
 
 _TO_LEVELS = "Distance to lower levels of the loss [weight norm]"
+_WHOLE = "Loss of the whole training set at points for a part of it [share]"
 _TO_SET = "Distance to the zero-loss set [weight norm]"
 _RELAXED = "Relaxed part of the distance, measured and expected [weight norm]"
 
@@ -63,7 +85,7 @@ EXCESS_LOSS = Tag(
     value=lambda m: m.excess_loss,
     shown=shown(Place.DISTANCES, Place.TERMINAL, Place.PROGRESS, Place.REPORT, Place.FINAL),
 )
-HALF, HALF_LINEAR = _level(
+HALF, HALF_LINEAR, HALF_WHOLE = _level(
     Level.HALF,
     "half",
     "The distance to rely on, measured at every measurement. It falls as training proceeds, or settles where noise and "
@@ -73,12 +95,12 @@ HALF, HALF_LINEAR = _level(
     Place.REPORT,
     Place.FINAL,
 )
-TENTH, TENTH_LINEAR = _level(
+TENTH, TENTH_LINEAR, TENTH_WHOLE = _level(
     Level.TENTH,
     "a tenth",
     "Measured as the budget allows; much larger than `distance/half` if small eigenvalues matter",
 )
-HUNDREDTH, HUNDREDTH_LINEAR = _level(
+HUNDREDTH, HUNDREDTH_LINEAR, HUNDREDTH_WHOLE = _level(
     Level.HUNDREDTH, "a hundredth", "Measured as the budget allows; lower levels come closer to `distance/nearest`"
 )
 NEAREST = Tag(
@@ -91,6 +113,33 @@ NEAREST = Tag(
     chart=_TO_SET,
     value=of_distance(lambda d: d.nearest.distance if math.isfinite(d.nearest.error) else None),
     shown=shown(Place.DISTANCES, Place.TERMINAL, Place.PROGRESS, Place.REPORT, Place.FINAL),
+)
+OF_SAMPLES = Tag(
+    name="distance/of_samples",
+    label="nearest point, fewer samples",
+    unit="weight norm",
+    meaning="distance to the nearest point of the zero-loss set of the first N of the samples, which contains that of "
+    "more samples: a lower bound for the distance of the training set, up to the error of the search. Measured where "
+    "a part of the training set is, as the budget allows",
+    advice="If it still grows with N, the distance of the training set is larger than `distance/nearest`; how much "
+    "larger is not known",
+    group="Distance",
+    chart="Distance to the zero-loss set of the first N samples [weight norm]",
+    value=lambda m: None,
+    members=lambda m: {str(count): distance for count, distance in m.of_samples.items()},
+    needs=needs(Need.PART),
+)
+GROWTH = Tag(
+    name="distance/growth",
+    label="growth with the number of samples",
+    unit="–",
+    meaning="p in distance ~ N^p, fitted to `distance/of_samples/N`; the standard error is that of the fit",
+    advice="Near 0: more samples would hardly change the distance. The fit says nothing of sizes beyond",
+    group="Distance",
+    chart="",
+    value=lambda m: _growth(m.of_samples, lambda p: p.mean),
+    stderr=lambda m: _growth(m.of_samples, lambda p: p.stderr),
+    needs=needs(Need.PART),
 )
 LINEARISED = Tag(
     name="distance/linearised",

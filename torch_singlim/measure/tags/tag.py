@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -40,6 +40,7 @@ class Need(Enum):
     PATHS = auto()  # there are paths beside the training
     BASELINE = auto()  # one of them without noise
     REPLICAS = auto()  # some of them with independent noise
+    PART = auto()  # a part of the training set is measured
     LIMIT = auto()  # the singular limit covers the training
     MOVES = auto()  # the noise causes a drift of order 1 or 2
 
@@ -73,6 +74,7 @@ class Tag:
         band: title of the chart that shows it with its standard error. Empty: no such chart.
         needs: conditions for it to be logged.
         shown: where else it appears.
+        members: reads a family of series instead, last part of the name -> value.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Tag:
     band: str = ""
     needs: frozenset[Need] = frozenset()
     shown: frozenset[Place] = frozenset()
+    members: Callable[[Measurement], Mapping[str, float]] | None = None
 
     @property
     def stderr_name(self) -> str:

@@ -1,0 +1,116 @@
+"""What is measured at the weights of one snapshot, part by part, as far as there is time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from torch_singlim.geometry import LevelPoint, NearestPoint, largest_curvature
+from torch_singlim.measure.budget import Budget
+from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
+from torch_singlim.measure.levels import Level, Levels
+from torch_singlim.measure.options import Options
+from torch_singlim.measure.reasons import Reason
+from torch_singlim.measure.samples import TrainingSet, distances_of_subsets
+from torch_singlim.measure.schedule import Schedule
+from torch_singlim.measure.snapshot import Snapshot
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import NoiseSystem
+
+__all__ = ["Geometry"]
+
+
+class Geometry:
+    """Distances and stability; keeps the points where the next searches begin.
+
+    Args:
+        options: what to measure.
+        schedule: the steps at which to measure.
+        budget: the time that measurements may take.
+        affords: whether a kind of measurement takes no more than a part of the time that is left.
+        generator: of all random directions and draws.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        schedule: Schedule,
+        budget: Budget,
+        affords: Callable[[str, float], bool],
+        generator: torch.Generator,
+    ) -> None:
+        self.options, self.schedule, self.budget, self.generator = options, schedule, budget, generator
+        self.levels, self._affords = Levels(), affords
+
+    def _part(self, snapshot: Snapshot) -> float:
+        """The part of the time that is left which a measurement at this snapshot may take."""
+        return self.schedule.part_at(snapshot.step)
+
+    def find_levels(
+        self, problem: ZeroLossProblem, snapshot: Snapshot, found: dict[Level, LevelPoint], *levels: Level
+    ) -> list[Reason]:
+        """Add the nearest points of these levels of the loss to those that were found; why others were not."""
+        reasons = []
+        for level in levels:
+            kind, part = level.name.lower(), 1.0 if level is Level.HALF else self._part(snapshot)
+            if not self._affords(kind, part):
+                continue
+            with self.budget.timed(kind):
+                point = self.levels.measure(problem, snapshot.weights, level, found)
+            if isinstance(point, Reason):
+                reasons.append(point)
+            else:
+                found[level] = point
+        return reasons
+
+    def of_whole(
+        self,
+        problem: ZeroLossProblem,
+        whole: TrainingSet | None,
+        snapshot: Snapshot,
+        levels: Mapping[Level, LevelPoint],
+    ) -> dict[Level, float] | None:
+        """Excess loss of the whole training set at the points of levels, as a share of that at the weights."""
+        if whole is None or not levels or not self._affords("whole", self._part(snapshot)):
+            return None
+        with self.budget.timed("whole"):
+            present = whole.loss(problem, snapshot.weights)
+            return {level: whole.loss(problem, each.point) / present for level, each in levels.items()}
+
+    def stability(self, problem: ZeroLossProblem, snapshot: Snapshot) -> float | None:
+        """lambda_1 over the largest curvature at which the optimizer is stable."""
+        sgd = snapshot.sgd
+        if sgd is None or not self._affords("stability", 1.0):
+            return None
+        with self.budget.timed("stability"):
+            found = largest_curvature(problem.at_precision(torch.float32), snapshot.weights, generator=self.generator)
+        return None if found is None else found.item() / sgd.largest_stable_curvature
+
+    def distance(
+        self, problem: ZeroLossProblem, snapshot: Snapshot, noise: NoiseSystem | None
+    ) -> DistanceMeasurement | None:
+        """The distance from the zero-loss set, and the limit's prediction for this noise, if it is given."""
+        part = self._part(snapshot)
+        if not self._affords("distance", part):
+            return None
+        predicted = noise is not None and self._affords("limit", part)
+        with self.budget.timed("limit" if predicted else "distance"):
+            distance = measure_distance(
+                problem,
+                snapshot,
+                noise=noise if predicted else None,
+                num_draws=self.options.num_draws,
+                relaxed_after=self.options.relaxed_after,
+                start=self.levels.nearest,
+                generator=self.generator,
+            )
+        self.levels.keep_nearest(distance.nearest)
+        return distance
+
+    def of_fewer(self, problem: ZeroLossProblem, snapshot: Snapshot, nearest: NearestPoint) -> dict[int, float] | None:
+        """Number of samples -> distance of the nearest point for so many of them."""
+        if not nearest.converged or not self._affords("subsets", self._part(snapshot)):
+            return None
+        with self.budget.timed("subsets"):
+            return distances_of_subsets(problem, snapshot.weights, nearest)

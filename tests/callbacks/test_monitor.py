@@ -249,7 +249,7 @@ def test_a_failing_measurement_does_not_end_the_run(monkeypatch, caplog):
         torch.rand(10)  # and leaves the random state disturbed
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("torch_singlim.measure.engine.measure_distance", fails)
+    monkeypatch.setattr("torch_singlim.measure.geometry.measure_distance", fails)
     monitor = monitor_of()
     with caplog.at_level("DEBUG", logger="torch_singlim"):
         harmless(monitor)
@@ -292,7 +292,7 @@ def test_out_of_memory_takes_fewer_samples_at_once(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return measure_distance(problem, snapshot, **options)
 
-    monkeypatch.setattr("torch_singlim.measure.engine.measure_distance", hungry)
+    monkeypatch.setattr("torch_singlim.measure.geometry.measure_distance", hungry)
     monitor = monitor_of()
     harmless(monitor, steps=5)
     assert sizes[:3] == [20, 10, 5]
@@ -305,7 +305,7 @@ def test_memory_that_never_suffices_is_a_reason(monkeypatch, caplog):
     def hungry(problem, snapshot, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("torch_singlim.measure.engine.measure_distance", hungry)
+    monkeypatch.setattr("torch_singlim.measure.geometry.measure_distance", hungry)
     with caplog.at_level("WARNING"):
         harmless(monitor_of(), steps=10)
     assert caplog.text.count("the measurement at step 0 failed: OutOfMemoryError") == 1

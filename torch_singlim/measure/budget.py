@@ -19,8 +19,8 @@ __all__ = ["Account", "Budget", "expected_seconds"]
 
 # seconds that all measurements of a run may take in any case
 _GRACE = 15.0
-# approximate costs, in gradients of all samples: the loss; the distances to a half, a tenth and a hundredth of it;
-# the largest eigenvalue; matrix functions by Lanczos and a nearest point by products; a draw of the limit's potential
+# approximate costs, in gradients of all samples: the loss; in single precision, the distances to a half, a tenth and a
+# hundredth of it, and the largest eigenvalue; matrix functions by Lanczos and a nearest point by products; a draw of the limit's potential
 # (third derivatives); and, in gradients of two samples, the check of the derivatives
 _LOSS, _HALF, _TENTH, _HUNDREDTH, _LARGEST, _LANCZOS, _DRAW, _CHECK = 0.35, 60, 200, 800, 20, 300, 12, 100
 # seconds for the figures of one measurement
@@ -200,11 +200,7 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int, total: int = 0
         num_draws: random directions for the limit's potential.
         total: number of samples in the whole training set.
     """
-    N = problem.num_samples
-    few = min(N, _TIMED_SAMPLES)
-    gradient = _seconds(problem.subset(few, dtype=problem.dtype)) * N / few
-    if few < N and gradient <= _ALL_SECONDS:
-        gradient = _seconds(problem)
+    N, gradient, single = problem.num_samples, _gradient(problem), _gradient(problem.at_precision(torch.float32))
     M = problem.num_residuals
     exact = M <= MAX_DENSE
     decompositions = 0.0
@@ -217,16 +213,23 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int, total: int = 0
     return {
         "loss": _LOSS * gradient,
         "check": _CHECK * _seconds(problem.subset(min(N, 2))),
-        "half": _HALF * gradient,
-        "tenth": _TENTH * gradient,
-        "hundredth": _HUNDREDTH * gradient,
-        "stability": _LARGEST * gradient,
+        "half": _HALF * single,
+        "tenth": _TENTH * single,
+        "hundredth": _HUNDREDTH * single,
+        "stability": _LARGEST * single,
         "distance": distance,
         "whole": 2 * _LOSS * gradient * total / N,
         "subsets": distance,
         "limit": distance + num_draws * _DRAW * gradient,
         "figures": _FIGURES,
     }
+
+
+def _gradient(problem: ZeroLossProblem) -> float:
+    """Time of one gradient of all samples, in seconds."""
+    N, few = problem.num_samples, min(problem.num_samples, _TIMED_SAMPLES)
+    estimated = _seconds(problem.subset(few, dtype=problem.dtype)) * N / few
+    return _seconds(problem) if few < N and estimated <= _ALL_SECONDS else estimated
 
 
 def _seconds(problem: ZeroLossProblem) -> float:

@@ -20,6 +20,9 @@ from torch_singlim.noise import NoiseSystem
 
 __all__ = ["Geometry"]
 
+# the part of the time that is left that the loss of the whole training set may take: lower levels are worth more
+_WHOLE = 0.3
+
 
 class Geometry:
     """Distances and stability; keeps the points where the next searches begin.
@@ -72,7 +75,7 @@ class Geometry:
         levels: Mapping[Level, LevelPoint],
     ) -> dict[Level, float] | None:
         """Excess loss of the whole training set at the points of levels, as a share of that at the weights."""
-        if whole is None or not levels or not self._affords("whole", self._part(snapshot)):
+        if whole is None or not levels or not self._affords("whole", _WHOLE * self._part(snapshot)):
             return None
         with self.budget.timed("whole"):
             present = whole.loss(problem, snapshot.weights)

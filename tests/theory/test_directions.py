@@ -19,7 +19,7 @@ from torch_singlim import (
     finite_window,
     gauss_newton,
 )
-from torch_singlim.theory import averaged_gradient, gradient_noise, potential
+from torch_singlim.theory import averaged_gradient, gradient_noise, potential, sampled_potential
 from torch_singlim.theory.directions import batched, directions_at_once
 from torch_singlim.theory.gradient_noise import noise_factor
 from torch_singlim.theory.second_order import log_pseudo_determinant, trace
@@ -64,6 +64,7 @@ NOISES = [
     CustomNoise(through_outputs, std=0.1, like="inputs"),
     Dropout() + DropConnect(0.1) + WeightDecay(0.1),
 ]
+OF_ORDER_ONE = [noise for noise in NOISES if not isinstance(noise, LabelNoise | Langevin | WeightDecay)]
 NETWORKS = {
     "tanh": lambda: (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.1), nn.Linear(5, 2)), (4,)),
     "norms": lambda: (
@@ -81,6 +82,26 @@ NETWORKS = {
         (1, 4, 4),
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("noise", OF_ORDER_ONE, ids=lambda noise: str(noise).split(" at 0x")[0])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_single_precision_changes_nothing_that_is_sampled(network, noise):
+    torch.manual_seed(0)
+    net, shape = NETWORKS[network]()
+    x = torch.randn(6, *shape)
+    problem = ZeroLossProblem(net.eval(), "mse", x, torch.randn(6, 2))
+    w = problem.weights()
+
+    def of(function, draws):
+        return function(noise, problem, w, num_draws=draws, generator=torch.Generator().manual_seed(0))
+
+    full, single = of(potential, 4), of(sampled_potential, 4)
+    assert single.gradient.mean.dtype == torch.float64
+    torch.testing.assert_close(single.gradient.mean, full.gradient.mean, rtol=0, atol=1e-4 * full.gradient.norm)
+    assert single.value.mean == pytest.approx(full.value.mean, rel=1e-5)
+    # a sum over a basis is exact, in full precision
+    assert torch.equal(of(sampled_potential, 10_000).gradient.mean, of(potential, 10_000).gradient.mean)
 
 
 @pytest.mark.parametrize("noise", NOISES, ids=lambda noise: str(noise).split(" at 0x")[0])

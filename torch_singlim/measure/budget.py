@@ -20,8 +20,8 @@ __all__ = ["Account", "Budget", "expected_seconds"]
 # seconds that all measurements of a run may take in any case
 _GRACE = 15.0
 # approximate costs, in gradients of all samples: the loss; in single precision, the distances to a half, a tenth and a
-# hundredth of it, and the largest eigenvalue; matrix functions by Lanczos and a nearest point by products; a draw of the limit's potential
-# (third derivatives); and, in gradients of two samples, the check of the derivatives
+# hundredth of it, and the largest eigenvalue; matrix functions by Lanczos and a nearest point by products; a draw of
+# the limit's potential (third derivatives); and, in gradients of two samples, the check of the derivatives
 _LOSS, _HALF, _TENTH, _HUNDREDTH, _LARGEST, _LANCZOS, _DRAW, _CHECK = 0.35, 60, 200, 800, 20, 300, 12, 100
 # seconds for the figures of one measurement
 _FIGURES = 2.0

@@ -56,8 +56,7 @@ def tensor_samples(
         ValueError: batches of another form.
     """
     loader = trainer.train_dataloader
-    tensors = _tensors(loader.dataset) if isinstance(loader, DataLoader) else None
-    if tensors is None:
+    if not isinstance(loader, DataLoader) or (tensors := _tensors(loader.dataset)) is None:
         return None
     whole = isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler)
     datamodule = getattr(trainer, "datamodule", None)

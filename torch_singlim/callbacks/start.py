@@ -248,12 +248,12 @@ def _training(
     subset: Reason | None = None,
 ) -> Training:
     """The training of a problem, with its noise and the reasons, and all samples if the problem has a part of them."""
-    partial = isinstance(problem, ZeroLossProblem) and samples is not None
+    whole = training_set(problem, samples) if isinstance(problem, ZeroLossProblem) and samples else None
     return training_of(
         problem,
         given=asked.noise,
         weight_decay=settings.weight_decay,
         injected=injected_noise(trainer),
         reasons=(*settings.reasons, *([subset] if subset else [])),
-        whole=training_set(problem, samples) if partial else None,
+        whole=whole,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ _GRACE = 15.0
 # hundredth of it, and the largest eigenvalue; matrix functions by Lanczos and a nearest point by products; a draw of
 # the limit's potential (third derivatives); and, in gradients of two samples, the check of the derivatives
 _LOSS, _HALF, _TENTH, _HUNDREDTH, _LARGEST, _LANCZOS, _DRAW, _CHECK = 0.35, 60, 200, 800, 20, 300, 12, 100
+# what a gradient costs in a search in single precision, with the vectors that it takes, in gradients
+_SEARCH = 1.6
 # seconds for the figures of one measurement
 _FIGURES = 2.0
 # operations of an eigendecomposition and of a Cholesky factorisation, in units of M^3
@@ -161,6 +164,11 @@ class Budget:
             return self.skip(kind)
         return self.cost(kind) <= part * self.left(Account.GEOMETRY) or self.skip(kind)
 
+    def gradients(self, *, part: float = 1.0) -> float:
+        """How many gradients of a search for a level fit into a part of the time that is left; infinite if unknown."""
+        each = self.cost("gradient")
+        return part * max(self.left(Account.GEOMETRY), 0.0) / each if each else math.inf
+
     def skip(self, kind: str) -> bool:
         """Count what there was no time for; returns False."""
         self.skipped[kind] = self.skipped.get(kind, 0) + 1
@@ -190,17 +198,18 @@ class Budget:
 def expected_seconds(problem: ZeroLossProblem, *, num_draws: int, total: int = 0) -> dict[str, float]:
     """Approximate times of the parts of a measurement, in seconds, from the time of one gradient.
 
-    "loss": the excess loss. "half", "tenth", "hundredth": the distance to this level of it. "stability": the largest
-    eigenvalue. "check": the check of the derivatives. "distance": the nearest point and the relaxed part. "limit": the
-    same with the limit's prediction. "whole": the loss of the whole training set, twice. "subsets": the nearest points
-    of fewer samples. "figures": those for TensorBoard.
+    "gradient": one of the searches for levels. "loss": the excess loss. "half", "tenth", "hundredth": the distance to
+    this level of it. "stability": the largest eigenvalue. "check": the check of the derivatives. "distance": the
+    nearest point and the relaxed part. "limit": the same with the limit's prediction. "whole": the loss of the whole
+    training set, twice. "subsets": the nearest points of fewer samples. "figures": those for TensorBoard.
 
     Args:
         problem: loss and samples.
         num_draws: random directions for the limit's potential.
         total: number of samples in the whole training set.
     """
-    N, gradient, single = problem.num_samples, _gradient(problem), _gradient(problem.at_precision(torch.float32))
+    N, gradient = problem.num_samples, _gradient(problem)
+    single = _SEARCH * _gradient(problem.at_precision(torch.float32))
     M = problem.num_residuals
     exact = M <= MAX_DENSE
     decompositions = 0.0
@@ -211,6 +220,7 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int, total: int = 0
         decompositions = times * (gram_flops(problem) + each * float(M) ** 3) / _rate(problem)
     distance = decompositions + _LANCZOS * gradient
     return {
+        "gradient": single,
         "loss": _LOSS * gradient,
         "check": _CHECK * _seconds(problem.subset(min(N, 2))),
         "half": _HALF * single,

@@ -83,7 +83,14 @@ class Engine:
         self.history: dict[int, dict[str, float]] = {}
         """What was measured: step -> tag -> value."""
         self.last_distance: DistanceMeasurement | None = None
-        self.geometry = Geometry(options, schedule, budget, lambda kind, part: self.affords(kind, part=part), generator)
+        self.geometry = Geometry(
+            options,
+            schedule,
+            budget,
+            lambda kind, part: self.affords(kind, part=part),
+            lambda part: process_group.broadcast(budget.gradients(part=part)),
+            generator,
+        )
         self.windows = Windows(schedule)
         self.last_step = -1
         """The last step at which everything was measured."""

@@ -11,7 +11,7 @@ from torch_singlim.measure.budget import Budget
 from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
 from torch_singlim.measure.levels import Level, Levels
 from torch_singlim.measure.options import Options
-from torch_singlim.measure.reasons import Reason
+from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.measure.samples import TrainingSet, distances_of_subsets
 from torch_singlim.measure.schedule import Schedule
 from torch_singlim.measure.snapshot import Snapshot
@@ -20,6 +20,8 @@ from torch_singlim.noise import NoiseSystem
 
 __all__ = ["Geometry"]
 
+# the part of the time that is left that lower levels than a half may take
+_LOWER = 0.8
 # the part of the time that is left that the loss of the whole training set may take: lower levels are worth more
 _WHOLE = 0.3
 
@@ -32,6 +34,7 @@ class Geometry:
         schedule: the steps at which to measure.
         budget: the time that measurements may take.
         affords: whether a kind of measurement takes no more than a part of the time that is left.
+        gradients: how many gradients fit into a part of it.
         generator: of all random directions and draws.
     """
 
@@ -41,10 +44,11 @@ class Geometry:
         schedule: Schedule,
         budget: Budget,
         affords: Callable[[str, float], bool],
+        gradients: Callable[[float], float],
         generator: torch.Generator,
     ) -> None:
         self.options, self.schedule, self.budget, self.generator = options, schedule, budget, generator
-        self.levels, self._affords = Levels(), affords
+        self.levels, self._affords, self._gradients = Levels(), affords, gradients
 
     def _part(self, snapshot: Snapshot) -> float:
         """The part of the time that is left which a measurement at this snapshot may take."""
@@ -56,15 +60,21 @@ class Geometry:
         """Add the nearest points of these levels of the loss to those that were found; why others were not."""
         reasons = []
         for level in levels:
-            kind, part = level.name.lower(), 1.0 if level is Level.HALF else self._part(snapshot)
-            if not self._affords(kind, part):
+            kind = level.name.lower()
+            part = 1.0 if level is Level.HALF else max(self._part(snapshot), _LOWER)
+            # at the beginning, low levels are expensive, and say little
+            early = snapshot.step == 0 and level is not Level.HALF and self.budget.share is not None
+            if early or not self._affords(kind, part):
                 continue
+            most = min(level.gradients, self._gradients(part))
             with self.budget.timed(kind):
-                point = self.levels.measure(problem, snapshot.weights, level, found)
-            if isinstance(point, Reason):
-                reasons.append(point)
-            else:
+                point = self.levels.measure(problem, snapshot.weights, level, found, max_gradients=most)
+            if point.certified:
                 found[level] = point
+            elif most < level.gradients:
+                self.budget.skip(kind)
+            else:
+                reasons.append(Code.LEVEL_NOT_MET(level=f"{level.value:g}", gradients=level.gradients))
         return reasons
 
     def of_whole(

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from torch_singlim.geometry import LevelPoint, NearestPoint, level_distance
-from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.network import ZeroLossProblem
 
 __all__ = ["Level", "Levels"]
@@ -45,22 +44,29 @@ class Levels:
         """v - w of the last point with half of the loss  ``[P]``."""
 
     def measure(
-        self, problem: ZeroLossProblem, w: Tensor, level: Level, found: Mapping[Level, LevelPoint]
-    ) -> LevelPoint | Reason:
-        """The nearest point of one level, or the reason why none was found.
+        self,
+        problem: ZeroLossProblem,
+        w: Tensor,
+        level: Level,
+        found: Mapping[Level, LevelPoint],
+        *,
+        max_gradients: float,
+    ) -> LevelPoint:
+        """The nearest point of one level; if it is certified, the next search begins there.
 
         Args:
             problem: loss and samples.
             w: weights  ``[P]``.
             level: the level.
             found: points of higher levels that were found at the same weights.
+            max_gradients: cost at which the search is given up.
         """
         start = self.points.get(level)
         if start is None and found:  # the lowest of them
             start = min(found.values(), key=lambda each: each.level).point
-        point = level_distance(problem, w, level.value, start=start, max_gradients=level.gradients)
+        point = level_distance(problem, w, level.value, start=start, max_gradients=max_gradients)
         if not point.certified:
-            return Code.LEVEL_NOT_MET(level=f"{level.value:g}", gradients=level.gradients)
+            return point
         self.points[level] = point.point.float()
         if level is Level.HALF:
             self.displacement = (point.point - w).float()

@@ -181,6 +181,10 @@ class Budget:
         yield
         self._known[kind] = self.clock() - start
 
+    def scale(self, kind: str, factor: float) -> None:
+        """Expect the next measurement of a kind to take this multiple of the time of the last one."""
+        self._known[kind] *= factor
+
     @property
     def overhead(self) -> float:
         """The share of the wall time that was spent."""

@@ -21,7 +21,9 @@ from torch_singlim.noise import NoiseSystem
 __all__ = ["Geometry"]
 
 # the part of the time that is left that lower levels than a half may take
-_LOWER = 0.8
+_LOWER = 0.9
+# what a search costs that begins at the last point of its level, as a share of the cost of the first one: 0.4 to 0.8
+_WARM = 0.6
 # the part of the time that is left that the loss of the whole training set may take: lower levels are worth more
 _WHOLE = 0.3
 
@@ -66,11 +68,13 @@ class Geometry:
             early = snapshot.step == 0 and level is not Level.HALF and self.budget.share is not None
             if early or not self._affords(kind, part):
                 continue
-            most = min(level.gradients, self._gradients(part))
+            most, cold = min(level.gradients, self._gradients(part)), level not in self.levels.points
             with self.budget.timed(kind):
                 point = self.levels.measure(problem, snapshot.weights, level, found, max_gradients=most)
             if point.certified:
                 found[level] = point
+                if cold:
+                    self.budget.scale(kind, _WARM)
             elif most < level.gradients:
                 self.budget.skip(kind)
             else:

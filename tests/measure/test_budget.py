@@ -133,7 +133,7 @@ def test_expected_seconds_follow_from_one_gradient(monkeypatch):
     problem = ZeroLossProblem(net, "mse", torch.randn(100, 50), torch.randn(100, 10))
     expected = expected_seconds(problem, num_draws=8)  # a gradient, or a product of two matrices, takes one tick
     samples = 100 / 16  # a gradient of 16 samples is timed
-    assert [expected[kind] / samples for kind in ("gradient", "half", "tenth")] == [1.6, 96, 320]
+    assert [expected[kind] / samples for kind in ("gradient", "half", "tenth")] == [1.3, 78, 260]
     assert expected["loss"] == pytest.approx(0.35 * samples)
     assert expected["check"] == 100
     assert expected["limit"] == expected["distance"] + 96 * samples

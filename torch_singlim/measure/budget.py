@@ -25,7 +25,7 @@ _GRACE = 15.0
 # the limit's potential (third derivatives); and, in gradients of two samples, the check of the derivatives
 _LOSS, _HALF, _TENTH, _HUNDREDTH, _LARGEST, _LANCZOS, _DRAW, _CHECK = 0.35, 60, 200, 800, 20, 300, 12, 100
 # what a gradient costs in a search in single precision, with the vectors that it takes, in gradients
-_SEARCH = 1.6
+_SEARCH = 1.3
 # seconds for the figures of one measurement
 _FIGURES = 2.0
 # operations of an eigendecomposition and of a Cholesky factorisation, in units of M^3

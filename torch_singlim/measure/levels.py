@@ -52,7 +52,7 @@ class Levels:
         *,
         max_gradients: float,
     ) -> LevelPoint:
-        """The nearest point of one level; if it is certified, the next search begins there.
+        """The nearest point of one level. The next search begins there, even if this one ended before it met the level.
 
         Args:
             problem: loss and samples.
@@ -65,10 +65,9 @@ class Levels:
         if start is None and found:  # the lowest of them
             start = min(found.values(), key=lambda each: each.level).point
         point = level_distance(problem, w, level.value, start=start, max_gradients=max_gradients)
-        if not point.certified:
-            return point
-        self.points[level] = point.point.float()
-        if level is Level.HALF:
+        if point.certified or point.loss < problem.loss(w).item():
+            self.points[level] = point.point.float()
+        if level is Level.HALF and point.certified:
             self.displacement = (point.point - w).float()
         return point
 

@@ -401,7 +401,7 @@ def test_w_is_linearised_once_and_the_loss_evaluated_once(monkeypatch):
     monkeypatch.setattr(
         levels,
         "level_distance",
-        lambda problem, w, level, **_: searched.append(level) or LevelPoint(w, 1, level, 0, 1, 1, False),
+        lambda problem, w, level, **_: searched.append(level) or LevelPoint(w, 1, level, 0, 1, 1, True),
     )
     points = []
     linearize = distance.linearize
@@ -410,6 +410,37 @@ def test_w_is_linearised_once_and_the_loss_evaluated_once(monkeypatch):
     assert len(seen) == 1
     assert len(points) == 1
     assert searched == [0.5, 0.1, 0.01]
+
+
+def test_a_search_that_ran_out_of_time_is_skipped_and_goes_on_from_where_it_was(monkeypatch):
+    """Not a reason: there is time for the rest of it later. Before the first step low levels are not looked for."""
+    from torch_singlim.measure import levels
+
+    run = Run()
+    engine = run.engine(budget=Budget(0.1))
+    monkeypatch.setattr(engine.budget, "cost", lambda kind: 0.01 if kind == "gradient" else 0.0)
+    monkeypatch.setattr(engine.budget, "left", lambda account: 1.0)
+    searched = []
+
+    def search(problem, w, level, *, start, max_gradients):
+        searched.append((level, start, max_gradients))
+        v = 0.9 * w
+        return LevelPoint(v, 1.0, level, 0.0, 1.0, 1.0, certified=level == 0.5)
+
+    monkeypatch.setattr(levels, "level_distance", search)
+    engine.measure(run.snapshot())
+    assert [level for level, *_ in searched] == [0.5]
+    run.train(3)
+    searched.clear()
+    engine.measure(run.snapshot())
+    assert [(level, round(most)) for level, _, most in searched] == [(0.5, 100), (0.1, 90), (0.01, 90)]
+    assert {"tenth", "hundredth"} <= engine.budget.skipped.keys()
+    assert not any(reason.code is Code.LEVEL_NOT_MET for reason in engine.reasons)
+    run.train(3)
+    w = engine.geometry.levels.points[levels.Level.TENTH]
+    searched.clear()
+    engine.measure(run.snapshot())
+    assert torch.equal(searched[1][1], w)
 
 
 def test_without_a_problem_the_motion_is_measured_all_the_same():

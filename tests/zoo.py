@@ -229,6 +229,8 @@ def reasons_of(monitor):
 LEVELS = {"stability"} | {
     f"distance/{level}{model}" for level in ("half", "tenth", "hundredth") for model in ("", "_linear")
 }
+# at the points of these
+WHOLE = {f"distance/{level}_whole" for level in ("half", "tenth", "hundredth")}
 
 
 def tags_of(monitor):

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from tests.zoo import Net, Tied, data, fit, seeded, weights
 from torch_singlim import AntiCorrelated, DropConnect, InjectNoise, SingularLimitMonitor
 from torch_singlim.geometry import curvature
-from torch_singlim.measure import engine
+from torch_singlim.measure import geometry
 from torch_singlim.network import FunctionalModule
 
 SAMPLES = 20
@@ -69,7 +69,7 @@ def main(name: str, devices: int, out: Path, fault: bool, monitored: bool) -> No
     FunctionalModule.__call__ = counted
     curvature._TINY = 0  # a process alone would form B, and evaluate few samples for its products
     if case.get("products"):
-        engine.measure_distance = partial(engine.measure_distance, max_dense=0)
+        geometry.measure_distance = partial(geometry.measure_distance, max_dense=0)
     if "way" in case:
         gram_matrix = curvature.gram_matrix
         curvature.gram_matrix = lambda *args, **options: gram_matrix(*args, **options | {"way": case["way"]})

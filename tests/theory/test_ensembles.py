@@ -32,7 +32,7 @@ from torch_singlim import (
     singular_limit,
     tangent_space,
 )
-from torch_singlim.theory.second_order import _quadratic_gradients
+from torch_singlim.theory.second_order import quadratic_gradients
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +103,7 @@ def discrete_flow(problem, point, retract, sigma, alpha, steps, substeps=10):
         H, total = gauss_newton(problem, v), torch.zeros_like(v)
         for u, l in zip(H.eigenvectors.T, H.eigenvalues, strict=True):  # noqa: E741  # the letter of the formulas
             mode = H.operator.rmatvec(u) / l.sqrt()
-            total += _quadratic_gradients(problem, v, mode[None])[0] / (1 - alpha * l / 2)
+            total += quadratic_gradients(problem, v, mode[None])[0] / (1 - alpha * l / 2)
         return -(alpha**2) * sigma**2 / (2 * problem.num_samples) * H.project_kernel(total)
 
     at, h = point, steps / substeps

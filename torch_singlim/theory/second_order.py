@@ -10,6 +10,7 @@ Source: Z. Li, T. Wang, S. Arora, arXiv 2110.06914; Katzenberger's theorem.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -131,6 +132,21 @@ def _row_gradients(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> Tensor:
     return problem.process_group.all_reduce(batched(over, z)) / problem.num_samples
 
 
+def residual_direction(
+    count: int, *, like: Tensor, generator: torch.Generator | None
+) -> Callable[[int | None], Tensor]:
+    """Unit vectors, or random signs for the index None, in the space of residuals  ``[M]``."""
+
+    def direction(i: int | None) -> Tensor:
+        if i is None:
+            return rademacher((count,), generator=generator, like=like)
+        z = like.new_zeros(count)
+        z[i] = 1.0
+        return z
+
+    return direction
+
+
 def log_pseudo_determinant(
     problem: ZeroLossProblem,
     w: Tensor,
@@ -145,25 +161,19 @@ def log_pseudo_determinant(
     """
     M = problem.num_residuals
 
-    def direction(i: int | None) -> Tensor:
-        if i is None:
-            return rademacher((M,), generator=generator, like=w)
-        z = w.new_zeros(M)
-        z[i] = 1.0
-        return z
-
     def derivative(z: Tensor) -> Tensor:
         logs = torch.stack([torch.dot(one, hessian.gram_function(torch.log, one)) for one in z])
         t = torch.stack([hessian.pseudo_inverse(one) for one in z])
-        return torch.cat([_quadratic_gradients(problem, w, t), logs[:, None]], 1)
+        return torch.cat([quadratic_gradients(problem, w, t), logs[:, None]], 1)
 
+    direction = residual_direction(M, like=w, generator=generator)
     found = traced(direction, derivative, M, num_draws, at_once=directions_at_once(problem), like=w)
     if hessian.exact:
         return replace(found, value=Estimate(hessian.spectrum().log().sum().item(), 0.0))
     return found
 
 
-def _quadratic_gradients(problem: ZeroLossProblem, w: Tensor, t: Tensor) -> Tensor:
+def quadratic_gradients(problem: ZeroLossProblem, w: Tensor, t: Tensor) -> Tensor:
     """grad_w <t, H(w) t> = grad_w (1/N) sum_n (J_n t)^T A_n (J_n t) ``[k, P]`` at k fixed vectors t ``[k, P]``."""
 
     def along(chunk: slice, t: Tensor) -> Tensor:

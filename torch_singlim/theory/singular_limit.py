@@ -13,6 +13,7 @@ from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Covariance, NoiseSystem, Sum, parts
 from torch_singlim.theory.distance import expected_distance
+from torch_singlim.theory.finite_step import finite_step_potential
 from torch_singlim.theory.gradient_noise import gradient_noise, noise_factor
 from torch_singlim.theory.order import with_measured_order
 from torch_singlim.theory.potential import Potential, potential, sampled_potential
@@ -102,6 +103,7 @@ def singular_limit(
     sgd: SGDSettings,
     *,
     num_draws: int = 64,
+    finite_step: bool = False,
     hessian: FactoredOperator | None = None,
     generator: torch.Generator | None = None,
 ) -> LimitPrediction:
@@ -121,11 +123,14 @@ def singular_limit(
         num_draws: number of directions for the trace in V. With at least as many as its dimension (components of eta of
             one sample or of the step; outputs for tr H; residuals for log pdet H) it is exact; with fewer, they are
             random and the result has a standard error.
+        finite_step: the drift at this step size, exactly in alpha, instead of that as alpha -> 0; for label noise,
+            flips and anti-correlated noise, see `finite_step_potential`.
         hessian: ``gauss_newton(problem, point)``, if it was computed already.
         generator: of the draws.
 
     Raises:
-        ValueError: the noise does not fit the problem, or its loss never reaches its infimum.
+        ValueError: the noise does not fit the problem, its loss never reaches its infimum, or its drift at finite step
+            size is not known.
 
     Source: arXiv 2404.12293, theorems on non-degenerate and degenerate noise; second order: arXiv 2110.06914.
 
@@ -145,7 +150,13 @@ def singular_limit(
     noise = with_measured_order(noise, problem, point, num_draws=num_draws, hessian=hessian, generator=generator)
     order, alpha, batch_size = noise.order, sgd.effective_lr, sgd.batch(problem.num_samples)
     V = Potential(Estimate(0.0, 0.0), VectorEstimate(torch.zeros_like(point)[None]), 0)
-    if order == 1:
+    if finite_step and order is not None:
+        terms = [
+            finite_step_potential(part, problem, point, sgd, hessian, num_draws=num_draws, generator=generator)
+            for part in _leading(noise, order)
+        ]
+        V = sum(terms[1:], start=terms[0])
+    elif order == 1:
         leading = Sum(_leading(noise, 1))
         evaluate = potential if hessian.decomposed else sampled_potential
         V = evaluate(leading, problem, point, num_draws=num_draws, generator=generator)

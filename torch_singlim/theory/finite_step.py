@@ -1,0 +1,188 @@
+"""Noise at finite step size: drifts exactly in alpha, at leading order in sigma^2.
+
+The fluctuations X of the recursion about a point of Gamma give the drift -(alpha/2) P_T T[X], T = D^3 L, where alpha is
+the effective step size. In the singular limit X = (alpha c / 2) P_N for Sigma = c H; at finite step size stiff modes
+fluctuate more.
+
+Source: A. Damian, T. Ma, J. Lee, arXiv 2106.06530, for full-batch label noise.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, VectorEstimate
+from torch_singlim.network import ZeroLossProblem
+from torch_singlim.noise import AntiCorrelated, NoiseSystem, parts
+from torch_singlim.theory.directions import directions_at_once
+from torch_singlim.theory.potential import Potential, traced
+from torch_singlim.theory.second_order import quadratic_gradients, residual_direction
+from torch_singlim.theory.sgd import SGDSettings, stationary_variance
+
+__all__ = ["finite_step_potential", "step_ratio"]
+
+# nodes of Gauss-Legendre quadrature
+_NODES = 32
+# the covariance under batches: relative accuracy, and number of iterations
+_FIXED_RTOL, _FIXED_STEPS = 1e-10, 2_000
+
+
+def step_ratio(sgd: SGDSettings, curvature: Tensor, *, transient: bool = False) -> Tensor:
+    """Variance of full-batch fluctuations along modes of curvature l ``[r]``, as a multiple of that as alpha l -> 0.
+
+        2 l s(l) / alpha,    s: `stationary_variance`          gradient noise:  1 / (1 - alpha l / 2) without momentum
+        1 + l^2 s(l)                                           transient noise: the same
+
+    Infinite if a mode is unstable.
+
+    Args:
+        sgd: step size and momentum.
+        curvature: l.
+        transient: of the weights at which the gradient is evaluated, under a perturbation that is taken back.
+
+    >>> l = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
+    >>> step_ratio(SGDSettings(lr=0.5), l), step_ratio(SGDSettings(lr=0.5), l, transient=True)
+    (tensor([1.0000, 1.3333, 4.0000], dtype=torch.float64), tensor([1.0000, 1.3333, 4.0000], dtype=torch.float64))
+    """
+    positive = curvature.where(curvature > 0, 1.0)
+    s = stationary_variance(sgd, positive)
+    ratio = 1 + positive.square() * s if transient else 2 * positive * s / sgd.effective_lr
+    return torch.where(curvature > 0, ratio, 1.0)
+
+
+def _integral(function: Callable[[Tensor], Tensor], stop: Tensor) -> Tensor:
+    """The integral of a function from 0 to each number ``[r]``; nodes by G. Golub and J. Welsch, 1969."""
+    k = torch.arange(1, _NODES, dtype=stop.dtype)
+    off = k / (4 * k**2 - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    weights = vectors[0].square().to(stop.device)  # they sum to 1
+    x = stop[:, None] * (nodes.to(stop.device) + 1) / 2
+    return stop * (function(x.reshape(-1)).reshape(x.shape) @ weights)
+
+
+def _fluctuations(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    hessian: FactoredOperator,
+    root: Callable[[Tensor], Tensor],
+    *,
+    num_draws: int,
+    generator: torch.Generator | None,
+) -> VectorEstimate:
+    """grad_w tr(X H(w)) ``[P]`` at a fixed X = B^T R R^T B, where `root` is the product u -> R u  ``[M]``."""
+    M = problem.num_residuals
+
+    def derivative(z: Tensor) -> Tensor:
+        t = torch.stack([hessian.operator.rmatvec(root(one)) for one in z])
+        return torch.cat([quadratic_gradients(problem, w, t), w.new_zeros(len(z), 1)], 1)
+
+    direction = residual_direction(M, like=w, generator=generator)
+    return traced(direction, derivative, M, num_draws, at_once=directions_at_once(problem), like=w).gradient
+
+
+def _with_batches(problem: ZeroLossProblem, hessian: FactoredOperator, sgd: SGDSettings) -> Tensor:
+    """A root R ``[M, M]`` of the Y = R R^T with X = B^T Y B, for Sigma = H and batches of B of N samples.
+
+        K Y + Y K - alpha (d diag(K Y K) + a K Y K) = alpha I,      a = N (B - 1)/(B (N - 1)),   d = N/B - a
+
+    Here diag keeps the blocks of single samples: batches make the Hessian random. Solved by a fixed-point iteration.
+
+    Args:
+        problem: loss and N samples.
+        hessian: H on Gamma.
+        sgd: step size alpha and batch size B.
+
+    Raises:
+        ValueError: momentum, a K that is not decomposed or without full rank, or fluctuations that grow forever.
+    """
+    N, M, alpha = problem.num_samples, problem.num_residuals, sgd.lr
+    if sgd.momentum:
+        raise ValueError(
+            f"at finite step size, batches of {sgd.batch_size} of {N} samples are covered without momentum, got "
+            f"momentum {sgd.momentum}: use the full batch, or finite_step=False"
+        )
+    if not isinstance(hessian, DenseFactored) or hessian.rank < M:
+        raise ValueError(
+            "at finite step size, batches need all eigenvectors of a B B^T of full rank, got "
+            f"{type(hessian).__name__} of rank {hessian.rank} for {M} residuals: use fewer samples, or "
+            "finite_step=False"
+        )
+    B = sgd.batch(N)
+    a = N * (B - 1) / (B * (N - 1))
+    U, values = hessian.eigenvectors, hessian.eigenvalues
+    denominator = values[:, None] + values - alpha * a * values[:, None] * values
+    if bool((denominator <= 0).any()):
+        raise ValueError(f"the step size {alpha} is unstable: alpha lambda_1 = {alpha * values[0].item():.3g}")
+    rows = M // N
+    eye = alpha * torch.eye(M, dtype=values.dtype, device=values.device)
+    constant = eye / denominator
+    Y = constant  # in the eigenbasis
+    for _ in range(_FIXED_STEPS):
+        KYK = U @ (values[:, None] * Y * values) @ U.T
+        blocks = torch.stack([KYK[i : i + rows, i : i + rows] for i in range(0, M, rows)])
+        new = constant + alpha * (N / B - a) * (U.T @ torch.block_diag(*blocks) @ U) / denominator
+        change, Y = torch.linalg.matrix_norm(new - Y) / torch.linalg.matrix_norm(new), new
+        if not math.isfinite(change):
+            break
+        if change <= _FIXED_RTOL:
+            sizes, vectors = torch.linalg.eigh(Y)
+            return U @ vectors * sizes.clamp_min(0).sqrt()
+    raise ValueError(
+        f"fluctuations under batches of {B} grow without bound at the step size {alpha}: use a smaller one"
+    )
+
+
+def finite_step_potential(
+    noise: NoiseSystem,
+    problem: ZeroLossProblem,
+    w: Tensor,
+    sgd: SGDSettings,
+    hessian: FactoredOperator,
+    *,
+    num_draws: int,
+    generator: torch.Generator | None = None,
+) -> Potential:
+    """V and grad V of a noise at this step size: the drift per step is -alpha^order P_T grad V, as in the limit.
+
+        label noise, flips (Sigma = c H)    V = (c/4) sum_j int_0^{l_j} rho dl,       rho: `step_ratio`
+        anti-correlated noise               V = (sigma^2/2) sum_j int_0^{l_j} rho dl,  for transient noise
+
+    Without momentum these are -(c/(2 alpha)) tr log(1 - alpha H/2) and -(sigma^2/alpha) tr log(1 - alpha H/2). With
+    batches smaller than the data the Hessian is random, and there is no potential in general (V is nan).
+
+    Args:
+        noise: one system.
+        problem: loss and samples.
+        w: weights on Gamma ``[P]``.
+        sgd: step size, momentum, batch size.
+        hessian: H there.
+        num_draws: number of directions for the gradient, exact with as many as residuals.
+        generator: of random directions.
+
+    Raises:
+        ValueError: another noise, an unstable step size, batches together with momentum.
+    """
+    known, transient = noise.covariance(problem, sgd.batch(problem.num_samples)), isinstance(noise, AntiCorrelated)
+    pure = known is not None and known.hessian > 0 and known.identity == 0
+    if len(parts(noise)) > 1 or not (transient or pure):
+        raise ValueError(
+            "drifts at finite step size are known for label noise, label flips and anti-correlated noise, got "
+            f"{noise}: use finite_step=False"
+        )
+    fluctuations = functools.partial(_fluctuations, problem, w, hessian, num_draws=num_draws, generator=generator)
+    if pure and known is not None and sgd.batch(problem.num_samples) < problem.num_samples:
+        R = _with_batches(problem, hessian, sgd)
+        gradient = fluctuations(lambda u: R @ u).map(lambda g: known.hessian / (2 * sgd.lr) * g)
+        return Potential(Estimate(math.nan, 0.0), gradient, num_draws)
+    scale = noise.variance(problem) / 2 if transient or known is None else known.hessian / 4
+    rho = functools.partial(step_ratio, sgd, transient=transient)
+    if math.isinf(rho(torch.tensor([hessian.largest], dtype=torch.float64)).item()):
+        raise ValueError(f"the step size {sgd.lr} is unstable: the largest eigenvalue is {hessian.largest:.3g}")
+    value = hessian.trace(lambda values: _integral(rho, values))
+    gradient = fluctuations(lambda u: hessian.gram_function(lambda values: (rho(values) / values).sqrt(), u))
+    return Potential(value.scaled(scale), gradient.map(lambda g: scale * g), num_draws)

@@ -138,7 +138,7 @@ def test_what_is_not_known_is_an_error():
 
 @pytest.mark.slow
 def test_an_ensemble():
-    """At alpha lambda_1 = 0.35, foot points of independent runs: the speed within 2 %, where the limit is off."""
+    """At alpha lambda_1 = 0.35, nearest points of independent runs: the speed within 2 %, where the limit is off."""
     reference, problem, _ = load("tanh_scalar")
     point = torch.tensor(reference["nearest_point"], dtype=DTYPE)
     noise, hessian = LabelNoise(0.05), gauss_newton(problem, point)

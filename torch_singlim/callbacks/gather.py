@@ -30,12 +30,18 @@ __all__ = ["Gatherer", "tensor_samples"]
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
-def _tensors(dataset: Dataset | None) -> list[Tensor] | None:
-    """The tensors of a `TensorDataset`, or of a subset of one; None: another data set."""
-    if isinstance(dataset, TensorDataset):
-        return list(dataset.tensors)
-    found = _tensors(dataset.dataset) if isinstance(dataset, Subset) else None
-    return None if found is None else [each[torch.as_tensor(dataset.indices)] for each in found]  # type: ignore[union-attr]
+def _holds_tensors(dataset: Dataset | None) -> bool:
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return isinstance(dataset, TensorDataset)
+
+
+def _tensors(dataset: Dataset) -> list[Tensor]:
+    """The tensors of a `TensorDataset`, or of a subset of one, which are copied."""
+    if isinstance(dataset, Subset):
+        return [each[torch.as_tensor(dataset.indices)] for each in _tensors(dataset.dataset)]
+    assert isinstance(dataset, TensorDataset)
+    return list(dataset.tensors)
 
 
 def tensor_samples(
@@ -56,7 +62,7 @@ def tensor_samples(
         ValueError: batches of another form.
     """
     loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader) or (tensors := _tensors(loader.dataset)) is None:
+    if not isinstance(loader, DataLoader) or not _holds_tensors(loader.dataset):
         return None
     whole = isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler)
     datamodule = getattr(trainer, "datamodule", None)
@@ -68,7 +74,7 @@ def tensor_samples(
     if not whole or not plain or limited:
         return None
     found = read_samples(trainer, num_samples, batch_to_problem=batch_to_problem)
-    return replace(found, whole=as_pair(tensors, batch_to_problem)) if found.is_subset else found
+    return replace(found, whole=as_pair(_tensors(loader.dataset), batch_to_problem)) if found.is_subset else found
 
 
 class Gatherer:

@@ -30,8 +30,6 @@ __all__ = ["ConstrainedModel", "DualSolver"]
 
 # cost of two triangular solves, which are limited by memory bandwidth, in units of M^2 operations
 _TRIANGULAR = 100.0
-# number of products that refine a solve with a factor in single precision
-_REFINEMENTS = 30
 # Lanczos steps for the smallest curvature. They see it where many directions share it, or where there are few at all.
 # Along trainings of a network with 19,210 weights, whose distances were right to .7 %, five steps find .3 to .6; ten
 # find negative curvature, in a few directions, at 4 of 26 states.
@@ -124,7 +122,7 @@ class DualSolver:
         self.factor = factor = at.factor() if at.cheap_gram else None
         if factor is not None:
             self._inverse = factor.solve
-            return lambda r: preconditioned_solve(K, r, factor.solve, rtol=self.rtol, max_steps=_REFINEMENTS).x
+            return lambda r: factor.refined(K, r, rtol=self.rtol)
         self.factored = False
         cutoff = gram_cutoff(B.shape[0], at.residual.dtype)
         return lambda r: (

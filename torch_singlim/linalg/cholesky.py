@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torch_singlim.linalg.krylov import preconditioned_solve
+
 __all__ = ["CholeskyFactor", "cholesky", "gram_cutoff"]
 
 # steps of inverse iteration: each reduces the part of the other eigenvectors by the ratio of eigenvalues
 _INVERSE_ITERATIONS = 4
+# maximum number of products that refine a solve
+_REFINEMENTS = 30
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,16 @@ class CholeskyFactor:
         # torch.cholesky_solve copies the factor, which takes ten times as long
         x = torch.linalg.solve_triangular(self.lower, u.to(self.lower)[:, None], upper=False)
         return torch.linalg.solve_triangular(self.lower.mT, x, upper=True)[:, 0].to(u)
+
+    def refined(self, product: Callable[[Tensor], Tensor], u: Tensor, *, rtol: float) -> Tensor:
+        """K^-1 u  ``[m]``, refined by conjugate gradients with the products of K in the precision of u.
+
+        Args:
+            product: u -> K u, also for a K that differs a little from the one that was factored.
+            u: right-hand side.
+            rtol: relative residual.
+        """
+        return preconditioned_solve(product, u, self.solve, rtol=rtol, max_steps=_REFINEMENTS).x
 
 
 def gram_cutoff(rows: int, dtype: torch.dtype) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torch_singlim.linalg.cholesky import CholeskyFactor, gram_cutoff
 from torch_singlim.linalg.estimate import Estimate, rademacher
-from torch_singlim.linalg.krylov import KrylovBasis, krylov_function, lanczos, preconditioned_solve
+from torch_singlim.linalg.krylov import KrylovBasis, krylov_function, lanczos
 from torch_singlim.linalg.operator import LinearOperator
 
 __all__ = [
@@ -37,8 +37,8 @@ _QUADRATURE = 40
 # number of random vectors for estimates of traces and counts of eigenvalues; each averages over m eigenvalues, so that
 # their relative spread is about sqrt(2 / m)
 _COUNTING = 2
-# relative residual to which solves with a factor in a lower precision are refined, and number of products for that
-_REFINED, _REFINEMENTS = 1e-10, 30
+# relative residual to which solves with a factor in a lower precision are refined
+_REFINED = 1e-10
 
 
 class FactoredOperator(ABC):
@@ -332,8 +332,7 @@ class CholeskyFactored(KrylovFactored):
         return self.factor.solve
 
     def solve(self, u: Tensor) -> Tensor:
-        K, precondition = self.operator.gram_product, self.factor.solve
-        return preconditioned_solve(K, u, precondition, rtol=_REFINED, max_steps=_REFINEMENTS).x
+        return self.factor.refined(self.operator.gram_product, u, rtol=_REFINED)
 
     def project_kernel(self, v: Tensor) -> Tensor:
         for _ in range(2):  # the second pass removes the rounding errors of the first one

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import AntiCorrelated, NoiseSystem, parts
+from torch_singlim.noise import AntiCorrelated, Covariance, NoiseSystem, parts
 from torch_singlim.theory.directions import directions_at_once
 from torch_singlim.theory.potential import Potential, traced
 from torch_singlim.theory.second_order import quadratic_gradients, residual_direction
@@ -118,14 +118,12 @@ def _with_batches(problem: ZeroLossProblem, hessian: FactoredOperator, sgd: SGDS
     denominator = values[:, None] + values - alpha * a * values[:, None] * values
     if bool((denominator <= 0).any()):
         raise ValueError(f"the step size {alpha} is unstable: alpha lambda_1 = {alpha * values[0].item():.3g}")
-    rows = M // N
-    eye = alpha * torch.eye(M, dtype=values.dtype, device=values.device)
-    constant = eye / denominator
-    Y = constant  # in the eigenbasis
+    eye, samples = (torch.eye(k, dtype=values.dtype, device=values.device) for k in (M, N))
+    blocks = torch.kron(samples, values.new_ones(M // N, M // N))  # 1 within each sample
+    Y = constant = alpha * eye / denominator  # in the eigenbasis
     for _ in range(_FIXED_STEPS):
         KYK = U @ (values[:, None] * Y * values) @ U.T
-        blocks = torch.stack([KYK[i : i + rows, i : i + rows] for i in range(0, M, rows)])
-        new = constant + alpha * (N / B - a) * (U.T @ torch.block_diag(*blocks) @ U) / denominator
+        new = constant + alpha * (N / B - a) * (U.T @ (blocks * KYK) @ U) / denominator
         change, Y = torch.linalg.matrix_norm(new - Y) / torch.linalg.matrix_norm(new), new
         if not math.isfinite(change):
             break
@@ -153,7 +151,8 @@ def finite_step_potential(
         anti-correlated noise               V = (sigma^2/2) sum_j int_0^{l_j} rho dl,  for transient noise
 
     Without momentum these are -(c/(2 alpha)) tr log(1 - alpha H/2) and -(sigma^2/alpha) tr log(1 - alpha H/2). With
-    batches smaller than the data the Hessian is random, and there is no potential in general (V is nan).
+    batches smaller than the data the Hessian is random, and there is no potential in general (V is nan); for
+    anti-correlated noise this is neglected: its V is that of the full batch.
 
     Args:
         noise: one system.
@@ -167,19 +166,20 @@ def finite_step_potential(
     Raises:
         ValueError: another noise, an unstable step size, batches together with momentum.
     """
-    known, transient = noise.covariance(problem, sgd.batch(problem.num_samples)), isinstance(noise, AntiCorrelated)
-    pure = known is not None and known.hessian > 0 and known.identity == 0
+    N, B, transient = problem.num_samples, sgd.batch(problem.num_samples), isinstance(noise, AntiCorrelated)
+    known = noise.covariance(problem, B) or Covariance()
+    pure = known.hessian > 0 and known.identity == 0
     if len(parts(noise)) > 1 or not (transient or pure):
         raise ValueError(
             "drifts at finite step size are known for label noise, label flips and anti-correlated noise, got "
             f"{noise}: use finite_step=False"
         )
     fluctuations = functools.partial(_fluctuations, problem, w, hessian, num_draws=num_draws, generator=generator)
-    if pure and known is not None and sgd.batch(problem.num_samples) < problem.num_samples:
+    if pure and B < N:
         R = _with_batches(problem, hessian, sgd)
         gradient = fluctuations(lambda u: R @ u).map(lambda g: known.hessian / (2 * sgd.lr) * g)
         return Potential(Estimate(math.nan, 0.0), gradient, num_draws)
-    scale = noise.variance(problem) / 2 if transient or known is None else known.hessian / 4
+    scale = noise.variance(problem) / 2 if transient else known.hessian / 4
     rho = functools.partial(step_ratio, sgd, transient=transient)
     if math.isinf(rho(torch.tensor([hessian.largest], dtype=torch.float64)).item()):
         raise ValueError(f"the step size {sgd.lr} is unstable: the largest eigenvalue is {hessian.largest:.3g}")

@@ -145,9 +145,9 @@ LINEARISED = Tag(
     name="distance/linearised",
     label="linearised",
     unit="weight norm",
-    meaning="\\|B⁺b\\|, the distance to Γ in the linear model at w, if B Bᵀ is decomposed. It is dominated by the "
-    "smallest eigenvalues of H, for which the linear model holds next to Γ alone: a figure about this model, not about "
-    "the network",
+    meaning="\\|B⁺b\\|, the distance to Γ in the linear model at w, if B Bᵀ is factored there. It is dominated by "
+    "the smallest eigenvalues of H, for which the linear model holds next to Γ alone: a figure about this model, not "
+    "about the network",
     advice="Equal to `distance/nearest` next to Γ only; do not read it as a distance elsewhere",
     group="Distance",
     chart=_TO_SET,

@@ -22,7 +22,8 @@ from torch_singlim import (
 from torch_singlim.theory import averaged_gradient, gradient_noise, potential, sampled_potential
 from torch_singlim.theory.directions import batched, directions_at_once
 from torch_singlim.theory.gradient_noise import noise_factor
-from torch_singlim.theory.second_order import log_pseudo_determinant, trace
+from torch_singlim.theory.on_gamma import trace
+from torch_singlim.theory.second_order import log_pseudo_determinant
 
 
 def seeded():

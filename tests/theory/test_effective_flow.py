@@ -21,8 +21,6 @@ from torch_singlim import (
     ZeroLossProblem,
     compare,
     effective_flow,
-    limit_flow,
-    nearest_point,
     simulate,
 )
 from torch_singlim.theory import has_effective_flow
@@ -143,32 +141,6 @@ def test_noise_without_an_effective_flow():
         assert not has_effective_flow(noise, dense.problem)
         with pytest.raises(ValueError, match="no effective loss"):
             effective_flow(dense.problem, w, noise, sgd, steps=2)
-
-
-def test_limit_flow_is_descent_of_V_along_gamma():
-    """Weight decay on Gamma: many small projected steps with dense pseudo-inverses give the same path."""
-    dense, w = make("scalar")
-    sgd, noise = SGDSettings(lr=0.1), WeightDecay(0.2)
-
-    def onto(v):
-        for _ in range(8):
-            J = dense.jacobian(v).reshape(-1, len(v))
-            v = v - torch.linalg.pinv(J) @ (dense.outputs(v) - dense.targets).reshape(-1)
-        return v
-
-    at, steps, split = w, 40, 400
-    for _ in range(split):
-        J = dense.jacobian(at).reshape(-1, len(w))
-        tangential = at - torch.linalg.pinv(J) @ (J @ at)
-        at = onto(at - steps / split * 0.1 * 0.2 * tangential)
-    flow = limit_flow(
-        dense.problem, w, noise, sgd, steps=steps, retract=lambda v: nearest_point(dense.problem, v).point
-    )
-    found = compare(at - w, flow.displacement)
-    assert found.residual < 5e-3
-    assert (flow.stderr, flow.status) == (0.0, Result.SUCCESSFUL)
-    with pytest.raises(ValueError, match="at least 1"):
-        limit_flow(dense.problem, w, noise, sgd, steps=0, retract=lambda v: v)
 
 
 def test_an_ensemble_goes_on_and_has_its_covariance():

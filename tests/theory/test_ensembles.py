@@ -53,7 +53,7 @@ def case(name="tanh_scalar", rate=None):
 def agreement(problem, point, retract, noise, sgd, *, slow_time, replicas):
     limit = singular_limit(problem, point, noise, sgd, num_draws=100)
     steps = int(slow_time * limit.time_scale)
-    flow = limit_flow(problem, point, noise, sgd, steps=steps, retract=retract, num_draws=100)
+    flow = limit_flow(problem, point, noise, sgd, steps=steps, num_draws=100)
     generator = torch.Generator().manual_seed(0)
     ensemble = simulate(
         problem, point, noise, sgd, steps=steps, replicas=replicas, retract=retract, generator=generator

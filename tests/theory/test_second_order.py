@@ -20,7 +20,8 @@ from torch_singlim import (
 from torch_singlim.linalg import CholeskyFactored
 from torch_singlim.noise import Covariance
 from torch_singlim.theory import covariance_potential, ito_drift
-from torch_singlim.theory.second_order import log_pseudo_determinant, trace
+from torch_singlim.theory.on_gamma import trace
+from torch_singlim.theory.second_order import log_pseudo_determinant
 
 
 def dense_ito(dense, w, sigma):

@@ -13,6 +13,7 @@ from torch_singlim.noise.base import (
     Sum,
     draw_noise,
     noisy_loss,
+    noisy_outputs,
     parts,
 )
 from torch_singlim.noise.custom import CustomNoise, Minibatch
@@ -29,6 +30,7 @@ __all__ = [
     "Sum",
     "parts",
     "noisy_loss",
+    "noisy_outputs",
     "draw_noise",
     "stratified_noise",
     # the systems

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Protocol, TypeVar
 
@@ -29,6 +29,7 @@ __all__ = [
     "Sum",
     "draw_noise",
     "noisy_loss",
+    "noisy_outputs",
     "parts",
 ]
 
@@ -78,7 +79,7 @@ class NoiseSystem(ABC, Generic[Eta]):
     Attributes:
         per_sample: eta is ``[n, D]``, a row for each sample; otherwise ``[D]``, one vector for the whole step.
         additive: adds a term in the weights to the loss; in a sum, the other parts do not perturb the weights in it.
-        moves_outputs: acts through the outputs f of each sample, and on nothing else.
+        moves_outputs: acts through the outputs f(w, x) of each sample, and on nothing else in the loss.
         scale_free: does not change when each weight is expressed in a unit of its own, as parameter groups with
             different learning rates require.
         transient: eta is added to the weights after a step and subtracted a step later; the recursion is written in the
@@ -264,6 +265,36 @@ def noisy_loss(system: NoiseSystem, loss: BatchLoss, w: Tensor, x: Tensor, y: Te
     for part, eta in layers:
         loss = wrapped(loss, part, eta)
     return loss(w, x, y)
+
+
+def noisy_outputs(
+    part: NoiseSystem[Tensor],
+    outputs: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    w: Tensor,
+    x: Tensor,
+    y: Tensor,
+    eta: Tensor,
+) -> Tensor:
+    """The outputs f of a batch under a noise that moves them  ``[n, C]``, from the way it enters the loss.
+
+    Args:
+        part: a single system with `moves_outputs`.
+        outputs: weights, inputs and noise on the dropout sites (None: no noise) -> f  ``[n, C]``.
+        w: weights ``[P]``.
+        x: inputs ``[n, ...]``.
+        y: targets ``[n, ...]``.
+        eta: ``[n, D]`` or ``[D]``.
+    """
+    seen: list[Tensor] = []
+
+    def loss(
+        w: Tensor, x: Tensor, y: Tensor, *, activations: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        seen.append(outputs(w, x, activations))
+        return seen[0].sum()
+
+    part.noisy_loss(loss, w, x, y, eta)
+    return seen[0]
 
 
 def draw_noise(

@@ -37,6 +37,7 @@ class DropConnect(WithStd):
 
     form: Literal["gaussian", "bernoulli"] = "gaussian"
     per_sample: ClassVar[bool] = False
+    moves_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +87,7 @@ class AntiCorrelated(WithStd):
     """
 
     per_sample: ClassVar[bool] = False
+    moves_outputs: ClassVar[bool] = True
     scale_free: ClassVar[bool] = False
     transient: ClassVar[bool] = True
 

@@ -9,6 +9,7 @@ from torch_singlim.theory.finite_step import finite_step_potential, step_ratio
 from torch_singlim.theory.finite_window import finite_window
 from torch_singlim.theory.gradient_noise import GradientNoise, gradient_noise
 from torch_singlim.theory.limit_flow import limit_flow
+from torch_singlim.theory.on_gamma import tangential_potential
 from torch_singlim.theory.order import Degeneracy, degeneracy, with_measured_order
 from torch_singlim.theory.potential import Potential, averaged_gradient, potential, sampled_potential
 from torch_singlim.theory.second_order import covariance_potential, ito_drift
@@ -25,6 +26,7 @@ __all__ = [
     # order 1: the effective potential
     "potential",
     "sampled_potential",
+    "tangential_potential",
     "Potential",
     "averaged_gradient",
     # order 2: the gradient noise on Gamma and the Ito term

@@ -16,8 +16,8 @@ from torch_singlim.geometry import linearize
 from torch_singlim.linalg import rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import NoiseSystem, Sum, parts
+from torch_singlim.theory.on_gamma import noise_slopes, row_gradient
 from torch_singlim.theory.potential import noisy_gradient, random_direction, second_order_gradient
-from torch_singlim.theory.second_order import row_gradient
 
 __all__ = ["check_derivatives"]
 
@@ -105,6 +105,15 @@ def check_derivatives(problem: ZeroLossProblem, noise: NoiseSystem) -> None:
         checks["the gradient of the noise's potential V"] = _mismatch(
             bend, _second(lambda h: noisy_gradient(first, few, w, [h * each for each in s])), 1e-3 * quiet
         )
+    for part in parts(first):
+        if part.moves_outputs:
+            u = rademacher((1, *f.shape), generator=generator, like=w)
+            slope = noise_slopes(part, few, w, u)[0, :-1]
+            checks[f"the gradient of V on the zero-loss set, {part}"] = _mismatch(
+                torch.dot(slope, v)[None],
+                _central(lambda h, part=part, u=u: noise_slopes(part, few, w + h * v, u)[0, -1:]),
+                1e-6,
+            )
     if any(part.order == 2 for part in parts(noise)):
         z = rademacher((_SAMPLES, few.num_residuals // _SAMPLES), generator=generator, like=w)
         slope, _ = row_gradient(few, w, z)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch_singlim.linalg import Result, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Covariance, NoiseSystem, Sum, draw_noise, parts, stratified_noise
+from torch_singlim.theory.on_gamma import row_gradient
 from torch_singlim.theory.potential import noisy_gradient, noisy_gradients
-from torch_singlim.theory.second_order import row_gradient
 from torch_singlim.theory.sgd import SGDSettings
 
 __all__ = ["EffectiveLoss", "WindowPrediction", "check_marks", "has_effective_flow"]

@@ -19,7 +19,7 @@ from torch.func import jvp, vjp
 from torch_singlim.geometry import relaxed_filter
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, rademacher
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import Covariance, NoiseSystem, parts
+from torch_singlim.noise import Covariance, NoiseSystem, noisy_outputs, parts
 from torch_singlim.theory.directions import directions_at_once, for_directions, mean_at
 from torch_singlim.theory.potential import chunk_gradient, of_chunk, random_direction
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance
@@ -74,7 +74,8 @@ def noise_factor(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor, *, batc
 
 
 def output_noise(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tensor:
-    """G_n = R_n D_n diag(sigma^2) D_n^T R_n^T ``[N, rows, rows]``, D_n = df_n/d eta: for noise that moves the outputs.
+    """G_n = R_n D_n diag(sigma^2) D_n^T R_n^T ``[N, rows, rows]``, D_n = df_n/d eta, for noise that moves the
+    outputs of each sample.
 
     On Gamma the residual is zero, so that M_n = J_n^T A_n D_n and Sigma = B^T blockdiag(G_n) B / batch.
     """
@@ -83,17 +84,10 @@ def output_noise(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tens
     for chunk in problem.chunks():
         x, y = problem.inputs[chunk], problem.targets[chunk]
 
-        def noisy_outputs(eta: Tensor, x: Tensor = x, y: Tensor = y) -> Tensor:
-            seen: list[Tensor] = []
+        def outputs(eta: Tensor, x: Tensor = x, y: Tensor = y) -> Tensor:
+            return noisy_outputs(part, problem.function, w, x, y, eta)
 
-            def outputs(w: Tensor, x: Tensor, y: Tensor, *, activations: Tensor | None = None, shift=None) -> Tensor:
-                seen.append(problem.function(w, x, activations))
-                return seen[0].sum()
-
-            part.noisy_loss(outputs, w, x, y, eta)
-            return seen[0]
-
-        transposed = vjp(noisy_outputs, scale.new_zeros(len(x), scale.numel()))[1]
+        transposed = vjp(outputs, scale.new_zeros(len(x), scale.numel()))[1]
         R = problem.output_factor(f, chunk)  # [n, rows, C]
         RD = torch.stack([transposed(row)[0] for row in R.unbind(1)], 1) * scale  # [n, rows, D]
         blocks.append(RD @ RD.mT)
@@ -218,7 +212,7 @@ def gradient_noise(
             closed = closed + known
         elif scale.numel() == 0:
             continue
-        elif part.moves_outputs:
+        elif part.moves_outputs and part.per_sample:
             grams.append(output_noise(part, problem, w) / batch_size)
         elif scale.numel() * (problem.num_samples if part.per_sample else 1) <= num_draws:
             factor = noise_factor(part, problem, w, batch_size=batch_size)

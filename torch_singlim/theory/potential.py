@@ -22,6 +22,7 @@ __all__ = [
     "noisy_gradient",
     "noisy_gradients",
     "of_chunk",
+    "part_potential",
     "potential",
     "random_direction",
     "sampled_potential",
@@ -177,9 +178,10 @@ def _penalty(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> tuple[Te
     )(w)
 
 
-def _part_potential(
+def part_potential(
     part: NoiseSystem, problem: ZeroLossProblem, w: Tensor, *, num_draws: int, generator: torch.Generator | None
 ) -> Potential:
+    """`potential` of a single system, which is not checked."""
     scale = part.scale(problem)
 
     def direction(i: int | None) -> Tensor:
@@ -224,7 +226,7 @@ def potential(
         generator: of the random directions.
     """
     system.check(problem)
-    terms = [_part_potential(part, problem, w, num_draws=num_draws, generator=generator) for part in parts(system)]
+    terms = [part_potential(part, problem, w, num_draws=num_draws, generator=generator) for part in parts(system)]
     return sum(terms[1:], start=terms[0])
 
 

@@ -15,16 +15,16 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.func import grad, grad_and_value, jvp, vjp, vmap
+from torch.func import grad, jvp, vmap
 
-from torch_singlim.geometry import samples_at_once
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, VectorEstimate, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Covariance
-from torch_singlim.theory.directions import batched, directions_at_once, mean_at
+from torch_singlim.theory.directions import directions_at_once, mean_at
+from torch_singlim.theory.on_gamma import trace
 from torch_singlim.theory.potential import Potential, traced
 
-__all__ = ["covariance_potential", "ito_drift", "log_pseudo_determinant", "trace"]
+__all__ = ["covariance_potential", "ito_drift", "log_pseudo_determinant"]
 
 # number of third derivatives that are evaluated at once
 _BATCH = 16
@@ -72,64 +72,6 @@ def ito_drift(problem: ZeroLossProblem, point: Tensor, factor: Tensor, hessian: 
     curvature = contract(tangential, tangential)
     drift = hessian.project_kernel(normal_normal + normal_tangent)
     return -0.5 * (drift + hessian.normal_function(torch.reciprocal, curvature))
-
-
-def trace(
-    problem: ZeroLossProblem, w: Tensor, *, num_draws: int, generator: torch.Generator | None = None
-) -> Potential:
-    """tr H = (1/N) sum_n |J_n^T R_n^T|^2 and its gradient along Gamma, from gradients of single samples.
-
-    Exact, with one pass for each row of R, if num_draws is large enough; else random combinations of the rows are used,
-    independent for each sample.
-    """
-    rows = problem.num_residuals // problem.num_samples
-    eye = torch.eye(rows, dtype=problem.dtype, device=problem.device)
-
-    def combination(i: int | None) -> Tensor:
-        if i is None:
-            return rademacher((problem.num_samples, rows), generator=generator, like=w)
-        return eye[i].expand(problem.num_samples, -1)
-
-    # each direction takes a gradient for each sample
-    at_once = max(1, min(directions_at_once(problem), samples_at_once(problem, 1) // problem.num_samples))
-    return traced(combination, lambda z: _row_gradients(problem, w, z), rows, num_draws, at_once=at_once, like=w)
-
-
-def row_gradient(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient ``[P]`` and value of (1/N) sum_n |J_n^T R_n^T z_n|^2, z ``[N, rows]``, with R_n at the loss's optimum.
-
-    On Gamma the outputs are at the optimum: value and tangential gradient are those of tr H. Off Gamma this is the
-    variance of the gradient under noise on the labels, not the curvature of the loss. With g = J^T R^T z:
-    grad |g|^2 = 2 grad <J g, R^T z> at fixed g, one forward and one reverse derivative.
-    """
-    both = _row_gradients(problem, w, z[None])[0]
-    return both[:-1], both[-1]
-
-
-def _row_gradients(problem: ZeroLossProblem, w: Tensor, z: Tensor) -> Tensor:
-    """Gradient and value of `row_gradient` for each of k directions z ``[k, N, rows]``, joined  ``[k, P + 1]``."""
-
-    def sample(x: Tensor, u: Tensor) -> Tensor:
-        def outputs(v: Tensor) -> Tensor:
-            return problem.function(v, x[None])[0]
-
-        (g,) = vjp(outputs, w)[1](u)
-        gradient, square = grad_and_value(lambda v: torch.dot(jvp(outputs, (v,), (g,))[1], u))(w)
-        return torch.cat([2 * gradient, square[None]])
-
-    # a gradient [P] for each sample is in memory: the same bound on the chunk as for rows of the Jacobian
-    size = samples_at_once(problem, 1)
-    y, own = problem.targets, problem.process_group.shard(problem.num_samples)
-
-    def over(z: Tensor) -> Tensor:
-        u = problem.sample_loss.unwhiten(problem.sample_loss.optimum(y), y, z)  # R^T z  [N, C]
-        total = w.new_zeros(w.numel() + 1)
-        for start in range(own.start, own.stop, size):
-            part = slice(start, min(start + size, own.stop))
-            total = total + vmap(sample)(problem.inputs[part], u[part]).sum(0)
-        return total
-
-    return problem.process_group.all_reduce(batched(over, z)) / problem.num_samples
 
 
 def residual_direction(

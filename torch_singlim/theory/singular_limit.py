@@ -11,13 +11,12 @@ from torch import Tensor
 from torch_singlim.geometry import MAX_DENSE, gauss_newton
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import Covariance, NoiseSystem, Sum, parts
+from torch_singlim.noise import NoiseSystem, Sum
 from torch_singlim.theory.distance import expected_distance
-from torch_singlim.theory.finite_step import finite_step_potential
-from torch_singlim.theory.gradient_noise import gradient_noise, noise_factor
+from torch_singlim.theory.gradient_noise import gradient_noise
+from torch_singlim.theory.limit_drift import leading, limit_drift
 from torch_singlim.theory.order import with_measured_order
-from torch_singlim.theory.potential import Potential, potential, sampled_potential
-from torch_singlim.theory.second_order import covariance_potential, ito_drift
+from torch_singlim.theory.potential import potential
 from torch_singlim.theory.sgd import SGDSettings, time_scale
 
 __all__ = ["LimitPrediction", "singular_limit"]
@@ -67,35 +66,6 @@ class LimitPrediction:
         return math.sqrt(steps * self.diffusion * self.dimension)
 
 
-def _leading(noise: NoiseSystem, order: int) -> tuple[NoiseSystem, ...]:
-    """The parts that move the weights on the clock of this order."""
-    return tuple(part for part in parts(noise) if part.order == order)
-
-
-def _order_two(
-    problem: ZeroLossProblem,
-    point: Tensor,
-    leading: tuple[NoiseSystem, ...],
-    batch_size: int,
-    hessian: FactoredOperator,
-    num_draws: int,
-    generator: torch.Generator | None,
-) -> Potential:
-    """V and grad V with -P_T grad V = (1/2) D^2 Phi[Sigma]; V is nan if there is no closed form."""
-    closed, dense = Covariance(), []
-    for part in leading:
-        known = part.covariance(problem, batch_size)
-        if known is not None:
-            closed = closed + known
-        else:
-            dense.append(noise_factor(part, problem, point, batch_size=batch_size))
-    V = covariance_potential(closed, problem, point, hessian, num_draws=num_draws, generator=generator)
-    if dense:
-        drift = ito_drift(problem, point, torch.cat(dense), hessian)
-        V = V + Potential(Estimate(math.nan, 0.0), VectorEstimate(-drift[None]), 0)
-    return V
-
-
 def singular_limit(
     problem: ZeroLossProblem,
     point: Tensor,
@@ -120,9 +90,10 @@ def singular_limit(
         point: weights ``[P]``, on Gamma (see `nearest_point`).
         noise: the system.
         sgd: step size, momentum, batch size.
-        num_draws: number of directions for the trace in V. With at least as many as its dimension (components of eta of
-            one sample or of the step; outputs for tr H; residuals for log pdet H) it is exact; with fewer, they are
-            random and the result has a standard error.
+        num_draws: number of directions for the trace in V. With at least as many as its dimension (outputs, for tr H
+            and noise that moves the outputs; components of eta for your own noise; residuals for log pdet H and at
+            finite step size) it is exact; with fewer, they are random and the result has a standard error. The mean
+            offset takes the trace over the components of eta.
         finite_step: the drift at this step size, exactly in alpha, instead of that as alpha -> 0; for label noise,
             flips and anti-correlated noise, see `finite_step_potential`.
         hessian: ``gauss_newton(problem, point)``, if it was computed already.
@@ -139,7 +110,7 @@ def singular_limit(
     >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 1, bias=False))
     >>> problem = ZeroLossProblem(net, "mse", torch.ones(1, 2), torch.ones(1, 1))
     >>> limit = singular_limit(problem, torch.tensor([0.75, 0.25]).double(), Dropout(), SGDSettings(lr=0.1))
-    >>> limit.potential.mean, limit.drift  # V = w_1^2 + w_2^2 on the line w_1 + w_2 = 1
+    >>> round(limit.potential.mean, 9), limit.drift  # V = w_1^2 + w_2^2 on the line w_1 + w_2 = 1
     (0.625, tensor([-0.0500,  0.0500], dtype=torch.float64))
     """
     if point.shape != (problem.num_weights,):
@@ -149,44 +120,39 @@ def singular_limit(
     hessian = gauss_newton(problem, point) if hessian is None else hessian
     noise = with_measured_order(noise, problem, point, num_draws=num_draws, hessian=hessian, generator=generator)
     order, alpha, batch_size = noise.order, sgd.effective_lr, sgd.batch(problem.num_samples)
-    V = Potential(Estimate(0.0, 0.0), VectorEstimate(torch.zeros_like(point)[None]), 0)
-    if finite_step and order is not None:
-        terms = [
-            finite_step_potential(part, problem, point, sgd, hessian, num_draws=num_draws, generator=generator)
-            for part in _leading(noise, order)
-        ]
-        V = sum(terms[1:], start=terms[0])
-    elif order == 1:
-        leading = Sum(_leading(noise, 1))
-        evaluate = potential if hessian.decomposed else sampled_potential
-        V = evaluate(leading, problem, point, num_draws=num_draws, generator=generator)
-    elif order == 2:
-        V = _order_two(problem, point, _leading(noise, 2), batch_size, hessian, num_draws, generator)
-    sampled = V.gradient if hessian.decomposed else V.gradient.halves()  # projections are expensive in the second case
-    projected = sampled.map(lambda g: -(alpha ** (order or 0)) * hessian.project_kernel(g))
-    drift, drift_stderr = projected.mean, projected.stderr
-    del projected  # it takes as much memory as four weight vectors
+    found = limit_drift(
+        problem,
+        point,
+        noise,
+        sgd,
+        hessian,
+        num_draws=num_draws,
+        finite_step=finite_step,
+        generator=generator,
+    )
     Sigma = gradient_noise(noise, problem, point, batch_size=batch_size, num_draws=num_draws, generator=generator)
     # noise of order 1 is normal to Gamma, up to rounding and sampling
     along = Sigma.diffusion(hessian, num_weights=problem.num_weights) if order == 2 else Sigma.closed.identity
     # over all modes, which are known only if H was decomposed, or has so few that Lanczos finds all
-    offset, variance = math.nan, Estimate(math.nan, 0.0)
+    offset, variance, passes = math.nan, Estimate(math.nan, 0.0), found.passes
     if hessian.decomposed or (hessian.operator.shape[0] <= MAX_DENSE and hessian.exact):
-        # at order 2 the variance dominates, and the offset is of higher order
-        gradient = V.gradient if order == 1 else VectorEstimate(torch.zeros_like(point)[None])
+        gradient = VectorEstimate(torch.zeros_like(point)[None])
+        if order == 1:  # at order 2 the variance dominates, and the offset is of higher order
+            V = potential(Sum(leading(noise)), problem, point, num_draws=num_draws, generator=generator)
+            gradient, passes = V.gradient, passes + V.passes
         expected = expected_distance(hessian, gradient, Sigma, sgd=sgd, generator=generator)
         offset, variance = expected.offset.norm, expected.variance
     return LimitPrediction(
         order=order,
         time_scale=time_scale(sgd, order, noise.variance(problem)),
-        potential=V.value,
-        drift=drift,
-        drift_stderr=drift_stderr,
+        potential=found.potential,
+        drift=found.drift.mean,
+        drift_stderr=found.drift.stderr,
         diffusion=alpha**2 * along,
         dimension=problem.num_weights - hessian.rank,
         normal_variance=variance,
         mean_offset_norm=offset,
         distance=math.sqrt(offset**2 + variance.mean),
-        passes=V.passes,
+        passes=passes,
         noise=noise,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import lightning as L
 import torch
 from torch import Tensor, nn
@@ -9,9 +11,9 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
 
 
-def digits_mlp(hidden: int, dropout: float) -> nn.Module:
+def digits_mlp(hidden: int, dropout: float, activation: Callable[[], nn.Module] = nn.GELU) -> nn.Module:
     """64 pixels -> hidden units with dropout -> 10 outputs."""
-    return nn.Sequential(nn.Linear(64, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 10))
+    return nn.Sequential(nn.Linear(64, hidden), activation(), nn.Dropout(dropout), nn.Linear(hidden, 10))
 
 
 def mlp(shape: tuple[int, ...]) -> nn.Module:

@@ -61,6 +61,7 @@ from torch_singlim.theory import (
     limit_flow,
     simulate,
     singular_limit,
+    tangential_share,
 )
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ __all__ = [
     "degeneracy",
     "Degeneracy",
     "limit_flow",
+    "tangential_share",
     "finite_window",
     "effective_flow",
     "WindowPrediction",

@@ -105,8 +105,8 @@ def test_the_covariance_under_batches_by_every_batch(size):
     hessian = gauss_newton(problem, w)
     sgd = SGDSettings(lr=0.3 / hessian.largest, batch_size=size)
     B = hessian.operator.rows(w)
-    R = _with_batches(problem, hessian, sgd)
-    X, H = B.T @ R @ R.T @ B, B.T @ B
+    YK = _with_batches(problem, hessian, sgd)
+    X, H = B.T @ YK @ torch.linalg.inv(B @ B.T) @ B, B.T @ B
     rows = B.reshape(N, -1, B.shape[1])
     mean = torch.zeros_like(H)
     batches = list(itertools.combinations(range(N), size))

@@ -112,10 +112,10 @@ def test_finite_steps_are_those_of_the_potential():
 def test_sampled_drifts_have_an_error_that_covers():
     dense, w = make("many_outputs")
     sgd, noise = SGDSettings(lr=0.05), Dropout()
-    run = {"steps": 20}  # on longer ways, descent forgets a part of its errors
-    exact = limit_flow(dense.problem, w, noise, sgd, **run).displacement
+    steps = 20  # on longer ways, descent forgets a part of its errors
+    exact = limit_flow(dense.problem, w, noise, sgd, steps=steps).displacement
     generator = torch.Generator().manual_seed(0)
-    flows = [limit_flow(dense.problem, w, noise, sgd, num_draws=2, generator=generator, **run) for _ in range(40)]
+    flows = [limit_flow(dense.problem, w, noise, sgd, num_draws=2, steps=steps, generator=generator) for _ in range(40)]
     spread = sum((f.displacement - exact).square().sum().item() for f in flows) / 40
     stated = sum(f.stderr**2 for f in flows) / 40
     assert stated / spread == pytest.approx(1, abs=0.5)
@@ -124,10 +124,10 @@ def test_sampled_drifts_have_an_error_that_covers():
 
 def test_many_residuals_take_no_decomposition(monkeypatch):
     dense, w = make("many_outputs")
-    run = {"steps": 200, "rtol": 1e-3}
-    exact = limit_flow(dense.problem, w, Dropout(), SGDSettings(lr=0.05), **run)
+    sgd = SGDSettings(lr=0.05)
+    exact = limit_flow(dense.problem, w, Dropout(), sgd, steps=200)
     monkeypatch.setattr(sys.modules[limit_flow.__module__], "_FEW", 0)
-    factored = limit_flow(dense.problem, w, Dropout(), SGDSettings(lr=0.05), **run)
+    factored = limit_flow(dense.problem, w, Dropout(), sgd, steps=200)
     torch.testing.assert_close(factored.displacement, exact.displacement, rtol=1e-6, atol=1e-8)
 
 

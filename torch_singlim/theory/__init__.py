@@ -15,6 +15,7 @@ from torch_singlim.theory.potential import Potential, averaged_gradient, potenti
 from torch_singlim.theory.second_order import covariance_potential, ito_drift
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance, time_scale
 from torch_singlim.theory.singular_limit import LimitPrediction, singular_limit
+from torch_singlim.theory.tangential_share import tangential_share
 
 __all__ = [
     # the settings of SGD, and the slow clock
@@ -47,6 +48,7 @@ __all__ = [
     "expected_distance",
     "ExpectedDistance",
     "limit_flow",
+    "tangential_share",
     # beyond the limit
     "EffectiveLoss",
     "finite_window",

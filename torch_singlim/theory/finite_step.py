@@ -16,10 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, VectorEstimate
+from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import AntiCorrelated, Covariance, NoiseSystem, parts
 from torch_singlim.theory.directions import directions_at_once
+from torch_singlim.theory.on_gamma import fluctuation_gradient
 from torch_singlim.theory.potential import Potential, traced
 from torch_singlim.theory.second_order import quadratic_gradients, residual_direction
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance
@@ -65,28 +66,36 @@ def _integral(function: Callable[[Tensor], Tensor], stop: Tensor) -> Tensor:
     return stop * (function(x.reshape(-1)).reshape(x.shape) @ weights)
 
 
-def _fluctuations(
+def _of_modes(
     problem: ZeroLossProblem,
     w: Tensor,
     hessian: FactoredOperator,
-    root: Callable[[Tensor], Tensor],
+    rho: Callable[[Tensor], Tensor],
     *,
     num_draws: int,
     generator: torch.Generator | None,
-) -> VectorEstimate:
-    """grad_w tr(X H(w)) ``[P]`` at a fixed X = B^T R R^T B, where `root` is the product u -> R u  ``[M]``."""
+) -> Potential:
+    """A potential with the gradient sum_j rho(l_j) grad l_j ``[P]`` along Gamma; its value is not computed."""
+    if isinstance(hessian, DenseFactored):
+        U, values = hessian.eigenvectors, hessian.eigenvalues
+        return fluctuation_gradient(
+            problem, w, hessian, U * rho(values) @ U.T, num_draws=num_draws, generator=generator
+        )
     M = problem.num_residuals
+
+    def root(u: Tensor) -> Tensor:
+        return hessian.gram_function(lambda values: (rho(values) / values).sqrt(), u)
 
     def derivative(z: Tensor) -> Tensor:
         t = torch.stack([hessian.operator.rmatvec(root(one)) for one in z])
         return torch.cat([quadratic_gradients(problem, w, t), w.new_zeros(len(z), 1)], 1)
 
     direction = residual_direction(M, like=w, generator=generator)
-    return traced(direction, derivative, M, num_draws, at_once=directions_at_once(problem), like=w).gradient
+    return traced(direction, derivative, M, num_draws, at_once=directions_at_once(problem), like=w)
 
 
 def _with_batches(problem: ZeroLossProblem, hessian: FactoredOperator, sgd: SGDSettings) -> Tensor:
-    """A root R ``[M, M]`` of the Y = R R^T with X = B^T Y B, for Sigma = H and batches of B of N samples.
+    """Y K ``[M, M]`` of the covariance X = B^T Y B, for Sigma = H and batches of B of N samples.
 
         K Y + Y K - alpha (d diag(K Y K) + a K Y K) = alpha I,      a = N (B - 1)/(B (N - 1)),   d = N/B - a
 
@@ -128,8 +137,7 @@ def _with_batches(problem: ZeroLossProblem, hessian: FactoredOperator, sgd: SGDS
         if not math.isfinite(change):
             break
         if change <= _FIXED_RTOL:
-            sizes, vectors = torch.linalg.eigh(Y)
-            return U @ vectors * sizes.clamp_min(0).sqrt()
+            return U @ (Y * values) @ U.T
     raise ValueError(
         f"fluctuations under batches of {B} grow without bound at the step size {alpha}: use a smaller one"
     )
@@ -160,7 +168,8 @@ def finite_step_potential(
         w: weights on Gamma ``[P]``.
         sgd: step size, momentum, batch size.
         hessian: H there.
-        num_draws: number of directions for the gradient, exact with as many as residuals.
+        num_draws: number of directions for the gradient: exact with as many as outputs, if H is decomposed, else with
+            as many as residuals.
         generator: of random directions.
 
     Raises:
@@ -174,15 +183,16 @@ def finite_step_potential(
             "drifts at finite step size are known for label noise, label flips and anti-correlated noise, got "
             f"{noise}: use finite_step=False"
         )
-    fluctuations = functools.partial(_fluctuations, problem, w, hessian, num_draws=num_draws, generator=generator)
     if pure and B < N:
-        R = _with_batches(problem, hessian, sgd)
-        gradient = fluctuations(lambda u: R @ u).map(lambda g: known.hessian / (2 * sgd.lr) * g)
-        return Potential(Estimate(math.nan, 0.0), gradient, num_draws)
+        covariance = _with_batches(problem, hessian, sgd)
+        assert isinstance(hessian, DenseFactored)
+        found = fluctuation_gradient(problem, w, hessian, covariance, num_draws=num_draws, generator=generator)
+        gradient = found.gradient.map(lambda g: known.hessian / (2 * sgd.lr) * g)
+        return Potential(Estimate(math.nan, 0.0), gradient, found.passes)
     scale = noise.variance(problem) / 2 if transient else known.hessian / 4
     rho = functools.partial(step_ratio, sgd, transient=transient)
     if math.isinf(rho(torch.tensor([hessian.largest], dtype=torch.float64)).item()):
         raise ValueError(f"the step size {sgd.lr} is unstable: the largest eigenvalue is {hessian.largest:.3g}")
     value = hessian.trace(lambda values: _integral(rho, values))
-    gradient = fluctuations(lambda u: hessian.gram_function(lambda values: (rho(values) / values).sqrt(), u))
-    return Potential(value.scaled(scale), gradient.map(lambda g: scale * g), num_draws)
+    found = _of_modes(problem, w, hessian, rho, num_draws=num_draws, generator=generator)
+    return Potential(value.scaled(scale), found.gradient.map(lambda g: scale * g), found.passes)

@@ -11,6 +11,7 @@ in the range of B^T, which is normal to Gamma.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,13 +19,13 @@ from torch import Tensor
 from torch.func import grad_and_value, jvp, vjp, vmap
 
 from torch_singlim.geometry import samples_at_once
-from torch_singlim.linalg import rademacher
+from torch_singlim.linalg import DenseFactored, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import NoiseSystem, noisy_outputs, parts
 from torch_singlim.theory.directions import batched, directions_at_once, mean_at
 from torch_singlim.theory.potential import Potential, part_potential, traced
 
-__all__ = ["noise_slopes", "row_gradient", "tangential_potential", "trace"]
+__all__ = ["fluctuation_gradient", "noise_slopes", "row_gradient", "tangential_potential", "trace"]
 
 # outputs of a batch at weights [P] and noise [n, D] or [D], for given inputs and targets
 Outputs = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -36,18 +37,27 @@ def _moved_weights(problem: ZeroLossProblem) -> Outputs:
 
 
 def _slopes(
-    problem: ZeroLossProblem, w: Tensor, u: Tensor, outputs: Outputs, scale: Tensor, *, per_sample: bool
+    problem: ZeroLossProblem,
+    w: Tensor,
+    u: Tensor,
+    outputs: Outputs,
+    scale: Tensor,
+    *,
+    per_sample: bool,
+    image: Callable[[Tensor, slice], Tensor] | None = None,
 ) -> Tensor:
     """Gradient and value of (1/N) sum_n |diag(scale) D_n^T u_n|^2 for k stacked u ``[k, N, C]``  ``[k, P + 1]``.
 
     With g = diag(scale)^2 D^T u: grad |diag(scale) D^T u|^2 = 2 grad <D g, u> at fixed g, a forward and a reverse
-    derivative.
+    derivative. With `image`, g = X D^T u for another symmetric X: it returns these for u ``[N, C]`` and a slice of the
+    samples  ``[n, P]``.
     """
 
-    def of_batch(x: Tensor, y: Tensor, u: Tensor) -> Tensor:  # the sum over a batch  [P + 1]
+    def of_batch(x: Tensor, y: Tensor, u: Tensor, g: Tensor | None = None) -> Tensor:  # the sum over a batch  [P + 1]
         zero = scale.new_zeros((len(x), scale.numel()) if per_sample else scale.shape)
-        (slope,) = vjp(lambda eta: outputs(w, eta, x, y), zero)[1](u)
-        g = scale.square() * slope
+        if g is None:
+            (slope,) = vjp(lambda eta: outputs(w, eta, x, y), zero)[1](u)
+            g = scale.square() * slope
 
         def square(v: Tensor) -> Tensor:
             along = jvp(lambda eta: outputs(v, eta, x, y), (zero,), (g,))[1]
@@ -63,8 +73,8 @@ def _slopes(
 
         return mean_at(problem, mean, u)
 
-    def sample(x: Tensor, y: Tensor, u: Tensor) -> Tensor:
-        return of_batch(x[None], y[None], u[None])
+    def sample(x: Tensor, y: Tensor, u: Tensor, *g: Tensor) -> Tensor:
+        return of_batch(x[None], y[None], u[None], *g)
 
     # a vector [P] for each sample is in memory: the same bound on the chunk as for rows of the Jacobian
     size, own = samples_at_once(problem, 1), problem.process_group.shard(problem.num_samples)
@@ -73,7 +83,8 @@ def _slopes(
         total = w.new_zeros(w.numel() + 1)
         for start in range(own.start, own.stop, size):
             part = slice(start, min(start + size, own.stop))
-            total = total + vmap(sample)(problem.inputs[part], problem.targets[part], u[part]).sum(0)
+            images = () if image is None else (image(u, part),)
+            total = total + vmap(sample)(problem.inputs[part], problem.targets[part], u[part], *images).sum(0)
         return total
 
     return problem.process_group.all_reduce(batched(over, u)) / problem.num_samples
@@ -150,6 +161,45 @@ def trace(
         at_once=_at_once(problem, per_sample=False),
         generator=generator,
     )
+
+
+def fluctuation_gradient(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    hessian: DenseFactored,
+    covariance: Tensor,
+    *,
+    num_draws: int,
+    generator: torch.Generator | None,
+) -> Potential:
+    """tr(X H(w)) and its gradient along Gamma ``[P]`` at a fixed X = B^T Y B, sample by sample.
+
+    The rows of B are b_n = J_n^T R_n^T z / sqrt(N). So X b_n is B^T times a combination of columns of Y K.
+
+    Args:
+        problem: loss and samples.
+        w: weights on Gamma ``[P]``.
+        hessian: H there.
+        covariance: Y K in the basis of residuals  ``[M, M]``.
+        num_draws: number of combinations of the rows of R; exact with as many as rows.
+        generator: of random combinations.
+    """
+    N, loss, y = problem.num_samples, problem.sample_loss, problem.targets
+    f = problem.outputs(w)
+
+    def derivative(z: Tensor) -> Tensor:
+        def along(z: Tensor) -> Tensor:  # [N, rows]
+            def image(u: Tensor, part: slice) -> Tensor:
+                columns = torch.einsum("mnr,nr->nm", covariance.view(len(covariance), N, -1)[:, part], z[part])
+                return math.sqrt(N) * batched(hessian.operator.rmatvec, columns)
+
+            u = loss.unwhiten(f, y, z)[None]
+            weights = _moved_weights(problem)
+            return _slopes(problem, w, u, weights, torch.ones_like(w), per_sample=False, image=image)[0]
+
+        return torch.stack([along(one) for one in z])
+
+    return _over_rows(problem, w, derivative, num_draws=num_draws, at_once=1, generator=generator)
 
 
 def noise_slopes(part: NoiseSystem[Tensor], problem: ZeroLossProblem, w: Tensor, u: Tensor) -> Tensor:

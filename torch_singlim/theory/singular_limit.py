@@ -90,10 +90,10 @@ def singular_limit(
         point: weights ``[P]``, on Gamma (see `nearest_point`).
         noise: the system.
         sgd: step size, momentum, batch size.
-        num_draws: number of directions for the trace in V. With at least as many as its dimension (outputs, for tr H
-            and noise that moves the outputs; components of eta for your own noise; residuals for log pdet H and at
-            finite step size) it is exact; with fewer, they are random and the result has a standard error. The mean
-            offset takes the trace over the components of eta.
+        num_draws: number of directions for the trace in V. With at least as many as its dimension it is exact: outputs
+            for tr H and noise that moves the outputs, components of eta for your own noise, residuals for log pdet H;
+            with fewer, they are random and the result has a standard error. The mean offset takes the trace over the
+            components of eta.
         finite_step: the drift at this step size, exactly in alpha, instead of that as alpha -> 0; for label noise,
             flips and anti-correlated noise, see `finite_step_potential`.
         hessian: ``gauss_newton(problem, point)``, if it was computed already.

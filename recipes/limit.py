@@ -212,11 +212,11 @@ def grow(samples: int, marks: Sequence[int], *, sigma: float, runs: int, seed: i
         run = simulate(problem, start + moved, noise, sgd, steps=steps - before, replicas=runs, generator=generator)
         moved, before = moved + run.displacements, steps
         nearest = nearest_points(problem, replace(run, displacements=moved), start)
-        points = torch.stack([each.point - start for each in nearest])
-        of_weights, of_nearest = agreement(moved, limit), agreement(points, limit)
+        of_weights = agreement(moved, limit)
+        of_nearest = agreement(torch.stack([each.point - start for each in nearest]), limit)
         relaxed = sgd.lr * spectrum[-1].item() * steps
-        cosines = (cosine / ceiling for cosine, ceiling, *_ in (of_weights, of_nearest))
-        found.append(Sample(samples, steps, relaxed, share, *cosines, of_nearest[3]))
+        weights, points = (cosine / ceiling for cosine, ceiling, *_ in (of_weights, of_nearest))
+        found.append(Sample(samples, steps, relaxed, share, weights, points, of_nearest[3]))
     return found
 
 
@@ -297,7 +297,7 @@ def sample_table(found: Sequence[Sample]) -> str:
 
 def draw(cells: Sequence[Cell], found: Sequence[Sample], samples: int) -> Figure:
     """Speed and direction over the noise level; distance against its law; weights and nearest points for N digits."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained", dpi=160)
+    figure = Figure(figsize=(11, 3.9), layout="constrained", dpi=160)
     figure.suptitle(
         f"The singular limit on real digits: {samples} of them (left, middle), and more (right)", fontsize=10
     )
@@ -315,11 +315,13 @@ def draw(cells: Sequence[Cell], found: Sequence[Sample], samples: int) -> Figure
         )
         middle.plot([c.relaxed for c in own], [c.distance / c.expected for c in own], "o", color=colour, ms=4)
     left.axhline(1, color="black", lw=0.8)
-    left.set(xscale="log", xlabel="steps K (less noise, smaller steps: more of them)", ylabel="speed, measured / limit")
-    left.legend(frameon=False, fontsize=7)
+    left.set(
+        xscale="log", xlabel="steps $K$ (more with less noise, or smaller steps)", ylabel="speed, measured / limit"
+    )
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False, fontsize=7.5)
     middle.axhline(1, color="black", lw=0.8)
     middle.axvline(1, color="black", lw=0.8, ls=":")
-    middle.set(xscale="log", ylim=(0, 1.2), xlabel="α λ_min K (above 1: all modes have relaxed)")
+    middle.set(xscale="log", ylim=(0, 1.2), xlabel=r"$\alpha\lambda_{\min}K$ (above 1: all modes have relaxed)")
     middle.set(ylabel="distance, measured / expected")
     for colour, size in zip(COLOURS, dict.fromkeys(s.samples for s in found), strict=False):
         own = [s for s in found if s.samples == size]
@@ -327,7 +329,7 @@ def draw(cells: Sequence[Cell], found: Sequence[Sample], samples: int) -> Figure
         right.plot([s.share for s in own], [s.nearest for s in own], "s", color=colour, ms=4, mfc="none")
     ends = (0.5, 1.0)
     right.plot(ends, ends, color="black", lw=0.8)
-    right.set(xlim=(0.5, 1.02), ylim=(0.5, 1.02), xlabel="tangential share, expected by theory")
+    right.set(xlim=(0.5, 1.03), ylim=(0.5, 1.03), xlabel="share of the tangential motion, by theory")
     right.set(ylabel="cosine with the limit / noise ceiling")
     right.set_title("weights (dots), nearest points (squares)", fontsize=8)
     right.legend(frameon=False, fontsize=7)

@@ -472,7 +472,7 @@ def test_between_checkpoints_the_model_is_full_batch():
     run.train(8)
     engine.measure(run.snapshot())
     window = engine.windows.last
-    assert window.comparisons.keys() == {Model.BASELINE, Model.FULL_BATCH, Model.LIMIT}
+    assert window.comparisons.keys() == {Model.BASELINE, Model.FULL_BATCH, Model.LIMIT, Model.FROZEN_LIMIT}
     assert window.drift is window.comparisons[Model.FULL_BATCH]
     point = engine.history[8]
     assert {"drift/cosine", "drift/ceiling", "drift/baseline_cosine", "noise/ratio", "quality/error"} <= point.keys()
@@ -720,7 +720,7 @@ def test_a_state_holds_tensors_and_plain_values(tmp_path):
         (lambda s: s.pop("windows"), "missing: windows"),
         (lambda s: s["windows"].pop("open"), "missing: open"),
         (lambda s: s.update(extra=1), "unknown: extra"),
-        (lambda s: s.update(version=1), "a state of version 3 was expected, got version 1"),
+        (lambda s: s.update(version=1), "a state of version 4 was expected, got version 1"),
         (lambda s: s["windows"]["open"].update(iterate=torch.zeros(3)), r"a window of 3 weights for \d+ weights"),
     ],
 )

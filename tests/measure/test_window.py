@@ -157,7 +157,7 @@ def test_a_diffusing_noise_has_a_length_and_no_flow():
     assert window.comparisons.keys() == {Model.BASELINE}
     assert window.drift is None
     window = against_limit(window, start.forecast, end - w, steps)
-    assert window.comparisons.keys() == {Model.BASELINE, Model.LIMIT}
+    assert window.comparisons.keys() == {Model.BASELINE, Model.FROZEN_LIMIT}
     assert window.diffuses
     assert window.spread.measured == pytest.approx(window.spread.predicted, rel=1e-6)
     logged = scalars(Measurement(steps, window=window))

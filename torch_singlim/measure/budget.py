@@ -24,6 +24,9 @@ _GRACE = 15.0
 # hundredth of it, and the largest eigenvalue; matrix functions by Lanczos and a nearest point by products; a draw of
 # the limit's potential (third derivatives); and, in gradients of two samples, the check of the derivatives
 _LOSS, _HALF, _TENTH, _HUNDREDTH, _LARGEST, _LANCZOS, _DRAW, _CHECK = 0.35, 60, 200, 800, 20, 300, 12, 100
+# number of drifts in the integrated limit over a window of a few hundred steps, and the gradients that a direction of
+# one of them takes
+_DRIFTS, _DIRECTION = 15, 6
 # what a gradient costs in a search in single precision, with the vectors that it takes, in gradients
 _SEARCH = 1.3
 # seconds for the figures of one measurement
@@ -46,6 +49,7 @@ _SKIPPED = {
     "subsets": "the nearest points of fewer samples",
     "stability": "the largest eigenvalue",
     "limit": "the limit's prediction",
+    "flow": "the limit integrated over the window",
     "distance": "the nearest point and the relaxed part",
     "paths": "the paths beside the training, and with them the drift's prediction",
     "figures": "the figures",
@@ -204,8 +208,9 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int, total: int = 0
 
     "gradient": one of the searches for levels. "loss": the excess loss. "half", "tenth", "hundredth": the distance to
     this level of it. "stability": the largest eigenvalue. "check": the check of the derivatives. "distance": the
-    nearest point and the relaxed part. "limit": the same with the limit's prediction. "whole": the loss of the whole
-    training set, twice. "subsets": the nearest points of fewer samples. "figures": those for TensorBoard.
+    nearest point and the relaxed part. "limit": the same with the limit's prediction. "flow": the limit integrated over
+    a window. "whole": the loss of the whole training set, twice. "subsets": the nearest points of fewer samples.
+    "figures": those for TensorBoard.
 
     Args:
         problem: loss and samples.
@@ -216,11 +221,12 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int, total: int = 0
     single = _SEARCH * _gradient(problem.at_precision(torch.float32))
     M = problem.num_residuals
     exact = M <= MAX_DENSE
-    decompositions = 0.0
+    decompositions = factor = 0.0
     if exact or worth_factoring(problem):
         # for the modes at w, for those at the nearest point, and for the search; or, of factors, about seven in single
         # precision, each in half of the time
         times, each = (3, _EIGENVECTORS) if exact else (3.5, _FACTOR)
+        factor = (gram_flops(problem) + _FACTOR * float(M) ** 3) / _rate(problem)
         decompositions = times * (gram_flops(problem) + each * float(M) ** 3) / _rate(problem)
     distance = decompositions + _LANCZOS * gradient
     return {
@@ -235,6 +241,7 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int, total: int = 0
         "whole": 2 * _LOSS * gradient * total / N,
         "subsets": distance,
         "limit": distance + num_draws * _DRAW * gradient,
+        "flow": _DRIFTS * (factor + min(num_draws, M // N) * _DIRECTION * gradient),
         "figures": _FIGURES,
     }
 

@@ -30,10 +30,12 @@ from torch_singlim.theory import (
     EffectiveLoss,
     LimitPrediction,
     SGDSettings,
+    UnstableStepError,
     averaged_gradient,
     expected_distance,
     gradient_noise,
     has_effective_flow,
+    has_finite_step,
     potential,
     sampled_potential,
     singular_limit,
@@ -98,6 +100,7 @@ class Forecast:
         drift: mean displacement per optimizer step ``[P]``.
         diffusion: variance per step and tangent direction, in squared weight norm.
         dimension: of Gamma.
+        finite_step: whether the drift is that at this step size, exactly in alpha.
     """
 
     point: Tensor = field(repr=False)
@@ -105,6 +108,7 @@ class Forecast:
     drift: Tensor = field(repr=False)
     diffusion: float
     dimension: int
+    finite_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,10 @@ class DistanceMeasurement:
         """The motion along Gamma that the limit predicts from here (None if it predicts no motion)."""
         if self.limit is None or self.limit.order is None:
             return None
-        return Forecast(self.nearest.point, self.tangent, self.limit.drift, self.limit.diffusion, self.limit.dimension)
+        limit = self.limit
+        return Forecast(
+            self.nearest.point, self.tangent, limit.drift, limit.diffusion, limit.dimension, limit.finite_step
+        )
 
     @property
     def of_nearest(self) -> Reason | None:
@@ -246,6 +253,36 @@ def _relaxed(
     return RelaxedPart(torch.linalg.vector_norm(part).item(), expected, cosine, count, num_modes(hessian)), expansion
 
 
+def _limit(
+    problem: ZeroLossProblem,
+    point: Tensor,
+    noise: NoiseSystem,
+    sgd: SGDSettings,
+    hessian: FactoredOperator,
+    *,
+    num_draws: int,
+    generator: torch.Generator | None,
+) -> LimitPrediction:
+    """The singular limit's prediction, with the drift at this step size where it is known and the step is stable."""
+
+    def predicted(*, finite_step: bool) -> LimitPrediction:
+        return singular_limit(
+            problem,
+            point,
+            noise,
+            sgd,
+            num_draws=num_draws,
+            finite_step=finite_step,
+            hessian=hessian,
+            generator=generator,
+        )
+
+    try:
+        return predicted(finite_step=has_finite_step(noise, problem, sgd))
+    except UnstableStepError:  # `stability` tells
+        return predicted(finite_step=False)
+
+
 def measure_distance(
     problem: ZeroLossProblem,
     snapshot: Snapshot,
@@ -302,9 +339,7 @@ def measure_distance(
     )
     limit, tangent_steps, sgd = None, math.nan, snapshot.sgd
     if noise is not None and sgd is not None and not (expansion is not None and expansion.fails):
-        limit = singular_limit(
-            problem, nearest.point, noise, sgd, num_draws=num_draws, hessian=tangent.hessian, generator=generator
-        )
+        limit = _limit(problem, nearest.point, noise, sgd, tangent.hessian, num_draws=num_draws, generator=generator)
         if not tangent.hessian.decomposed and limit.drift.any():
             tangent_steps = 1 / (sgd.effective_lr * tangent.curvature(limit.drift))
     weight_norm = torch.linalg.vector_norm(w).item()

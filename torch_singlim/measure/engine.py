@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # version of the state_dict; other versions cannot be loaded
-_VERSION = 3
+_VERSION = 4
 
 
 class Engine:
@@ -329,7 +329,13 @@ class Engine:
             )
             self.note(window.reason)
         if opened.forecast is not None:
-            window = against_limit(window, opened.forecast, snapshot.iterate - opened.iterate, steps)
+            assert self.problem is not None
+            forecast, start = opened.forecast, opened.start
+            flow = self.geometry.flow(self.problem, forecast, self.noise, sgd, start=start, steps=steps)
+            if isinstance(flow, Reason):
+                self.note(flow)
+                flow = None
+            window = against_limit(window, forecast, snapshot.iterate - opened.iterate, steps, flow=flow)
         return window
 
     def _distance(self, problem: ZeroLossProblem, snapshot: Snapshot) -> DistanceMeasurement | None:

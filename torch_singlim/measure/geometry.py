@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 
 from torch_singlim.geometry import LevelPoint, NearestPoint, largest_curvature
+from torch_singlim.linalg import Result
 from torch_singlim.measure.budget import Budget
-from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
+from torch_singlim.measure.distance import DistanceMeasurement, Forecast, measure_distance
 from torch_singlim.measure.levels import Level, Levels
+from torch_singlim.measure.limit import integrated
 from torch_singlim.measure.options import Options
 from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.measure.samples import TrainingSet, distances_of_subsets
@@ -17,6 +19,7 @@ from torch_singlim.measure.schedule import Schedule
 from torch_singlim.measure.snapshot import Snapshot
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import NoiseSystem
+from torch_singlim.theory import SGDSettings, WindowPrediction
 
 __all__ = ["Geometry"]
 
@@ -131,3 +134,23 @@ class Geometry:
             return None
         with self.budget.timed("subsets"):
             return distances_of_subsets(problem, snapshot.weights, nearest)
+
+    def flow(
+        self,
+        problem: ZeroLossProblem,
+        forecast: Forecast,
+        noise: NoiseSystem,
+        sgd: SGDSettings,
+        *,
+        start: int,
+        steps: int,
+    ) -> WindowPrediction | Reason | None:
+        """The limit integrated over the window from this step; None: it diffuses, or there is no time for it."""
+        if forecast.diffusion > 0 or not self._affords("flow", self.schedule.part(start)):
+            return None
+        with self.budget.timed("flow"):
+            draws = self.options.num_draws
+            flow = integrated(problem, forecast, noise, sgd, steps=steps, num_draws=draws, generator=self.generator)
+        if flow.status is Result.SUCCESSFUL:
+            return flow
+        return Code.LIMIT_STOPPED(start=start, stop=start + steps, status=flow.status.message)

@@ -54,7 +54,11 @@ class OpenWindow:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers, without paths; the tangent space is recomputed from its point."""
         f = self.forecast
-        forecast = None if f is None else {k: getattr(f, k) for k in ("point", "drift", "diffusion", "dimension")}
+        forecast = (
+            None
+            if f is None
+            else {k: getattr(f, k) for k in ("point", "drift", "diffusion", "dimension", "finite_step")}
+        )
         return {
             "start": self.start,
             "stop": self.stop,

@@ -251,6 +251,12 @@ class Code(Enum):
         "averaged gradient at step {step}, that of the expansion has cosine {cosine:.2f} and {ratio:.2f} times the "
         "norm",
     )
+    LIMIT_STOPPED = (
+        _SKIPPED,
+        Scope.PART,
+        "the singular limit could not be integrated over the window {start}-{stop}: {status}; the frozen limit is "
+        "compared all the same",
+    )
     # measurements
     LEVEL_NOT_MET = (
         _SKIPPED,

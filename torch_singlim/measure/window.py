@@ -26,6 +26,7 @@ class Model(Enum):
     EXPANDED = "expanded path"
     FULL_BATCH = "effective flow"
     LIMIT = "singular limit"
+    FROZEN_LIMIT = "singular limit, frozen"
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Window:
         stop: optimizer steps at the end, or so far.
         measured: norm of the displacement of the iterate w - xi.
         displacement: this displacement itself  ``[P]``; None before the end of the window.
-        comparisons: with each model; empty if the drift is not predicted. `Model.LIMIT` is compared with the tangential
-            part of the motion.
+        comparisons: with each model; empty if the drift is not predicted. `Model.LIMIT` and `Model.FROZEN_LIMIT` are
+            compared with the tangential part of the motion.
         reason: why the prediction for this window is invalidated (None if it is not).
         noise: the noise-induced drift (None without a prediction for it).
         ceiling: the noise ceiling, the best cosine that any deterministic prediction can have (nan without replicas).

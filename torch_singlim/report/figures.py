@@ -139,14 +139,14 @@ def agreement_figure(history: History) -> Figure:
     figure, (direction, speed, noise) = _panels(3)
     for tag, color, marker, label in (
         (tags.DRIFT_COSINE, _THEORY, "o", "predicted"),
-        (tags.LIMIT_FROZEN_COSINE, _LIMIT, "D", "singular limit"),
+        (tags.LIMIT_COSINE, _LIMIT, "D", "singular limit"),
         (tags.DRIFT_BASELINE_COSINE, _CONTROL, "s", "baseline (noise off)"),
         (tags.DRIFT_CEILING, _CEILING, "_", "noise ceiling"),
     ):
         _plot_curves(direction, history, tag, color=color, marker=marker, label=label)
     for tag, color, marker, label in (
         (tags.DRIFT_SPEED, _THEORY, "o", "predicted"),
-        (tags.LIMIT_FROZEN_SPEED, _LIMIT, "D", "singular limit"),
+        (tags.LIMIT_SPEED, _LIMIT, "D", "singular limit"),
     ):
         _plot_curves(speed, history, tag, color=color, marker=marker, label=label)
     for tag, color, marker, label in (
@@ -345,7 +345,7 @@ def _agreement(axes: Axes, history: History) -> None:
     for tag, color, marker, label in (
         (tags.DRIFT_CEILING, _CEILING, "_", "noise ceiling"),
         (tags.DRIFT_COSINE, _THEORY, "o", "predicted"),
-        (tags.LIMIT_FROZEN_COSINE, _LIMIT, "D", "singular limit"),
+        (tags.LIMIT_COSINE, _LIMIT, "D", "singular limit"),
         (tags.DRIFT_BASELINE_COSINE, _CONTROL, "s", "baseline (noise off)"),
     ):
         _plot_curves(axes, history, tag, color=color, marker=marker, label=label)

@@ -5,7 +5,7 @@ from torch_singlim.theory.distance import ExpectedDistance, expected_distance
 from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction, has_effective_flow
 from torch_singlim.theory.effective_flow import effective_flow
 from torch_singlim.theory.ensemble import Ensemble, simulate
-from torch_singlim.theory.finite_step import finite_step_potential, step_ratio
+from torch_singlim.theory.finite_step import UnstableStepError, finite_step_potential, has_finite_step, step_ratio
 from torch_singlim.theory.finite_window import finite_window
 from torch_singlim.theory.gradient_noise import GradientNoise, gradient_noise
 from torch_singlim.theory.limit_flow import limit_flow
@@ -34,10 +34,12 @@ __all__ = [
     "gradient_noise",
     "GradientNoise",
     "covariance_potential",
+    "ito_drift",
     # at finite step size
     "finite_step_potential",
+    "has_finite_step",
     "step_ratio",
-    "ito_drift",
+    "UnstableStepError",
     # the order of a noise
     "degeneracy",
     "Degeneracy",

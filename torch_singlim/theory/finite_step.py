@@ -25,12 +25,34 @@ from torch_singlim.theory.potential import Potential, traced
 from torch_singlim.theory.second_order import quadratic_gradients, residual_direction
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance
 
-__all__ = ["finite_step_potential", "step_ratio"]
+__all__ = ["UnstableStepError", "finite_step_potential", "has_finite_step", "step_ratio"]
 
+# up to so many residuals the covariance under batches takes seconds
+_FEW = 500
 # nodes of Gauss-Legendre quadrature
 _NODES = 32
 # the covariance under batches: relative accuracy, and number of iterations
 _FIXED_RTOL, _FIXED_STEPS = 1e-10, 2_000
+
+
+class UnstableStepError(ValueError):
+    """The step size is too large for fluctuations about the zero-loss set to have a variance."""
+
+
+def has_finite_step(noise: NoiseSystem, problem: ZeroLossProblem, sgd: SGDSettings) -> bool:
+    """Whether `finite_step_potential` is known for all parts that move the weights, in seconds."""
+    N, order = problem.num_samples, noise.order
+    B = sgd.batch(N)
+    full = B == N
+
+    def known(part: NoiseSystem) -> bool:
+        if isinstance(part, AntiCorrelated):
+            return full
+        covariance = part.covariance(problem, B) or Covariance()
+        pure = covariance.hessian > 0 and covariance.identity == 0
+        return pure and (full or (not sgd.momentum and problem.num_residuals <= _FEW))
+
+    return order is not None and all(known(part) for part in parts(noise) if part.order == order)
 
 
 def step_ratio(sgd: SGDSettings, curvature: Tensor, *, transient: bool = False) -> Tensor:
@@ -126,7 +148,7 @@ def _with_batches(problem: ZeroLossProblem, hessian: FactoredOperator, sgd: SGDS
     U, values = hessian.eigenvectors, hessian.eigenvalues
     denominator = values[:, None] + values - alpha * a * values[:, None] * values
     if bool((denominator <= 0).any()):
-        raise ValueError(f"the step size {alpha} is unstable: alpha lambda_1 = {alpha * values[0].item():.3g}")
+        raise UnstableStepError(f"the step size {alpha} is unstable: alpha lambda_1 = {alpha * values[0].item():.3g}")
     eye, samples = (torch.eye(k, dtype=values.dtype, device=values.device) for k in (M, N))
     blocks = torch.kron(samples, values.new_ones(M // N, M // N))  # 1 within each sample
     Y = constant = alpha * eye / denominator  # in the eigenbasis
@@ -138,7 +160,7 @@ def _with_batches(problem: ZeroLossProblem, hessian: FactoredOperator, sgd: SGDS
             break
         if change <= _FIXED_RTOL:
             return U @ (Y * values) @ U.T
-    raise ValueError(
+    raise UnstableStepError(
         f"fluctuations under batches of {B} grow without bound at the step size {alpha}: use a smaller one"
     )
 
@@ -192,7 +214,7 @@ def finite_step_potential(
     scale = noise.variance(problem) / 2 if transient else known.hessian / 4
     rho = functools.partial(step_ratio, sgd, transient=transient)
     if math.isinf(rho(torch.tensor([hessian.largest], dtype=torch.float64)).item()):
-        raise ValueError(f"the step size {sgd.lr} is unstable: the largest eigenvalue is {hessian.largest:.3g}")
+        raise UnstableStepError(f"the step size {sgd.lr} is unstable: the largest eigenvalue is {hessian.largest:.3g}")
     value = hessian.trace(lambda values: _integral(rho, values))
     found = _of_modes(problem, w, hessian, rho, num_draws=num_draws, generator=generator)
     return Potential(value.scaled(scale), found.gradient.map(lambda g: scale * g), found.passes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -72,6 +73,38 @@ class _Base:
             if size <= atol:
                 return v
         return None
+
+
+@dataclass(frozen=True)
+class _Substep:
+    """The end of a sub-step  ``[P]``, the drift there, the error, infinite if it cannot be trusted, and the passes."""
+
+    point: Tensor
+    drift: LimitDrift
+    error: float
+    passes: int
+
+
+def _substep(
+    base: _Base, first: LimitDrift, length: float, atol: float, drift: Callable[[Tensor], LimitDrift]
+) -> _Substep:
+    """One sub-step of so many steps; `first` is the drift at its beginning, the stages are on Gamma up to `atol`."""
+    slopes, last, point, passes = [first.drift.mean], first, base.point, 0
+    for weights in _STAGES[1:]:
+        moved = base.point.clone()
+        for weight, slope in zip(weights, slopes, strict=True):
+            moved.add_(slope, alpha=length * weight)
+        landed = base.retract(moved, atol)
+        if landed is None:
+            return _Substep(point, last, math.inf, passes)
+        point, last = landed, drift(landed)
+        passes += last.passes
+        slopes.append(last.drift.mean)
+    off = torch.zeros_like(point)
+    for weight, slope in zip(_ERROR, slopes, strict=True):
+        off.add_(slope, alpha=length * weight)
+    change = torch.linalg.vector_norm(slopes[-1] - slopes[0]) <= _CHANGE * torch.linalg.vector_norm(slopes[0])
+    return _Substep(point, last, torch.linalg.vector_norm(off).item() if change else math.inf, passes)
 
 
 def limit_flow(
@@ -143,44 +176,30 @@ def limit_flow(
             generator=torch.Generator(device).manual_seed(seed),
         )
 
-    k, h, at, base = 0.0, float(steps), point, _Base(problem, point, dense=dense)
+    k, h, base = 0.0, float(steps), _Base(problem, point, dense=dense)
     path: list[Tensor] = []
-    squared, error, passes, substeps = 0.0, 0.0, 0, 0
-    status, known, seed = Result.SUCCESSFUL, None, 0
+    squared, error, passes, tried, seed = 0.0, 0.0, 0, 0, 0
+    status, first = Result.SUCCESSFUL, None
     while len(path) < len(marks):
-        if known is None:  # the first stage; the last one of the sub-step before, unless the drifts are sampled
+        if first is None:  # else it is the last stage of the sub-step before
             seed = int(torch.randint(2**31, (1,), generator=seeds, device=device).item())
-            known = drift(base, at, seed)
-            passes += known.passes
-        if substeps == max_substeps or h < _SHORTEST * steps:
-            status = Result.MAX_STEPS if substeps == max_substeps else Result.STALLED
-            path += [at - point] * (len(marks) - len(path))
+            first = drift(base, base.point, seed)
+            passes += first.passes
+        if tried == max_substeps or h < _SHORTEST * steps:
+            status = Result.MAX_STEPS if tried == max_substeps else Result.STALLED
+            path += [base.point - point] * (len(marks) - len(path))
             break
-        substeps += 1
+        tried += 1
         length = min(h, marks[len(path)] - k)
-        slopes, stage, size = [known.drift.mean], at, torch.linalg.vector_norm(known.drift.mean).item()
-        last, estimated = known, math.inf
-        for weights in _STAGES[1:]:
-            moved = at + length * sum((a * s for a, s in zip(weights, slopes, strict=True) if a), torch.zeros_like(at))
-            landed = base.retract(moved, _CLOSE * rtol * length * size)
-            if landed is None:
-                break
-            stage = landed
-            last = drift(base, stage, seed)
-            passes += last.passes
-            slopes.append(last.drift.mean)
-        else:
-            off = sum((e * s for e, s in zip(_ERROR, slopes, strict=True)), torch.zeros_like(at))
-            if torch.linalg.vector_norm(slopes[-1] - slopes[0]).item() <= _CHANGE * size:
-                estimated = length * torch.linalg.vector_norm(off).item()
-        allowed = rtol * length * size
-        if estimated <= allowed or size == 0:
-            k, error = k + length, error + (estimated if size else 0.0)
-            squared += (length * known.drift.stderr) ** 2
-            at, base = stage, _Base(problem, stage, dense=dense)
-            known = last if last.drift.stderr == 0 else None
+        allowed = rtol * length * torch.linalg.vector_norm(first.drift.mean).item()
+        step = _substep(base, first, length, _CLOSE * allowed, lambda v, b=base, s=seed: drift(b, v, s))
+        passes += step.passes
+        if step.error <= allowed:
+            k, error, squared = k + length, error + step.error, squared + (length * first.drift.stderr) ** 2
+            base = _Base(problem, step.point, dense=dense)
+            first = step.drift if first.drift.stderr == 0 else None  # sampled drifts take new directions
             while len(path) < len(marks) and k >= marks[len(path)] * (1 - 1e-12):
-                path.append(at - point)
-        share = allowed / estimated if estimated > 0 else math.inf
+                path.append(base.point - point)
+        share = allowed / step.error if step.error > 0 else math.inf
         h = length * min(_GROWS, max(_SHRINKS, _SAFETY * math.sqrt(share)))
     return WindowPrediction(torch.stack(path), math.sqrt(squared), error, passes, status)

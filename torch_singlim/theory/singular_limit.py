@@ -41,6 +41,7 @@ class LimitPrediction:
             nan, like the two above, if H was too large to be decomposed.
         passes: number of derivative passes over all samples for V.
         noise: the system, with the order of each part determined.
+        finite_step: whether the drift is that at this step size, exactly in alpha.
     """
 
     order: int | None
@@ -55,6 +56,7 @@ class LimitPrediction:
     distance: float
     passes: int
     noise: NoiseSystem = field(repr=False)
+    finite_step: bool = False
 
     @property
     def degenerate(self) -> bool:
@@ -155,4 +157,5 @@ def singular_limit(
         distance=math.sqrt(offset**2 + variance.mean),
         passes=passes,
         noise=noise,
+        finite_step=finite_step,
     )

@@ -262,32 +262,57 @@ EXPANSION_RATIO = Tag(
     needs=needs(Need.LIMIT, Need.MOVES),
 )
 
+_AGAINST = "Cosine with the limit, integrated and frozen"
+_SPEEDS = "Speed relative to the limit, integrated and frozen"
 _ALONG = "Motion along the zero-loss set, and its limit [weight norm]"
 
-LIMIT_FROZEN_COSINE = Tag(
-    name="limit/frozen_cosine",
+LIMIT_COSINE = Tag(
+    name="limit/cosine",
     label="limit cosine",
     unit="–",
-    meaning="cosine between the tangential part of the motion and the singular limit −α^order P_T ∇V, frozen at the "
-    "measurement at which the window was due; paths may be opened later, and cover its last part",
+    meaning="cosine between the tangential part of the motion since the measurement at which the window was due and "
+    "the singular limit dW/dk = −α^order P_T ∇V(W), integrated along the zero-loss set from the nearest point there; "
+    "paths may be opened later, and cover the window's last part",
     advice="Near 1 only where `distance/relaxed_share` is near 1",
     group="Singular limit",
-    chart="",
+    chart=_AGAINST,
     value=of_model(Model.LIMIT, lambda c: c.agreement.cosine),
+    needs=needs(Need.LIMIT, Need.MOVES),
+    shown=shown(Place.WINDOWS, Place.REPORT),
+)
+LIMIT_FROZEN_COSINE = Tag(
+    name="limit/frozen_cosine",
+    label="frozen limit cosine",
+    unit="–",
+    meaning="the same cosine with the limit frozen at that point, −K α^order P_T ∇V",
+    advice="Lower than `limit/cosine`: the drift turns within the window",
+    group="Singular limit",
+    chart=_AGAINST,
+    value=of_model(Model.FROZEN_LIMIT, lambda c: c.agreement.cosine),
+    needs=needs(Need.LIMIT, Need.MOVES),
+)
+LIMIT_SPEED = Tag(
+    name="limit/speed",
+    label="limit speed",
+    unit="–",
+    meaning="speed of the same motion relative to the integrated limit, defined like `drift/speed`",
+    advice="Near 1 only where `distance/relaxed_share` is near 1",
+    group="Singular limit",
+    chart=_SPEEDS,
+    value=of_model(Model.LIMIT, lambda c: c.agreement.speed),
     needs=needs(Need.LIMIT, Need.MOVES),
     shown=shown(Place.WINDOWS, Place.REPORT),
 )
 LIMIT_FROZEN_SPEED = Tag(
     name="limit/frozen_speed",
-    label="limit speed",
+    label="frozen limit speed",
     unit="–",
-    meaning="speed of the same motion relative to the limit, defined like `drift/speed`",
-    advice="Near 1 only where `distance/relaxed_share` is near 1",
+    meaning="the same speed relative to the frozen limit",
+    advice="Lower than `limit/speed`: the drift slows down within the window",
     group="Singular limit",
-    chart="",
-    value=of_model(Model.LIMIT, lambda c: c.agreement.speed),
+    chart=_SPEEDS,
+    value=of_model(Model.FROZEN_LIMIT, lambda c: c.agreement.speed),
     needs=needs(Need.LIMIT, Need.MOVES),
-    shown=shown(Place.WINDOWS, Place.REPORT),
 )
 SPREAD_MEASURED = Tag(
     name="limit/spread_measured",
@@ -306,7 +331,7 @@ SPREAD_PREDICTED = Tag(
     label="predicted length",
     unit="weight norm",
     meaning="the same length by the limit, from drift and diffusion: √(\\|K drift\\|² + K · diffusion · dim Γ)",
-    advice="Equal within a few percent under Langevin noise, which diffuses; for other noises see `limit/frozen_speed`",
+    advice="Equal within a few percent under Langevin noise, which diffuses; for other noises see `limit/speed`",
     group="Singular limit",
     chart=_ALONG,
     value=of_window(lambda w: None if w.spread is None else w.spread.predicted),

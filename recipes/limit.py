@@ -49,6 +49,13 @@ from torch_singlim import (
 
 HIDDEN = 256
 TOLERANCE = 1e-3  # of nearest points
+REST = 4_000  # steps with minibatches alone
+# numbers of digits, and the steps after which they are measured
+SIZES = {
+    "quick": ((10, 20, 50), (100, 400)),
+    "default": ((10, 20, 50, 100, 200), (100, 400, 1_000)),
+    "full": ((10, 20, 50, 100, 200, 500), (100, 400, 1_600, 6_400)),
+}
 # Okabe and Ito's colours
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -81,7 +88,7 @@ SYSTEMS = {
     "dropout": System("dropout", lambda sigma: Dropout(), 0.23, 2.0),
     "label_noise": System("label noise", LabelNoise, 0.4, 5.0, step=1.0, finite_step=True),
     "drop_connect": System("DropConnect", DropConnect, 0.4, 10.0),
-    "anti_correlated": System("anti-correlated", AntiCorrelated, 0.02, 0.1, finite_step=True),
+    "anti_correlated": System("anti-correlated", AntiCorrelated, 0.02, 0.05, finite_step=True),
     "input_noise": System("input noise", InputNoise, 0.08, 0.5),
     "batches": System("dropout, batches of 5", lambda sigma: Dropout(), 0.23, 2.0, batch=5),
 }
@@ -215,12 +222,14 @@ def grow(samples: int, marks: Sequence[int], *, sigma: float, runs: int, seed: i
         of_weights = agreement(moved, limit)
         of_nearest = agreement(torch.stack([each.point - start for each in nearest]), limit)
         relaxed = sgd.lr * spectrum[-1].item() * steps
-        weights, points = (cosine / ceiling for cosine, ceiling, *_ in (of_weights, of_nearest))
+        weights, points = (
+            cosine / ceiling if ceiling > 0 else math.nan for cosine, ceiling, *_ in (of_weights, of_nearest)
+        )
         found.append(Sample(samples, steps, relaxed, share, weights, points, of_nearest[3]))
     return found
 
 
-def rest(samples: int, *, seed: int, steps: int = 4_000) -> tuple[float, float]:
+def rest(samples: int, *, seed: int) -> tuple[float, float]:
     """Minibatches of 5 alone, from .1 off the set: final distance, motion of the nearest point in the last half."""
     problem = problem_of(samples, 0.1, seed)
     start, generator = start_of(problem), torch.Generator().manual_seed(seed)
@@ -228,7 +237,7 @@ def rest(samples: int, *, seed: int, steps: int = 4_000) -> tuple[float, float]:
     sgd = SGDSettings(lr=0.5 / tangent_space(problem, start).spectrum()[0].item(), batch_size=5)
     w, points = start + 0.1 * off / off.norm(), []
     for _ in range(2):
-        w = simulate(problem, w, Minibatch(), sgd, steps=steps // 2, replicas=1, generator=generator).weights[0]
+        w = simulate(problem, w, Minibatch(), sgd, steps=REST // 2, replicas=1, generator=generator).weights[0]
         points.append(nearest_point(problem, w, rtol=1e-6, max_steps=100))
     return points[1].distance, torch.linalg.vector_norm(points[1].point - points[0].point).item()
 
@@ -384,14 +393,14 @@ def main(
     levels = 4 if full else 2
     ensembles = [(SYSTEMS[name], SYSTEMS[name].sigma / 2**i) for name in names for i in range(levels)]
     if not quick:
-        factors = (0.5, 0.25) if full else (0.5,)
+        factors = (0.5, 0.25) if full else (0.5,)  # of the step size
+        few = names if full or systems else ["dropout", "drop_connect", "input_noise"]
         ensembles += [
             (replace(SYSTEMS[name], step=factor * SYSTEMS[name].step), SYSTEMS[name].sigma)
-            for name in names
+            for name in few
             for factor in factors
         ]
-    sizes = (10, 20, 50) if quick else (10, 20, 50, 100, 200, 500) if full else (10, 20, 50, 100, 200)
-    marks = (100, 400) if quick else (100, 400, 1_600, 6_400) if full else (100, 400, 1_000)
+    sizes, marks = SIZES["quick" if quick else "full" if full else "default"]
 
     cells: list[Cell] = []
     found: list[Sample] = []

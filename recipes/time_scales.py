@@ -1,8 +1,9 @@
 """On which clock each noise moves the weights: exponents (a, b) of alpha^a sigma^b, measured on a small network.
 
 Ensembles of noisy training run along the zero-loss set at several step sizes and noise levels. The drift of their
-nearest points (for Langevin noise their spread) is fitted by a power law and held against the theorems of arXiv
-2404.12293: (1, 2) for non-degenerate noise, (2, 2) for degenerate noise, no motion for minibatches alone.
+nearest points along the limit (for Langevin noise also their spread) is fitted by a power law and held against the
+theorems of arXiv 2404.12293: (1, 2) for non-degenerate noise, (2, 2) for degenerate noise, no motion for minibatches
+alone.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Sweep:
         slow_time: of each run.
         expected: the exponents of step size and noise that the theorem states.
         spreads: the spread of the ensemble is measured, not its drift.
+        antithetic: in pairs of runs with opposite noise, so that diffusion cancels to first order.
         runs: how many times the usual number of replicas that takes.
     """
 
@@ -62,6 +64,7 @@ class Sweep:
     slow_time: float
     expected: tuple[int, int]
     spreads: bool = False
+    antithetic: bool = False
     runs: int = 1
 
 
@@ -72,6 +75,7 @@ SWEEPS = (
     Sweep("anti-correlated", AntiCorrelated, (0.04, 0.07, 0.12), 0.05, (1, 2)),
     Sweep("label noise", LabelNoise, (0.2, 0.3, 0.5), 0.2, (2, 2)),
     Sweep("Langevin (spread)", Langevin, (0.15, 0.25, 0.45), 0.02, (2, 2), spreads=True, runs=4),
+    Sweep("Langevin (drift)", Langevin, (0.15, 0.25, 0.45), 0.02, (2, 2), antithetic=True, runs=8),
 )
 SMALLEST = 1.0  # eigenvalue of a normal mode
 
@@ -92,7 +96,15 @@ def measure(sweep: Sweep, alpha: float, sigma: float, *, replicas: int, seed: in
     noise, sgd = sweep.noise(sigma), SGDSettings(lr=alpha)
     limit = singular_limit(problem, point, noise, sgd, num_draws=problem.num_weights)
     generator = torch.Generator().manual_seed(seed)
-    run = partial(simulate, problem, noise=noise, sgd=sgd, replicas=sweep.runs * replicas, generator=generator)
+    run = partial(
+        simulate,
+        problem,
+        noise=noise,
+        sgd=sgd,
+        replicas=sweep.runs * replicas,
+        antithetic=sweep.antithetic,
+        generator=generator,
+    )
     relaxed = run(point, steps=round(4 / (alpha * SMALLEST)))
     steps = round(sweep.slow_time * limit.time_scale)
     # displacements leave out the transient perturbation of the last step, which the next run adds anew
@@ -101,8 +113,7 @@ def measure(sweep: Sweep, alpha: float, sigma: float, *, replicas: int, seed: in
     )
     if sweep.spreads:
         return Rate(alpha, sigma, ensemble.spread.scaled(1 / steps), limit.diffusion * limit.dimension)
-    mean = ensemble.mean.mean
-    along = Estimate.from_draws(ensemble.displacements @ (mean / mean.norm()))
+    along = Estimate.from_draws(ensemble.independent @ limit.drift / limit.drift.norm())
     return Rate(alpha, sigma, along.scaled(1 / steps), limit.drift.norm().item())
 
 

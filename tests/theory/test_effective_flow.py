@@ -23,6 +23,7 @@ from torch_singlim import (
     effective_flow,
     simulate,
 )
+from torch_singlim.noise import draw_noise
 from torch_singlim.theory import has_effective_flow
 
 
@@ -263,3 +264,35 @@ def test_bad_arguments(options, message):
     if "expansion" not in options:
         with pytest.raises(ValueError, match=message):
             simulate(dense.problem, w, Dropout(), SGDSettings(lr=0.1), **({"replicas": 1} | arguments))
+
+
+@pytest.mark.parametrize("noise", [Langevin(0.5), LabelNoise(0.5), Langevin(0.5) + LabelNoise(0.5)], ids=str)
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_what_is_linear_in_the_noise_cancels_in_antithetic_pairs(noise, batch_size):
+    """Linear network: the mean of each pair is descent on the same batches without noise."""
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    problem = ZeroLossProblem(torch.nn.Linear(3, 1, bias=False), "mse", x, torch.zeros(5, 1))
+    w, sgd = torch.ones(3).double(), SGDSettings(lr=0.05, batch_size=batch_size)
+    run = {"steps": 7, "replicas": 6, "memory": 3000}
+    runs = simulate(problem, w, noise, sgd, antithetic=True, generator=torch.Generator().manual_seed(1), **run)
+    assert runs.displacements.std(0).min() > 1e-3
+    pairs = runs.independent
+    assert pairs.shape == (3, 3)
+    if batch_size is None:
+        quiet = simulate(problem, w, Minibatch(), sgd, **run).displacements[0]
+        torch.testing.assert_close(pairs, quiet.expand(3, -1), rtol=1e-10, atol=1e-12)
+        assert runs.mean.stderr < 1e-10
+    else:
+        assert pairs.std(0).min() > 1e-6  # each pair has batches of its own
+    with pytest.raises(ValueError, match="even number"):
+        simulate(problem, w, noise, sgd, steps=1, replicas=3, antithetic=True)
+
+
+def test_opposite_masks_have_opposite_quantiles():
+    """Dropout .5 has symmetric masks: what one run of a pair drops, the other keeps."""
+    net = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(4, 1, bias=False))
+    problem = ZeroLossProblem(net, "mse", torch.ones(3, 4), torch.zeros(3, 1))
+    (eta,) = draw_noise(Dropout(), problem, 3, replicas=6, antithetic=True, generator=torch.Generator().manual_seed(0))
+    assert eta.shape == (6, 3, 4)
+    torch.testing.assert_close(eta[::2], -eta[1::2])
+    assert {-1.0, 1.0} == set(eta.flatten().tolist())

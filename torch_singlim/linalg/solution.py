@@ -20,7 +20,7 @@ class Result(Enum):
     SUCCESSFUL = "the tolerance was reached"
     MAX_STEPS = "the tolerance was not reached in the steps allowed: allow more of them, or a larger tolerance"
     INCONSISTENT = "the right-hand side has a part outside the range: this is the least-squares solution"
-    STALLED = "no shorter step reduced the residual: this is the best point found"
+    STALLED = "no shorter step helps: this is how far it got"
     NEAR_FOCAL_POINT = (
         "near a focal point of the zero-loss set: the distance is flat along that set, or has a saddle, and another "
         "point may be closer: allow more steps, or measure later in the training"

@@ -26,7 +26,7 @@ _GRACE = 15.0
 _LOSS, _HALF, _TENTH, _HUNDREDTH, _LARGEST, _LANCZOS, _DRAW, _CHECK = 0.35, 60, 200, 800, 20, 300, 12, 100
 # number of drifts in the integrated limit over a window of a few hundred steps, and the gradients that a direction of
 # one of them takes
-_DRIFTS, _DIRECTION = 15, 6
+_DRIFTS, _DIRECTION = 30, 6
 # what a gradient costs in a search in single precision, with the vectors that it takes, in gradients
 _SEARCH = 1.3
 # seconds for the figures of one measurement

@@ -19,7 +19,7 @@ from torch_singlim.theory import SGDSettings, WindowPrediction, limit_flow
 __all__ = ["against_limit", "integrated"]
 
 # error of a sub-step, as a share of its length; number of sub-steps at most
-_RTOL, _SUBSTEPS = 1e-2, 60
+_RTOL, _SUBSTEPS = 5e-2, 30
 
 
 def integrated(

@@ -304,13 +304,27 @@ def draw_noise(
     *,
     generator: torch.Generator | None,
     replicas: int | None = None,
+    antithetic: bool = False,
 ) -> tuple[Tensor, ...]:
-    """New noise for a batch of `count` samples: for each part ``[count, D]`` or ``[D]``, with [replicas] in front."""
+    """New noise for a batch of `count` samples: for each part ``[count, D]`` or ``[D]``, with [replicas] in front.
+
+    Antithetic replicas 2 i and 2 i + 1 have opposite noise: the quantiles at u and at 1 - u; for a symmetric
+    distribution eta and -eta.
+    """
     lead = () if replicas is None else (replicas,)
     copies = replicas or 1
     etas = []
     for part in parts(system):
-        eta = part.draw(space, copies * count if part.per_sample else copies, generator=generator)
+        rows = copies * count if part.per_sample else copies
+        if antithetic:
+            device = "cpu" if generator is None else generator.device
+            shape = (copies // 2, rows // copies, part.scale(space).numel())
+            u = torch.rand(shape, generator=generator, dtype=torch.float64, device=device).to(space.device, space.dtype)
+            tiny = torch.finfo(u.dtype).eps
+            u = torch.stack([u, 1 - u], 1).clamp(tiny, 1 - tiny)
+            eta = part.quantile(space, u.reshape(rows, -1))
+        else:
+            eta = part.draw(space, rows, generator=generator)
         shape = (*lead, count, eta.shape[1]) if part.per_sample else (*lead, eta.shape[1])
         etas.append(eta.reshape(shape))
     return tuple(etas)

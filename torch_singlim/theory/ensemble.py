@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,15 +27,23 @@ class Ensemble:
         displacements: of the points on Gamma if a map to Gamma was given, else of the weights ``[replicas, P]``;
             without transient perturbations (the xi of `AntiCorrelated`).
         weights: the training's weights at the end ``[replicas, P]``.
+        antithetic: whether runs 2 i and 2 i + 1 had opposite noise.
     """
 
     displacements: Tensor = field(repr=False)
     weights: Tensor = field(repr=False)
+    antithetic: bool = False
+
+    @property
+    def independent(self) -> Tensor:
+        """Independent displacements with the same mean: of the runs, or means of antithetic pairs  ``[k, P]``."""
+        D = self.displacements
+        return D.view(-1, 2, D.shape[1]).mean(1) if self.antithetic else D
 
     @property
     def mean(self) -> VectorEstimate:
         """Mean displacement with its standard error."""
-        return VectorEstimate(self.displacements)
+        return VectorEstimate(self.independent)
 
     def covariance(self, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Covariance of the displacements, and the standard error of each entry ``[k, k]``, in the basis whose vectors
@@ -84,6 +93,7 @@ def simulate(
     replicas: int,
     retract: Callable[[Tensor], Tensor] | None = None,
     velocity: Tensor | None = None,
+    antithetic: bool = False,
     memory: int = 2**30,
     progress: bool = False,
     generator: torch.Generator | None = None,
@@ -106,12 +116,14 @@ def simulate(
         retract: a map of weights near Gamma to weights on Gamma ``[P]``, ``lambda v: nearest_point(problem, v).point``;
             default: none, the displacements are those of the weights.
         velocity: the optimizer's momentum at the start ``[P]``, if it has any.
+        antithetic: runs 2 i and 2 i + 1 have opposite noise, and the same batches. What is linear in the noise, such as
+            diffusion to first order, cancels in the mean of a pair; drifts are quadratic.
         memory: bytes that the runs in progress may take, in addition to the result; at least one run is in progress.
         progress: show a progress bar on the terminal.
         generator: of noise and batches.
 
     Raises:
-        ValueError: fewer than one step or run; a noise that does not fit the problem.
+        ValueError: fewer than one step or run; an odd number of antithetic runs; a noise that does not fit the problem.
 
     >>> from torch import nn
     >>> from torch_singlim.noise import Minibatch
@@ -124,23 +136,28 @@ def simulate(
     """
     if steps < 1 or replicas < 1:
         raise ValueError(f"steps and replicas must be at least 1, got {steps} and {replicas}")
+    if antithetic and replicas % 2:
+        raise ValueError(f"antithetic runs come in pairs: pass an even number of replicas, got {replicas}")
     noise.check(problem)
     starts = w.expand(replicas, -1)
     size = _bytes_per_replica(problem, starts[0], noise, sgd.batch(problem.num_samples), generator)
     at_once = max(1, min(replicas, memory // size))
+    if antithetic:
+        at_once = max(2, at_once - at_once % 2)
     groups = starts.split(at_once)
     ends = w.new_empty(replicas, problem.num_weights)
     with tqdm(total=steps * len(groups), desc=f"{replicas} runs", unit="step", disable=not progress) as bar:
         for own, W in zip(ends.split(at_once), groups, strict=True):
-            own.copy_(_run(problem, W, noise, sgd, steps, velocity, generator, bar.update))
+            own.copy_(_run(problem, W, noise, sgd, steps, velocity, antithetic, generator, bar.update))
     weights = ends
     for part in parts(noise):
         if part.transient:  # the perturbation that the last step adds to the weights
-            weights = weights + draw_noise(part, problem, 1, replicas=replicas, generator=generator)[0]
+            last = draw_noise(part, problem, 1, replicas=replicas, antithetic=antithetic, generator=generator)
+            weights = weights + last[0]
     if retract is None:
-        return Ensemble(ends - starts, weights)
+        return Ensemble(ends - starts, weights, antithetic)
     origins = retract(w) if w.ndim == 1 else torch.stack([retract(v) for v in w])
-    return Ensemble(torch.stack([retract(v) for v in ends]) - origins, weights)
+    return Ensemble(torch.stack([retract(v) for v in ends]) - origins, weights, antithetic)
 
 
 def _run(
@@ -150,6 +167,7 @@ def _run(
     sgd: SGDSettings,
     steps: int,
     velocity: Tensor | None,
+    antithetic: bool,
     generator: torch.Generator | None,
     done: Callable[[int], object],
 ) -> Tensor:
@@ -165,17 +183,19 @@ def _run(
     whole = vmap(of_batch, in_dims=(0, None, None, *(0 for _ in parts(noise))))
     batched = vmap(of_batch)
     batches: list[Tensor] = []
+    draw = functools.partial(draw_noise, noise, problem, replicas=R, antithetic=antithetic, generator=generator)
     for _ in range(steps):
         if B == N:  # the order of a full batch does not matter
-            etas = draw_noise(noise, problem, N, replicas=R, generator=generator)
+            etas = draw(N)
             gradient = whole(W, problem.inputs, problem.targets, *(eta[own] for eta in etas)) if len(W) else W
         else:
             if not batches:  # a new epoch begins, with an order for each replica
                 device = "cpu" if generator is None else generator.device
-                orders = torch.rand(R, N, generator=generator, device=device).argsort(1)
+                orders = torch.rand(R // 2 if antithetic else R, N, generator=generator, device=device).argsort(1)
+                orders = orders.repeat_interleave(R // len(orders), 0)
                 batches = list(orders.to(W.device).split(B, dim=1))
             index = batches.pop(0)  # [R, n]
-            etas = draw_noise(noise, problem, index.shape[1], replicas=R, generator=generator)
+            etas = draw(index.shape[1])
             x, y = problem.inputs[index[own]], problem.targets[index[own]]
             gradient = batched(W, x, y, *(eta[own] for eta in etas)) if len(W) else W
         W, V = sgd.step(W, V, gradient)

@@ -77,10 +77,14 @@ class _Base:
 
 @dataclass(frozen=True)
 class _Substep:
-    """The end of a sub-step  ``[P]``, the drift there, the error, infinite if it cannot be trusted, and the passes."""
+    """The end of a sub-step  ``[P]``, the drift there, its relative change, the error, and the passes.
+
+    Change and error are infinite if a stage was too far away from Gamma.
+    """
 
     point: Tensor
     drift: LimitDrift
+    change: float
     error: float
     passes: int
 
@@ -96,15 +100,16 @@ def _substep(
             moved.add_(slope, alpha=length * weight)
         landed = base.retract(moved, atol)
         if landed is None:
-            return _Substep(point, last, math.inf, passes)
+            return _Substep(point, last, math.inf, math.inf, passes)
         point, last = landed, drift(landed)
         passes += last.passes
         slopes.append(last.drift.mean)
     off = torch.zeros_like(point)
     for weight, slope in zip(_ERROR, slopes, strict=True):
         off.add_(slope, alpha=length * weight)
-    change = torch.linalg.vector_norm(slopes[-1] - slopes[0]) <= _CHANGE * torch.linalg.vector_norm(slopes[0])
-    return _Substep(point, last, torch.linalg.vector_norm(off).item() if change else math.inf, passes)
+    size = torch.linalg.vector_norm(slopes[0]).item()
+    change = torch.linalg.vector_norm(slopes[-1] - slopes[0]).item() / size if size else 0.0
+    return _Substep(point, last, change, torch.linalg.vector_norm(off).item(), passes)
 
 
 def limit_flow(
@@ -194,12 +199,13 @@ def limit_flow(
         allowed = rtol * length * torch.linalg.vector_norm(first.drift.mean).item()
         step = _substep(base, first, length, _CLOSE * allowed, lambda v, b=base, s=seed: drift(b, v, s))
         passes += step.passes
-        if step.error <= allowed:
+        if step.error <= allowed and step.change <= _CHANGE:
             k, error, squared = k + length, error + step.error, squared + (length * first.drift.stderr) ** 2
             base = _Base(problem, step.point, dense=dense)
             first = step.drift if first.drift.stderr == 0 else None  # sampled drifts take new directions
             while len(path) < len(marks) and k >= marks[len(path)] * (1 - 1e-12):
                 path.append(base.point - point)
-        share = allowed / step.error if step.error > 0 else math.inf
-        h = length * min(_GROWS, max(_SHRINKS, _SAFETY * math.sqrt(share)))
+        accurate = math.sqrt(allowed / step.error) if step.error > 0 else math.inf
+        straight = _CHANGE / step.change if step.change > 0 else math.inf
+        h = length * min(_GROWS, max(_SHRINKS, _SAFETY * min(accurate, straight)))
     return WindowPrediction(torch.stack(path), math.sqrt(squared), error, passes, status)

@@ -118,10 +118,15 @@ def with_measured_order(
     Raises:
         ValueError: the draws do not decide the order.
     """
-    hessian = gauss_newton(problem, point) if hessian is None else hessian
+
+    def unknown(part: NoiseSystem) -> bool:
+        return isinstance(part, CustomNoise) and part.claimed_order == "measured"
+
+    if hessian is None and any(map(unknown, parts(noise))):
+        hessian = gauss_newton(problem, point)
 
     def measured(part: NoiseSystem) -> NoiseSystem:
-        if not (isinstance(part, CustomNoise) and part.claimed_order == "measured"):
+        if not (isinstance(part, CustomNoise) and unknown(part)):
             return part
         draws = num_draws
         found = degeneracy(problem, point, part, num_draws=draws, hessian=hessian, generator=generator)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from data import digits
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from networks import digits_mlp
 from shell import command, require
 from torch import Tensor, nn
@@ -324,9 +325,11 @@ def draw(cells: Sequence[Cell], found: Sequence[Sample], samples: int) -> Figure
         )
         middle.plot([c.relaxed for c in own], [c.distance / c.expected for c in own], "o", color=colour, ms=4)
     left.axhline(1, color="black", lw=0.8)
-    left.set(
-        xscale="log", xlabel="steps $K$ (more with less noise, or smaller steps)", ylabel="speed, measured / limit"
-    )
+    left.set(xlabel="steps $K$ (more with less noise, or smaller steps)", ylabel="speed, measured / limit")
+    left.set_xscale("log")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    left.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False, fontsize=7.5)
     middle.axhline(1, color="black", lw=0.8)
     middle.axvline(1, color="black", lw=0.8, ls=":")

@@ -11,13 +11,19 @@ from jsonargparse import ArgumentParser
 
 from torch_singlim import SingularLimitMonitor, Window
 
+# options without a value
+FLAGS = {
+    "quick": "a smaller experiment, minutes on two cores",
+    "full": "the experiments of the docs, hours on two cores",
+}
+
 
 def command(main: Callable[..., None]) -> None:
-    """Run a recipe with an option for each argument of its main, spelled with - or _; --quick is a flag."""
+    """Run a recipe with an option for each argument of its main, spelled with - or _; --quick and --full are flags."""
     parser = ArgumentParser(description=(main.__doc__ or "").splitlines()[0])
-    parser.add_function_arguments(main, as_group=False, skip={"quick"})
-    if "quick" in signature(main).parameters:
-        parser.add_argument("--quick", action="store_true", help="a smaller experiment, minutes on two cores")
+    parser.add_function_arguments(main, as_group=False, skip=set(FLAGS))
+    for flag in FLAGS.keys() & signature(main).parameters:
+        parser.add_argument(f"--{flag}", action="store_true", help=FLAGS[flag])
     options = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in sys.argv[1:]]
     main(**parser.instantiate_classes(parser.parse_args(options)))
 

@@ -20,7 +20,7 @@ from torch_singlim import (
     compare,
     measure_distance,
 )
-from torch_singlim.measure import Budget, Code, Measurement, Model
+from torch_singlim.measure import Budget, Code, Measurement, Model, Options
 from torch_singlim.measure.limit import against_limit, integrated
 from torch_singlim.measure.tags import scalars
 from torch_singlim.measure.window import Window
@@ -45,10 +45,16 @@ def test_a_motion_along_gamma_is_that_of_the_integrated_limit():
     assert abs(logged["limit/speed"] - 1) < 0.1 * abs(logged["limit/frozen_speed"] - 1)
 
 
+# a mode has relaxed soon
+EARLY = Options(num_draws=4, replicas=1, draws=16, relaxed_after=0.1)
+
+
 def test_the_engine_logs_both_at_the_end_of_a_window():
     run = Run()
-    engine = run.follow(run.engine())
-    point = engine.history[8]
+    engine = run.follow(run.engine(options=EARLY))
+    point = engine.history[16]
+    assert "limit/frozen_cosine" in engine.history[8]
+    assert "limit/cosine" not in engine.history[8]  # nothing had relaxed at its beginning
     assert {"limit/cosine", "limit/speed", "limit/frozen_cosine", "limit/frozen_speed"} <= point.keys()
     assert Model.LIMIT in engine.windows.last.comparisons
     assert "limit cosine" in engine.verdict()
@@ -56,11 +62,11 @@ def test_the_engine_logs_both_at_the_end_of_a_window():
 
 def test_where_there_is_no_time_the_frozen_limit_is_left():
     run = Run()
-    engine = run.engine(budget=Budget(1e6))
+    engine = run.engine(budget=Budget(1e6), options=EARLY)
     engine.budget.expect({"flow": math.inf})
     engine.budget._known["flow"] = math.inf
     run.follow(engine)
-    point = engine.history[8]
+    point = engine.history[16]
     assert "limit/frozen_cosine" in point
     assert "limit/cosine" not in point
     assert engine.budget.skipped["flow"] > 0
@@ -70,9 +76,9 @@ def test_where_there_is_no_time_the_frozen_limit_is_left():
 def test_a_flow_that_does_not_arrive_is_a_reason(monkeypatch):
     monkeypatch.setattr("torch_singlim.measure.limit._SUBSTEPS", 0)
     run = Run()
-    engine = run.follow(run.engine())
-    assert "limit/cosine" not in engine.history[8]
-    assert "limit/frozen_cosine" in engine.history[8]
+    engine = run.follow(run.engine(options=EARLY))
+    assert "limit/cosine" not in engine.history[16]
+    assert "limit/frozen_cosine" in engine.history[16]
     assert any(reason.code is Code.LIMIT_STOPPED for reason in engine.reasons)
 
 

@@ -270,14 +270,14 @@ def test_bad_arguments(options, message):
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_what_is_linear_in_the_noise_cancels_in_antithetic_pairs(noise, batch_size):
     """Linear network: the mean of each pair is descent on the same batches without noise."""
-    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    problem = ZeroLossProblem(torch.nn.Linear(3, 1, bias=False), "mse", x, torch.zeros(5, 1))
-    w, sgd = torch.ones(3).double(), SGDSettings(lr=0.05, batch_size=batch_size)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    problem = ZeroLossProblem(torch.nn.Linear(6, 1, bias=False), "mse", x, torch.zeros(5, 1))
+    w, sgd = torch.ones(6).double(), SGDSettings(lr=0.05, batch_size=batch_size)
     run = {"steps": 7, "replicas": 6, "memory": 3000}
     runs = simulate(problem, w, noise, sgd, antithetic=True, generator=torch.Generator().manual_seed(1), **run)
     assert runs.displacements.std(0).min() > 1e-3
     pairs = runs.independent
-    assert pairs.shape == (3, 3)
+    assert pairs.shape == (3, 6)
     if batch_size is None:
         quiet = simulate(problem, w, Minibatch(), sgd, **run).displacements[0]
         torch.testing.assert_close(pairs, quiet.expand(3, -1), rtol=1e-10, atol=1e-12)

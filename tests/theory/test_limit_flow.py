@@ -53,7 +53,7 @@ def test_weight_decay_is_descent_along_gamma():
         assert (flow.stderr, flow.status) == (0.0, Result.SUCCESSFUL)
         assert errors[-1] < max(rtol, 1e-4)
         assert dense.L(w + flow.displacement).item() < (0.1 * rtol * truth.norm().item()) ** 2 * 10
-        assert errors[-1] < 2 * flow.error / truth.norm() + 1e-5
+        assert errors[-1] < 3 * flow.error / truth.norm() + 1e-5
     assert errors[-1] < errors[0] / 10
 
 

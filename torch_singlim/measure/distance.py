@@ -101,6 +101,7 @@ class Forecast:
         diffusion: variance per step and tangent direction, in squared weight norm.
         dimension: of Gamma.
         finite_step: whether the drift is that at this step size, exactly in alpha.
+        relaxed: whether a mode has relaxed: before that, the limit cannot hold.
     """
 
     point: Tensor = field(repr=False)
@@ -109,6 +110,7 @@ class Forecast:
     diffusion: float
     dimension: int
     finite_step: bool = False
+    relaxed: bool = True
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,13 @@ class DistanceMeasurement:
             return None
         limit = self.limit
         return Forecast(
-            self.nearest.point, self.tangent, limit.drift, limit.diffusion, limit.dimension, limit.finite_step
+            self.nearest.point,
+            self.tangent,
+            limit.drift,
+            limit.diffusion,
+            limit.dimension,
+            limit.finite_step,
+            relaxed=self.relaxed is None or self.relaxed.count != 0,
         )
 
     @property

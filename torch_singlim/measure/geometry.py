@@ -145,8 +145,8 @@ class Geometry:
         start: int,
         steps: int,
     ) -> WindowPrediction | Reason | None:
-        """The limit integrated over the window from this step; None: it diffuses, or there is no time for it."""
-        if forecast.diffusion > 0 or not self._affords("flow", self.schedule.part(start)):
+        """The limit integrated over the window from this step; None: it cannot hold, diffuses, or there is no time."""
+        if not forecast.relaxed or forecast.diffusion > 0 or not self._affords("flow", self.schedule.part(start)):
             return None
         with self.budget.timed("flow"):
             draws = self.options.num_draws

@@ -57,7 +57,7 @@ class OpenWindow:
         forecast = (
             None
             if f is None
-            else {k: getattr(f, k) for k in ("point", "drift", "diffusion", "dimension", "finite_step")}
+            else {k: getattr(f, k) for k in ("point", "drift", "diffusion", "dimension", "finite_step", "relaxed")}
         )
         return {
             "start": self.start,

@@ -28,6 +28,8 @@ _ERROR = (-5 / 72, 1 / 12, 1 / 9, -1 / 8)
 _GROWS, _SHRINKS, _SAFETY = 5.0, 0.2, 0.9
 # the error estimate can be trusted while the drift changes by no more than this share of it within a sub-step
 _CHANGE = 0.3
+# and, with a large tolerance, by no more than this multiple of it
+_COARSE = 10.0
 # steps back to Gamma, the factor by which the first two of them have to fall, and how close they lead, as a share of
 # the tolerance
 _RETRACTIONS, _CONTRACTION, _CLOSE = 12, 0.5, 0.1
@@ -166,7 +168,7 @@ def limit_flow(
     noise.check(problem)
     noise = with_measured_order(noise, problem, point, num_draws=num_draws, generator=generator)
     dense = finite_step or noise.order == 2  # these take functions of H
-    device = "cpu" if generator is None else generator.device
+    device, change = "cpu" if generator is None else generator.device, max(_CHANGE, min(_COARSE * rtol, 0.5))
     seeds = torch.Generator(device).manual_seed(0) if generator is None else generator
 
     def drift(base: _Base, v: Tensor, seed: int) -> LimitDrift:
@@ -199,13 +201,13 @@ def limit_flow(
         allowed = rtol * length * torch.linalg.vector_norm(first.drift.mean).item()
         step = _substep(base, first, length, _CLOSE * allowed, lambda v, b=base, s=seed: drift(b, v, s))
         passes += step.passes
-        if step.error <= allowed and step.change <= _CHANGE:
+        if step.error <= allowed and step.change <= change:
             k, error, squared = k + length, error + step.error, squared + (length * first.drift.stderr) ** 2
             base = _Base(problem, step.point, dense=dense)
             first = step.drift if first.drift.stderr == 0 else None  # sampled drifts take new directions
             while len(path) < len(marks) and k >= marks[len(path)] * (1 - 1e-12):
                 path.append(base.point - point)
         accurate = math.sqrt(allowed / step.error) if step.error > 0 else math.inf
-        straight = _CHANGE / step.change if step.change > 0 else math.inf
+        straight = change / step.change if step.change > 0 else math.inf
         h = length * min(_GROWS, max(_SHRINKS, _SAFETY * min(accurate, straight)))
     return WindowPrediction(torch.stack(path), math.sqrt(squared), error, passes, status)

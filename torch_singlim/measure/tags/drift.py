@@ -272,7 +272,7 @@ LIMIT_COSINE = Tag(
     unit="–",
     meaning="cosine between the tangential part of the motion since the measurement at which the window was due and "
     "the singular limit dW/dk = −α^order P_T ∇V(W), integrated along the zero-loss set from the nearest point there; "
-    "paths may be opened later, and cover the window's last part",
+    "paths may be opened later, and cover the window's last part. Only where a mode had relaxed there",
     advice="Near 1 only where `distance/relaxed_share` is near 1",
     group="Singular limit",
     chart=_AGAINST,

@@ -20,7 +20,7 @@ CASES = {
     "paths": (("paths",), {"drift/cosine", "drift/baseline_cosine"}),
     "distance": (("loss", "check", "distance"), {"distance/nearest"}),
     "all": (
-        ("loss", "half", "tenth", "hundredth", "stability", "check", "paths", "distance", "limit"),
+        ("loss", "half", "tenth", "hundredth", "stability", "check", "paths", "distance", "limit", "flow"),
         {"drift/cosine", "distance/relaxed_expected", "limit/frozen_cosine"},
     ),
 }

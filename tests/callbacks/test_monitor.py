@@ -49,6 +49,7 @@ EVERYTHING = {
     *("noise/measured", "noise/predicted", "noise/cosine", "noise/ceiling"),
     *("noise/ratio", "noise/ratio_stderr", "noise/share"),
     *("expansion/cosine", "expansion/cosine_stderr", "expansion/ratio", "expansion/ratio_stderr"),
+    *("limit/cosine", "limit/speed"),
     *("limit/frozen_cosine", "limit/frozen_speed", "limit/spread_measured", "limit/spread_predicted"),
     *("stability", "clock/step_size", "clock/noise_level", "clock/slow_time", "clock/time_scale"),
     *("quality/residual", "quality/nearest_error", "quality/unresolved", "quality/stderr", "quality/error"),

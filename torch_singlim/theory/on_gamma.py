@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, jvp, vjp, vmap
 
-from torch_singlim.geometry import samples_at_once
+from torch_singlim.geometry import linearize, samples_at_once
 from torch_singlim.linalg import DenseFactored, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import NoiseSystem, noisy_outputs, parts
@@ -186,12 +186,14 @@ def fluctuation_gradient(
     """
     N, loss, y = problem.num_samples, problem.sample_loss, problem.targets
     f = problem.outputs(w)
+    # each process takes products for samples of its own, and cannot communicate in them
+    B = hessian.operator if problem.process_group.size == 1 else linearize(problem.alone(), w).operator
 
     def derivative(z: Tensor) -> Tensor:
         def along(z: Tensor) -> Tensor:  # [N, rows]
             def image(u: Tensor, part: slice) -> Tensor:
                 columns = torch.einsum("mnr,nr->nm", covariance.view(len(covariance), N, -1)[:, part], z[part])
-                return math.sqrt(N) * batched(hessian.operator.rmatvec, columns)
+                return math.sqrt(N) * batched(B.rmatvec, columns)
 
             u = loss.unwhiten(f, y, z)[None]
             weights = _moved_weights(problem)

@@ -31,7 +31,6 @@ from torch_singlim import (
     AntiCorrelated,
     DropConnect,
     Dropout,
-    Ensemble,
     Estimate,
     InputNoise,
     LabelNoise,
@@ -161,9 +160,9 @@ def start_of(problem: ZeroLossProblem) -> Tensor:
     return nearest_point(problem, problem.weights(), rtol=1e-6, max_steps=100).point
 
 
-def nearest_points(problem: ZeroLossProblem, ensemble: Ensemble, start: Tensor) -> list[NearestPoint]:
-    """Of the final weights of each run, without transient perturbations."""
-    return [nearest_point(problem, start + moved, rtol=TOLERANCE, max_steps=100) for moved in ensemble.displacements]
+def nearest_points(problem: ZeroLossProblem, weights: Tensor) -> list[NearestPoint]:
+    """Of the weights of each run  ``[R, P]``."""
+    return [nearest_point(problem, w, rtol=TOLERANCE, max_steps=100) for w in weights]
 
 
 def agreement(motions: Tensor, limit: Tensor) -> tuple[float, float, float, Estimate]:
@@ -193,16 +192,14 @@ def measure(system: System, sigma: float, *, samples: int, runs: int, seed: int)
         problem, start, noise, sgd, steps=steps, num_draws=HIDDEN, finite_step=system.finite_step, generator=generator
     )
     ensemble = simulate(problem, start, noise, sgd, steps=steps, replicas=runs, generator=generator)
-    nearest = nearest_points(problem, ensemble, start)
+    nearest = nearest_points(problem, start + ensemble.displacements)
     single, ceiling, of_mean, speed = agreement(
         torch.stack([each.point - start for each in nearest]), flow.displacement
     )
     end = singular_limit(problem, start + flow.displacement, noise, sgd, num_draws=HIDDEN, generator=generator)
-    transient = [
-        nearest_point(problem, w, rtol=TOLERANCE, max_steps=100).distance if noise.transient else each.distance
-        for w, each in zip(ensemble.weights, nearest, strict=True)
-    ]
-    distance = math.sqrt(sum(d**2 for d in transient) / runs)
+    # the distance includes transient perturbations, the motion does not
+    ends = nearest_points(problem, ensemble.weights) if noise.transient else nearest
+    distance = math.sqrt(sum(each.distance**2 for each in ends) / runs)
     relaxed = alpha * spectrum[-1].item() * steps
     return Cell(system, alpha, sigma, steps, relaxed, single, ceiling, of_mean, speed, distance, end.distance)
 
@@ -219,7 +216,7 @@ def grow(samples: int, marks: Sequence[int], *, sigma: float, runs: int, seed: i
     for steps, limit, share in zip(marks, flow.path, shares, strict=True):
         run = simulate(problem, start + moved, noise, sgd, steps=steps - before, replicas=runs, generator=generator)
         moved, before = moved + run.displacements, steps
-        nearest = nearest_points(problem, replace(run, displacements=moved), start)
+        nearest = nearest_points(problem, start + moved)
         of_weights = agreement(moved, limit)
         of_nearest = agreement(torch.stack([each.point - start for each in nearest]), limit)
         relaxed = sgd.lr * spectrum[-1].item() * steps

@@ -1,4 +1,4 @@
-"""The share of the tangential motion: against the linear recursion itself, mode by mode and step by step."""
+"""The share of the tangential motion: against the linear recursion itself, mode by mode, by unit steps."""
 
 import pytest
 import torch

@@ -226,8 +226,9 @@ def expected_seconds(problem: ZeroLossProblem, *, num_draws: int, total: int = 0
         # for the modes at w, for those at the nearest point, and for the search; or, of factors, about seven in single
         # precision, each in half of the time
         times, each = (3, _EIGENVECTORS) if exact else (3.5, _FACTOR)
-        factor = (gram_flops(problem) + _FACTOR * float(M) ** 3) / _rate(problem)
-        decompositions = times * (gram_flops(problem) + each * float(M) ** 3) / _rate(problem)
+        rate, gram = _rate(problem), gram_flops(problem)
+        factor = (gram + _FACTOR * float(M) ** 3) / rate
+        decompositions = times * (gram + each * float(M) ** 3) / rate
     distance = decompositions + _LANCZOS * gradient
     return {
         "gradient": single,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -272,19 +274,8 @@ def _limit(
     generator: torch.Generator | None,
 ) -> LimitPrediction:
     """The singular limit's prediction, with the drift at this step size where it is known and the step is stable."""
-
-    def predicted(*, finite_step: bool) -> LimitPrediction:
-        return singular_limit(
-            problem,
-            point,
-            noise,
-            sgd,
-            num_draws=num_draws,
-            finite_step=finite_step,
-            hessian=hessian,
-            generator=generator,
-        )
-
+    options: dict[str, Any] = {"num_draws": num_draws, "hessian": hessian, "generator": generator}
+    predicted = functools.partial(singular_limit, problem, point, noise, sgd, **options)
     try:
         return predicted(finite_step=has_finite_step(noise, problem, sgd))
     except UnstableStepError:  # `stability` tells

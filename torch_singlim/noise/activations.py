@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise.base import BatchLoss, NoiseSpace
-from torch_singlim.noise.gaussian import GaussianNoise, WithStd, bernoulli, uniform
+from torch_singlim.noise.base import BatchLoss, NoiseSpace, uniform
+from torch_singlim.noise.gaussian import GaussianNoise, WithStd, bernoulli
 
 __all__ = ["Dropout", "InputNoise"]
 

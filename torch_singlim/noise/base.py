@@ -28,9 +28,11 @@ __all__ = [
     "NoiseSystem",
     "Sum",
     "draw_noise",
+    "leading",
     "noisy_loss",
     "noisy_outputs",
     "parts",
+    "uniform",
 ]
 
 # eta: a tensor, or a tuple of tensors for a sum
@@ -249,6 +251,17 @@ def parts(system: NoiseSystem) -> tuple[NoiseSystem[Tensor], ...]:
     return system.systems if isinstance(system, Sum) else (system,)
 
 
+def leading(system: NoiseSystem) -> tuple[NoiseSystem[Tensor], ...]:
+    """The parts that move the weights on the clock of the sum."""
+    return tuple(part for part in parts(system) if part.order == system.order)
+
+
+def uniform(space: NoiseSpace, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Uniform on [0, 1), drawn on the generator's device."""
+    source = "cpu" if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=source, dtype=space.dtype).to(space.device)
+
+
 def noisy_loss(system: NoiseSystem, loss: BatchLoss, w: Tensor, x: Tensor, y: Tensor, etas: Sequence[Tensor]) -> Tensor:
     """Lhat(w, eta), a scalar: the mean loss of a batch under all parts of a system, with one eta for each part.
 
@@ -317,9 +330,7 @@ def draw_noise(
     for part in parts(system):
         rows = copies * count if part.per_sample else copies
         if antithetic:
-            device = "cpu" if generator is None else generator.device
-            shape = (copies // 2, rows // copies, part.scale(space).numel())
-            u = torch.rand(shape, generator=generator, dtype=torch.float64, device=device).to(space.device, space.dtype)
+            u = uniform(space, (copies // 2, rows // copies, part.scale(space).numel()), generator)
             tiny = torch.finfo(u.dtype).eps
             u = torch.stack([u, 1 - u], 1).clamp(tiny, 1 - tiny)
             eta = part.quantile(space, u.reshape(rows, -1))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_singlim.noise.base import BatchLoss, NoiseSpace, NoiseSystem
 
-__all__ = ["GaussianNoise", "WithStd", "bernoulli", "require_positive", "uniform"]
+__all__ = ["GaussianNoise", "WithStd", "bernoulli", "require_positive"]
 
 
 def require_positive(name: str, value: float) -> None:
@@ -23,12 +23,6 @@ def require_positive(name: str, value: float) -> None:
 def bernoulli(keep: Tensor | float, u: Tensor) -> Tensor:
     """eta = mask / keep - 1 with P(mask = 1) = keep, as a function of uniform u: -1 below 1 - keep."""
     return (u >= 1 - keep).to(u.dtype) / keep - 1
-
-
-def uniform(space: NoiseSpace, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    """Uniform on [0, 1), drawn on the generator's device."""
-    source = "cpu" if generator is None else generator.device
-    return torch.rand(shape, generator=generator, device=source, dtype=space.dtype).to(space.device)
 
 
 class GaussianNoise(NoiseSystem[Tensor]):

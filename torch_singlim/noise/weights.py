@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise.base import BatchLoss, Covariance, NoiseSpace
-from torch_singlim.noise.gaussian import GaussianNoise, WithStd, bernoulli, require_positive, uniform
+from torch_singlim.noise.base import BatchLoss, Covariance, NoiseSpace, uniform
+from torch_singlim.noise.gaussian import GaussianNoise, WithStd, bernoulli, require_positive
 
 __all__ = ["AntiCorrelated", "DropConnect", "Langevin", "WeightDecay"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import AntiCorrelated, Covariance, NoiseSystem, parts
+from torch_singlim.noise import AntiCorrelated, Covariance, NoiseSystem, leading, parts
 from torch_singlim.theory.directions import directions_at_once
 from torch_singlim.theory.on_gamma import fluctuation_gradient
 from torch_singlim.theory.potential import Potential, traced
@@ -41,18 +41,22 @@ class UnstableStepError(ValueError):
 
 def has_finite_step(noise: NoiseSystem, problem: ZeroLossProblem, sgd: SGDSettings) -> bool:
     """Whether `finite_step_potential` is known for all parts that move the weights, in seconds."""
-    N, order = problem.num_samples, noise.order
+    N = problem.num_samples
     B = sgd.batch(N)
     full = B == N
 
     def known(part: NoiseSystem) -> bool:
         if isinstance(part, AntiCorrelated):
             return full
-        covariance = part.covariance(problem, B) or Covariance()
-        pure = covariance.hessian > 0 and covariance.identity == 0
-        return pure and (full or (not sgd.momentum and problem.num_residuals <= _FEW))
+        return _of_hessian(part, problem, B) > 0 and (full or (not sgd.momentum and problem.num_residuals <= _FEW))
 
-    return order is not None and all(known(part) for part in parts(noise) if part.order == order)
+    return noise.order is not None and all(map(known, leading(noise)))
+
+
+def _of_hessian(noise: NoiseSystem, problem: ZeroLossProblem, batch_size: int) -> float:
+    """c where Sigma = c H; 0 for any other noise."""
+    known = noise.covariance(problem, batch_size) or Covariance()
+    return known.hessian if known.identity == 0 else 0.0
 
 
 def step_ratio(sgd: SGDSettings, curvature: Tensor, *, transient: bool = False) -> Tensor:
@@ -198,20 +202,19 @@ def finite_step_potential(
         ValueError: another noise, an unstable step size, batches together with momentum.
     """
     N, B, transient = problem.num_samples, sgd.batch(problem.num_samples), isinstance(noise, AntiCorrelated)
-    known = noise.covariance(problem, B) or Covariance()
-    pure = known.hessian > 0 and known.identity == 0
-    if len(parts(noise)) > 1 or not (transient or pure):
+    c = _of_hessian(noise, problem, B)
+    if len(parts(noise)) > 1 or not (transient or c > 0):
         raise ValueError(
             "drifts at finite step size are known for label noise, label flips and anti-correlated noise, got "
             f"{noise}: use finite_step=False"
         )
-    if pure and B < N:
+    if c > 0 and B < N:
         covariance = _with_batches(problem, hessian, sgd)
         assert isinstance(hessian, DenseFactored)
         found = fluctuation_gradient(problem, w, hessian, covariance, num_draws=num_draws, generator=generator)
-        gradient = found.gradient.map(lambda g: known.hessian / (2 * sgd.lr) * g)
+        gradient = found.gradient.map(lambda g: c / (2 * sgd.lr) * g)
         return Potential(Estimate(math.nan, 0.0), gradient, found.passes)
-    scale = noise.variance(problem) / 2 if transient else known.hessian / 4
+    scale = noise.variance(problem) / 2 if transient else c / 4
     rho = functools.partial(step_ratio, sgd, transient=transient)
     if math.isinf(rho(torch.tensor([hessian.largest], dtype=torch.float64)).item()):
         raise UnstableStepError(f"the step size {sgd.lr} is unstable: the largest eigenvalue is {hessian.largest:.3g}")

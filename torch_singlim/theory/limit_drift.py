@@ -10,15 +10,15 @@ from torch import Tensor
 
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import Covariance, NoiseSystem, Sum, parts
+from torch_singlim.noise import Covariance, NoiseSystem, Sum, leading
 from torch_singlim.theory.finite_step import finite_step_potential
 from torch_singlim.theory.gradient_noise import noise_factor
 from torch_singlim.theory.on_gamma import tangential_potential
-from torch_singlim.theory.potential import Potential
+from torch_singlim.theory.potential import Potential, total
 from torch_singlim.theory.second_order import covariance_potential, ito_drift
 from torch_singlim.theory.sgd import SGDSettings
 
-__all__ = ["LimitDrift", "leading", "limit_drift"]
+__all__ = ["LimitDrift", "limit_drift"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,6 @@ class LimitDrift:
     potential: Estimate
     drift: VectorEstimate = field(repr=False)
     passes: int
-
-
-def leading(noise: NoiseSystem) -> tuple[NoiseSystem, ...]:
-    """The parts that move the weights on the clock of the sum."""
-    return tuple(part for part in parts(noise) if part.order == noise.order)
 
 
 def _order_two(
@@ -86,11 +81,10 @@ def limit_drift(
     if order is None:
         return LimitDrift(Estimate(0.0, 0.0), VectorEstimate(torch.zeros_like(point)[None]), 0)
     if finite_step:
-        terms = [
+        V = total(
             finite_step_potential(part, problem, point, sgd, hessian, num_draws=num_draws, generator=generator)
             for part in leading(noise)
-        ]
-        V = sum(terms[1:], start=terms[0])
+        )
     elif order == 1:
         V = tangential_potential(Sum(leading(noise)), problem, point, num_draws=num_draws, generator=generator)
     else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_singlim.geometry import MAX_DENSE, gauss_newton, linearize
-from torch_singlim.linalg import FactoredOperator, Result
+from torch_singlim.linalg import Result
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import NoiseSystem
 from torch_singlim.theory.effective import WindowPrediction, check_marks
@@ -22,7 +22,7 @@ __all__ = ["limit_flow"]
 
 # the pair of order 3(2): nodes, weights of the last stage, which is the result, and of the error (P. Bogacki,
 # L. Shampine, Appl. Math. Lett. 2, 1989)
-_STAGES: tuple[tuple[float, ...], ...] = ((), (1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9))
+_STAGES: tuple[tuple[float, ...], ...] = ((1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9))
 _ERROR = (-5 / 72, 1 / 12, 1 / 9, -1 / 8)
 # factors by which a sub-step may grow and shrink, and the safety factor
 _GROWS, _SHRINKS, _SAFETY = 5.0, 0.2, 0.9
@@ -40,7 +40,7 @@ _SHORTEST = 1e-6
 
 
 class _Base:
-    """A point of Gamma at which a sub-step begins, and a map from weights nearby to Gamma along its normal space.
+    """A point of Gamma, H there, and a map from weights nearby to Gamma along its normal space.
 
         v <- v - B^+ b(v)       with the B^+ of this point, as in the simplified Newton method
 
@@ -51,17 +51,8 @@ class _Base:
     """
 
     def __init__(self, problem: ZeroLossProblem, point: Tensor, *, dense: bool) -> None:
-        self.problem, self.point, self.dense = problem, point, dense
-        self.at = linearize(problem, point)
-        self.hessian = self._hessian(point)
-
-    def _hessian(self, v: Tensor) -> FactoredOperator:
-        at = self.at if v is self.point else linearize(self.problem, v)
-        return gauss_newton(self.problem, v, at=at, max_dense=MAX_DENSE if self.dense else _FEW)
-
-    def hessian_at(self, v: Tensor) -> FactoredOperator:
-        """H at this point, or at another one."""
-        return self.hessian if v is self.point else self._hessian(v)
+        self.point, self.at = point, linearize(problem, point)
+        self.hessian = gauss_newton(problem, point, at=self.at, max_dense=MAX_DENSE if dense else _FEW)
 
     def retract(self, v: Tensor, atol: float) -> Tensor | None:
         """The point of Gamma above v, up to a distance; None if v is too far away."""
@@ -79,12 +70,12 @@ class _Base:
 
 @dataclass(frozen=True)
 class _Substep:
-    """The end of a sub-step  ``[P]``, the drift there, its relative change, the error, and the passes.
+    """The end of a sub-step, the drift there, its relative change, the error, and the passes.
 
     Change and error are infinite if a stage was too far away from Gamma.
     """
 
-    point: Tensor
+    end: _Base
     drift: LimitDrift
     change: float
     error: float
@@ -92,26 +83,26 @@ class _Substep:
 
 
 def _substep(
-    base: _Base, first: LimitDrift, length: float, atol: float, drift: Callable[[Tensor], LimitDrift]
+    base: _Base, first: LimitDrift, length: float, atol: float, drift: Callable[[Tensor], tuple[_Base, LimitDrift]]
 ) -> _Substep:
     """One sub-step of so many steps; `first` is the drift at its beginning, the stages are on Gamma up to `atol`."""
-    slopes, last, point, passes = [first.drift.mean], first, base.point, 0
-    for weights in _STAGES[1:]:
+    slopes, last, end, passes = [first.drift.mean], first, base, 0
+    for weights in _STAGES:
         moved = base.point.clone()
         for weight, slope in zip(weights, slopes, strict=True):
             moved.add_(slope, alpha=length * weight)
         landed = base.retract(moved, atol)
         if landed is None:
-            return _Substep(point, last, math.inf, math.inf, passes)
-        point, last = landed, drift(landed)
+            return _Substep(end, last, math.inf, math.inf, passes)
+        end, last = drift(landed)
         passes += last.passes
         slopes.append(last.drift.mean)
-    off = torch.zeros_like(point)
+    off = torch.zeros_like(base.point)
     for weight, slope in zip(_ERROR, slopes, strict=True):
         off.add_(slope, alpha=length * weight)
     size = torch.linalg.vector_norm(slopes[0]).item()
     change = torch.linalg.vector_norm(slopes[-1] - slopes[0]).item() / size if size else 0.0
-    return _Substep(point, last, change, torch.linalg.vector_norm(off).item(), passes)
+    return _Substep(end, last, change, torch.linalg.vector_norm(off).item(), passes)
 
 
 def limit_flow(
@@ -171,17 +162,21 @@ def limit_flow(
     device, change = "cpu" if generator is None else generator.device, max(_CHANGE, min(_COARSE * rtol, 0.5))
     seeds = torch.Generator(device).manual_seed(0) if generator is None else generator
 
-    def drift(base: _Base, v: Tensor, seed: int) -> LimitDrift:
+    def drift(base: _Base, seed: int) -> LimitDrift:
         return limit_drift(
             problem,
-            v,
+            base.point,
             noise,
             sgd,
-            base.hessian_at(v),
+            base.hessian,
             num_draws=num_draws,
             finite_step=finite_step,
             generator=torch.Generator(device).manual_seed(seed),
         )
+
+    def stage(v: Tensor, seed: int) -> tuple[_Base, LimitDrift]:
+        at = _Base(problem, v, dense=dense)
+        return at, drift(at, seed)
 
     k, h, base = 0.0, float(steps), _Base(problem, point, dense=dense)
     path: list[Tensor] = []
@@ -190,7 +185,7 @@ def limit_flow(
     while len(path) < len(marks):
         if first is None:  # else it is the last stage of the sub-step before
             seed = int(torch.randint(2**31, (1,), generator=seeds, device=device).item())
-            first = drift(base, base.point, seed)
+            first = drift(base, seed)
             passes += first.passes
         if tried == max_substeps or h < _SHORTEST * steps:
             status = Result.MAX_STEPS if tried == max_substeps else Result.STALLED
@@ -199,11 +194,11 @@ def limit_flow(
         tried += 1
         length = min(h, marks[len(path)] - k)
         allowed = rtol * length * torch.linalg.vector_norm(first.drift.mean).item()
-        step = _substep(base, first, length, _CLOSE * allowed, lambda v, b=base, s=seed: drift(b, v, s))
+        step = _substep(base, first, length, _CLOSE * allowed, lambda v, s=seed: stage(v, s))
         passes += step.passes
         if step.error <= allowed and step.change <= change:
             k, error, squared = k + length, error + step.error, squared + (length * first.drift.stderr) ** 2
-            base = _Base(problem, step.point, dense=dense)
+            base = step.end
             first = step.drift if first.drift.stderr == 0 else None  # sampled drifts take new directions
             while len(path) < len(marks) and k >= marks[len(path)] * (1 - 1e-12):
                 path.append(base.point - point)

@@ -23,7 +23,7 @@ from torch_singlim.linalg import DenseFactored, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import NoiseSystem, noisy_outputs, parts
 from torch_singlim.theory.directions import batched, directions_at_once, mean_at
-from torch_singlim.theory.potential import Potential, part_potential, traced
+from torch_singlim.theory.potential import Potential, part_potential, total, traced
 
 __all__ = ["fluctuation_gradient", "noise_slopes", "row_gradient", "tangential_potential", "trace"]
 
@@ -262,5 +262,4 @@ def tangential_potential(
         generator: of the random directions.
     """
     system.check(problem)
-    terms = [_part(part, problem, w, num_draws=num_draws, generator=generator) for part in parts(system)]
-    return sum(terms[1:], start=terms[0])
+    return total(_part(part, problem, w, num_draws=num_draws, generator=generator) for part in parts(system))

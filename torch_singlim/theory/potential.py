@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +29,7 @@ __all__ = [
     "random_direction",
     "sampled_potential",
     "second_order_gradient",
+    "total",
     "traced",
 ]
 
@@ -44,6 +47,11 @@ class Potential:
 
     def __add__(self, other: Potential) -> Potential:
         return Potential(self.value + other.value, self.gradient + other.gradient, self.passes + other.passes)
+
+
+def total(terms: Iterable[Potential]) -> Potential:
+    """The sum of one or more potentials."""
+    return functools.reduce(operator.add, terms)
 
 
 def traced(
@@ -226,8 +234,7 @@ def potential(
         generator: of the random directions.
     """
     system.check(problem)
-    terms = [part_potential(part, problem, w, num_draws=num_draws, generator=generator) for part in parts(system)]
-    return sum(terms[1:], start=terms[0])
+    return total(part_potential(part, problem, w, num_draws=num_draws, generator=generator) for part in parts(system))
 
 
 def sampled_potential(

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch_singlim.geometry import MAX_DENSE, gauss_newton
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import NoiseSystem, Sum
+from torch_singlim.noise import NoiseSystem, Sum, leading
 from torch_singlim.theory.distance import expected_distance
 from torch_singlim.theory.gradient_noise import gradient_noise
-from torch_singlim.theory.limit_drift import leading, limit_drift
+from torch_singlim.theory.limit_drift import limit_drift
 from torch_singlim.theory.order import with_measured_order
 from torch_singlim.theory.potential import potential
 from torch_singlim.theory.sgd import SGDSettings, time_scale

@@ -162,3 +162,14 @@ def test_an_ensemble():
     print(f"\n{steps} steps, {found}, limit {off.speed:.3f}, relative error {error:.2g}")
     assert found.speed == pytest.approx(1, abs=0.02)
     assert abs(off.speed - 1) > 0.05
+
+
+def test_under_batches_the_value_is_that_of_the_limit():
+    dense, w = make("scalar")
+    sgd = SGDSettings(lr=0.02, batch_size=2)
+    limit, finite = (
+        singular_limit(dense.problem, w, LabelNoise(0.2), sgd, num_draws=100, finite_step=finite)
+        for finite in (False, True)
+    )
+    assert finite.potential.mean == pytest.approx(limit.potential.mean, rel=1e-10)
+    assert torch.linalg.vector_norm(finite.drift - limit.drift) > 1e-3 * torch.linalg.vector_norm(limit.drift)

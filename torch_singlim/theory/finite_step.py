@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator
+from torch_singlim.linalg import DenseFactored, FactoredOperator
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import AntiCorrelated, Covariance, NoiseSystem, leading, parts
 from torch_singlim.theory.directions import directions_at_once
@@ -185,8 +185,8 @@ def finite_step_potential(
         anti-correlated noise               V = (sigma^2/2) sum_j int_0^{l_j} rho dl,  for transient noise
 
     Without momentum these are -(c/(2 alpha)) tr log(1 - alpha H/2) and -(sigma^2/alpha) tr log(1 - alpha H/2). With
-    batches smaller than the data the Hessian is random, and there is no potential in general (V is nan); for
-    anti-correlated noise this is neglected: its V is that of the full batch.
+    batches smaller than the data the Hessian is random, and the gradient is that of no potential in general: V is then
+    the one of the limit, (c/4) tr H. For anti-correlated noise this is neglected: its V is that of the full batch.
 
     Args:
         noise: one system.
@@ -213,7 +213,7 @@ def finite_step_potential(
         assert isinstance(hessian, DenseFactored)
         found = fluctuation_gradient(problem, w, hessian, covariance, num_draws=num_draws, generator=generator)
         gradient = found.gradient.map(lambda g: c / (2 * sgd.lr) * g)
-        return Potential(Estimate(math.nan, 0.0), gradient, found.passes)
+        return Potential(hessian.trace(lambda values: values).scaled(c / 4), gradient, found.passes)
     scale = noise.variance(problem) / 2 if transient else c / 4
     rho = functools.partial(step_ratio, sgd, transient=transient)
     if math.isinf(rho(torch.tensor([hessian.largest], dtype=torch.float64)).item()):

@@ -262,8 +262,6 @@ EXPANSION_RATIO = Tag(
     needs=needs(Need.LIMIT, Need.MOVES),
 )
 
-_AGAINST = "Cosine with the limit, integrated and frozen"
-_SPEEDS = "Speed relative to the limit, integrated and frozen"
 _ALONG = "Motion along the zero-loss set, and its limit [weight norm]"
 
 LIMIT_COSINE = Tag(
@@ -275,7 +273,7 @@ LIMIT_COSINE = Tag(
     "paths may be opened later, and cover the window's last part. Only where a mode had relaxed there",
     advice="Near 1 only where `distance/relaxed_share` is near 1",
     group="Singular limit",
-    chart=_AGAINST,
+    chart="",
     value=of_model(Model.LIMIT, lambda c: c.agreement.cosine),
     needs=needs(Need.LIMIT, Need.MOVES),
     shown=shown(Place.WINDOWS, Place.REPORT),
@@ -287,7 +285,7 @@ LIMIT_FROZEN_COSINE = Tag(
     meaning="the same cosine with the limit frozen at that point, −K α^order P_T ∇V",
     advice="Lower than `limit/cosine`: the drift turns within the window",
     group="Singular limit",
-    chart=_AGAINST,
+    chart="",
     value=of_model(Model.FROZEN_LIMIT, lambda c: c.agreement.cosine),
     needs=needs(Need.LIMIT, Need.MOVES),
 )
@@ -298,7 +296,7 @@ LIMIT_SPEED = Tag(
     meaning="speed of the same motion relative to the integrated limit, defined like `drift/speed`",
     advice="Near 1 only where `distance/relaxed_share` is near 1",
     group="Singular limit",
-    chart=_SPEEDS,
+    chart="",
     value=of_model(Model.LIMIT, lambda c: c.agreement.speed),
     needs=needs(Need.LIMIT, Need.MOVES),
     shown=shown(Place.WINDOWS, Place.REPORT),
@@ -310,7 +308,7 @@ LIMIT_FROZEN_SPEED = Tag(
     meaning="the same speed relative to the frozen limit",
     advice="Lower than `limit/speed`: the drift slows down within the window",
     group="Singular limit",
-    chart=_SPEEDS,
+    chart="",
     value=of_model(Model.FROZEN_LIMIT, lambda c: c.agreement.speed),
     needs=needs(Need.LIMIT, Need.MOVES),
 )

@@ -207,9 +207,7 @@ def summary(states: Sequence[State]) -> str:
 def draw(states: Sequence[State]) -> Figure:
     """The change of each quantity along the slow time: mean over the seeds, with its standard error."""
     figure = Figure(figsize=(9, 5), layout="constrained", dpi=160)
-    figure.suptitle(
-        "Along the zero-loss set: change since the start, mean and standard error over networks", fontsize=9
-    )
+    figure.suptitle("Along the zero-loss set: change since the start, mean and error over networks", fontsize=9)
     panels = figure.subplots(2, 3).flat
     seeds = sorted({s.seed for s in states})
     for axes, (what, of) in zip(panels, QUANTITIES.items(), strict=True):

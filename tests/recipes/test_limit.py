@@ -8,6 +8,8 @@ import pytest
 from recipes import limit
 from torch_singlim import Estimate
 
+FLIPS, LANGEVIN = limit.SYSTEMS["label_flips"], limit.SYSTEMS["langevin"]
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
@@ -35,6 +37,22 @@ def test_default_sweeps_the_step_size_too(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("| dropout |") == 3
     assert "2 values of the step size" in printed
+
+
+def test_flips_train_with_cross_entropy_and_are_swept_by_their_steps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(limit, "SYSTEMS", {"label_flips": dataclasses.replace(FLIPS, slow_time=0.05)})
+    limit.main(samples=4, runs=2, systems="label_flips", out=tmp_path, check=False)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| label flips |")]
+    assert [row[1] for row in rows] == ["0.2", "0.2"]
+    assert float(rows[0][2]) == pytest.approx(2 * float(rows[1][2]), rel=0.01)
+
+
+def test_of_langevin_noise_the_variance_is_compared():
+    cell = limit.measure(LANGEVIN, LANGEVIN.sigma, samples=4, runs=4, seed=0)
+    assert math.isnan(cell.cosine)
+    assert cell.speed.mean == pytest.approx(1, abs=4 * cell.speed.stderr)
+    assert "| - | - |" in limit.limit_table([cell])
+    assert not any("cosine" in promise for promise in limit.promises([cell], []))
 
 
 def test_exponents_are_recovered_and_noise_gives_none():

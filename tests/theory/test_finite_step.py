@@ -136,18 +136,30 @@ def test_what_is_not_known_is_an_error():
     assert math.isinf(step_ratio(SGDSettings(lr=1.0), torch.tensor([2.0], dtype=DTYPE)).item())
 
 
+# noise, settings of SGD, and the slow time of the window: with momentum or small batches it moves the weights faster
+ENSEMBLES = {
+    "label noise": (LabelNoise(0.05), {}, 0.05),
+    "heavy ball": (LabelNoise(0.01), {"momentum": 0.9}, 0.05),
+    "nesterov": (LabelNoise(0.01), {"momentum": 0.9, "nesterov": True}, 0.05),
+    "batches of one": (LabelNoise(0.02), {"batch_size": 1}, 0.01),
+    "anti-correlated": (AntiCorrelated(0.01), {}, 0.02),
+}
+
+
 @pytest.mark.slow
-def test_an_ensemble():
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_an_ensemble(kind):
     """At alpha lambda_1 = 0.35, nearest points of independent runs: the speed within 2 %, where the limit is off."""
     reference, problem, _ = load("tanh_scalar")
     point = torch.tensor(reference["nearest_point"], dtype=DTYPE)
-    noise, hessian = LabelNoise(0.05), gauss_newton(problem, point)
-    sgd = SGDSettings(lr=0.35 / hessian.largest)
+    noise, settings, slow_time = ENSEMBLES[kind]
+    hessian = gauss_newton(problem, point)
+    sgd = SGDSettings(lr=0.35 / hessian.largest, **settings)
     run = functools.partial(simulate, problem, noise=noise, sgd=sgd, replicas=256)
     modes_relax = int(4 / (sgd.effective_lr * hessian.eigenvalues[-1]))
     generator = torch.Generator().manual_seed(0)
     relaxed = point + run(point, steps=max(modes_relax, 200), generator=generator).displacements
-    steps = int(0.05 * singular_limit(problem, point, noise, sgd, num_draws=100).time_scale)
+    steps = int(slow_time * singular_limit(problem, point, noise, sgd, num_draws=100).time_scale)
 
     def retract(v):
         return nearest_point(problem, v, rtol=1e-5).point
@@ -159,7 +171,7 @@ def test_an_ensemble():
     )
     found, off = (compare(ensemble.mean.mean, steps * drift) for drift in (finite, limit))
     error = ensemble.mean.stderr / ensemble.mean.norm
-    print(f"\n{steps} steps, {found}, limit {off.speed:.3f}, relative error {error:.2g}")
+    print(f"\n{kind}: {steps} steps, {found}, limit {off.speed:.3f}, relative error {error:.2g}")
     assert found.speed == pytest.approx(1, abs=0.02)
     assert abs(off.speed - 1) > 0.05
 

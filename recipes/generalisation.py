@@ -228,7 +228,7 @@ def draw(states: Sequence[State]) -> Figure:
                     capsize=2,
                     label=name,
                 )
-        axes.set_title(what, fontsize=8.5)
+        axes.set_title(what.replace("lambda_1", r"$\lambda_1$"), fontsize=8.5)
         axes.set_xlabel("slow time", fontsize=8)
         axes.tick_params(labelsize=7.5)
         axes.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ from tests.problems import DTYPE, make
 from tests.test_reference import load
 from torch_singlim import (
     AntiCorrelated,
+    CustomNoise,
     Dropout,
     LabelNoise,
     Langevin,
@@ -22,8 +23,8 @@ from torch_singlim import (
     singular_limit,
     tangent_space,
 )
-from torch_singlim.theory import finite_step_potential, step_ratio
-from torch_singlim.theory.finite_step import _with_batches
+from torch_singlim.theory import batch_covariance, finite_step_potential, gradient_noise, step_ratio
+from torch_singlim.theory.gradient_noise import noise_factor
 
 MU = 0.6
 
@@ -89,6 +90,8 @@ def test_small_steps_are_the_limit():
     dense, w = make("two_layers")
     for noise in (LabelNoise(0.2), AntiCorrelated(0.2)):
         for options in ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"batch_size": 2}):
+            if options == {"batch_size": 2} and isinstance(noise, AntiCorrelated):
+                continue
             sgd = SGDSettings(lr=1e-7, **options)
             limit, finite = (
                 singular_limit(dense.problem, w, noise, sgd, num_draws=10_000, finite_step=finite)
@@ -97,23 +100,58 @@ def test_small_steps_are_the_limit():
             torch.testing.assert_close(finite.drift, limit.drift, rtol=1e-4, atol=1e-6 * limit.drift.norm().item())
 
 
+# noises, and Sigma for batches of B of N samples: of dropout (1/(B N)) sum_n M_n diag(sigma^2) M_n^T
+SOURCES = {
+    "label noise": LabelNoise(0.3),
+    "dropout": Dropout(),
+    "both": LabelNoise(0.3) + Dropout(),
+    "custom": CustomNoise(lambda loss, w, x, y, eta: loss(w, x, y + eta), std=0.3, like="outputs"),
+}
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_the_covariance_under_batches_by_every_batch(size):
-    """H X + X H - alpha mean(H_b X H_b) = alpha H, the mean over all batches of so many of the samples."""
+@pytest.mark.parametrize("kind", SOURCES)
+def test_the_covariance_under_batches_by_every_batch(kind, size):
+    """H X + X H - alpha mean(H_b X H_b) = alpha Sigma, over all batches, as one linear system for all entries of X."""
     dense, w = make("scalar")
-    problem, N = dense.problem, len(dense.inputs)
+    problem, N, noise = dense.problem, len(dense.inputs), SOURCES[kind]
+    w = nearest_point(problem, w, rtol=1e-8, max_steps=100).point
     hessian = gauss_newton(problem, w)
     sgd = SGDSettings(lr=0.3 / hessian.largest, batch_size=size)
     B = hessian.operator.rows(w)
-    YK = _with_batches(problem, hessian, sgd)
-    X, H = B.T @ YK @ torch.linalg.inv(B @ B.T) @ B, B.T @ B
     rows = B.reshape(N, -1, B.shape[1])
-    mean = torch.zeros_like(H)
+    Q = torch.linalg.qr(B.T)[0]  # of the normal space
+    H = Q.T @ B.T @ B @ Q
+    sigma = gradient_noise(noise, problem, w, batch_size=size, num_draws=100)
+    Sigma = torch.zeros_like(H)
+    if kind != "dropout":
+        Sigma += 2 * 0.09 / (size * problem.num_outputs) * H
+    if kind in ("dropout", "both"):
+        factor = noise_factor(Dropout(), problem, w, batch_size=size) @ Q
+        Sigma += factor.T @ factor
+    eye = torch.eye(len(H), dtype=DTYPE)
+    system = torch.kron(H, eye) + torch.kron(eye, H)
     batches = list(itertools.combinations(range(N), size))
     for batch in batches:
-        H_b = N / size * torch.cat([rows[n] for n in batch]).T @ torch.cat([rows[n] for n in batch])
-        mean += H_b @ X @ H_b / len(batches)
-    torch.testing.assert_close(H @ X + X @ H - sgd.lr * mean, sgd.lr * H, rtol=1e-6, atol=1e-9)
+        own = torch.cat([rows[n] for n in batch]) @ Q
+        H_b = N / size * own.T @ own
+        system -= sgd.lr / len(batches) * torch.kron(H_b, H_b)
+    X = torch.linalg.solve(system, sgd.lr * Sigma.reshape(-1)).reshape(H.shape)
+    found = sigma.normal_variance(hessian, sgd).mean
+    assert found == pytest.approx(X.trace().item(), rel=1e-6)
+    if kind == "label noise":
+        Y = batch_covariance(hessian, torch.eye(len(B), dtype=DTYPE), sgd, num_samples=N)
+        of_rows = B.T @ hessian.eigenvectors @ Y @ hessian.eigenvectors.T @ B
+        torch.testing.assert_close(
+            Q.T @ of_rows @ Q * 2 * 0.09 / (size * problem.num_outputs), X, rtol=1e-6, atol=1e-12
+        )
+
+
+def test_the_variance_under_batches_grows_forever_where_the_step_is_unstable():
+    dense, w = make("two_layers")
+    hessian = gauss_newton(dense.problem, w)
+    sigma = gradient_noise(LabelNoise(0.1), dense.problem, w, batch_size=1)
+    assert math.isinf(sigma.normal_variance(hessian, SGDSettings(lr=1.9 / hessian.largest, batch_size=1)).mean)
 
 
 def test_what_is_not_known_is_an_error():
@@ -131,6 +169,8 @@ def test_what_is_not_known_is_an_error():
         of(LabelNoise(0.1), lr=2.01 / hessian.largest)
     with pytest.raises(ValueError, match="covered without momentum"):
         of(LabelNoise(0.1), momentum=0.5, batch_size=2)
+    with pytest.raises(ValueError, match="on full batches, got batches of 2 of 5 samples"):
+        of(AntiCorrelated(0.1), batch_size=2)
     with pytest.raises(ValueError, match=r"is unstable|grow without bound"):
         of(LabelNoise(0.1), lr=1.9 / hessian.largest, batch_size=1)
     assert math.isinf(step_ratio(SGDSettings(lr=1.0), torch.tensor([2.0], dtype=DTYPE)).item())

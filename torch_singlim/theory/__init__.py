@@ -1,11 +1,12 @@
 """The paper and its extensions, one function per formula."""
 
+from torch_singlim.theory.batches import UnstableStepError, batch_covariance
 from torch_singlim.theory.derivatives import check_derivatives
 from torch_singlim.theory.distance import ExpectedDistance, expected_distance
 from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction, has_effective_flow
 from torch_singlim.theory.effective_flow import effective_flow
 from torch_singlim.theory.ensemble import Ensemble, simulate
-from torch_singlim.theory.finite_step import UnstableStepError, finite_step_potential, has_finite_step, step_ratio
+from torch_singlim.theory.finite_step import finite_step_potential, has_finite_step, step_ratio
 from torch_singlim.theory.finite_window import finite_window
 from torch_singlim.theory.gradient_noise import GradientNoise, gradient_noise
 from torch_singlim.theory.limit_flow import limit_flow
@@ -39,6 +40,7 @@ __all__ = [
     "finite_step_potential",
     "has_finite_step",
     "step_ratio",
+    "batch_covariance",
     "UnstableStepError",
     # the order of a noise
     "degeneracy",

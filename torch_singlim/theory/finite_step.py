@@ -19,24 +19,17 @@ from torch import Tensor
 from torch_singlim.linalg import DenseFactored, FactoredOperator
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import AntiCorrelated, Covariance, NoiseSystem, leading, parts
+from torch_singlim.theory.batches import FEW_RESIDUALS, UnstableStepError, batch_covariance
 from torch_singlim.theory.directions import directions_at_once
 from torch_singlim.theory.on_gamma import fluctuation_gradient
 from torch_singlim.theory.potential import Potential, traced
 from torch_singlim.theory.second_order import quadratic_gradients, residual_direction
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance
 
-__all__ = ["UnstableStepError", "finite_step_potential", "has_finite_step", "step_ratio"]
+__all__ = ["finite_step_potential", "has_finite_step", "step_ratio"]
 
-# up to so many residuals the covariance under batches takes seconds
-_FEW = 500
 # nodes of Gauss-Legendre quadrature
 _NODES = 32
-# the covariance under batches: relative accuracy, and number of iterations
-_FIXED_RTOL, _FIXED_STEPS = 1e-10, 2_000
-
-
-class UnstableStepError(ValueError):
-    """The step size is too large for fluctuations about the zero-loss set to have a variance."""
 
 
 def has_finite_step(noise: NoiseSystem, problem: ZeroLossProblem, sgd: SGDSettings) -> bool:
@@ -48,7 +41,9 @@ def has_finite_step(noise: NoiseSystem, problem: ZeroLossProblem, sgd: SGDSettin
     def known(part: NoiseSystem) -> bool:
         if isinstance(part, AntiCorrelated):
             return full
-        return _of_hessian(part, problem, B) > 0 and (full or (not sgd.momentum and problem.num_residuals <= _FEW))
+        return _of_hessian(part, problem, B) > 0 and (
+            full or (not sgd.momentum and problem.num_residuals <= FEW_RESIDUALS)
+        )
 
     return noise.order is not None and all(map(known, leading(noise)))
 
@@ -120,55 +115,6 @@ def _of_modes(
     return traced(direction, derivative, M, num_draws, at_once=directions_at_once(problem), like=w)
 
 
-def _with_batches(problem: ZeroLossProblem, hessian: FactoredOperator, sgd: SGDSettings) -> Tensor:
-    """Y K ``[M, M]`` of the covariance X = B^T Y B, for Sigma = H and batches of B of N samples.
-
-        K Y + Y K - alpha (d diag(K Y K) + a K Y K) = alpha I,      a = N (B - 1)/(B (N - 1)),   d = N/B - a
-
-    Here diag keeps the blocks of single samples: batches make the Hessian random. Solved by a fixed-point iteration.
-
-    Args:
-        problem: loss and N samples.
-        hessian: H on Gamma.
-        sgd: step size alpha and batch size B.
-
-    Raises:
-        ValueError: momentum, a K that is not decomposed or without full rank, or fluctuations that grow forever.
-    """
-    N, M, alpha = problem.num_samples, problem.num_residuals, sgd.lr
-    if sgd.momentum:
-        raise ValueError(
-            f"at finite step size, batches of {sgd.batch_size} of {N} samples are covered without momentum, got "
-            f"momentum {sgd.momentum}: use the full batch, or finite_step=False"
-        )
-    if not isinstance(hessian, DenseFactored) or hessian.rank < M:
-        raise ValueError(
-            "at finite step size, batches need all eigenvectors of a B B^T of full rank, got "
-            f"{type(hessian).__name__} of rank {hessian.rank} for {M} residuals: use fewer samples, or "
-            "finite_step=False"
-        )
-    B = sgd.batch(N)
-    a = N * (B - 1) / (B * (N - 1))
-    U, values = hessian.eigenvectors, hessian.eigenvalues
-    denominator = values[:, None] + values - alpha * a * values[:, None] * values
-    if bool((denominator <= 0).any()):
-        raise UnstableStepError(f"the step size {alpha} is unstable: alpha lambda_1 = {alpha * values[0].item():.3g}")
-    eye, samples = (torch.eye(k, dtype=values.dtype, device=values.device) for k in (M, N))
-    blocks = torch.kron(samples, values.new_ones(M // N, M // N))  # 1 within each sample
-    Y = constant = alpha * eye / denominator  # in the eigenbasis
-    for _ in range(_FIXED_STEPS):
-        KYK = U @ (values[:, None] * Y * values) @ U.T
-        new = constant + alpha * (N / B - a) * (U.T @ (blocks * KYK) @ U) / denominator
-        change, Y = torch.linalg.matrix_norm(new - Y) / torch.linalg.matrix_norm(new), new
-        if not math.isfinite(change):
-            break
-        if change <= _FIXED_RTOL:
-            return U @ (Y * values) @ U.T
-    raise UnstableStepError(
-        f"fluctuations under batches of {B} grow without bound at the step size {alpha}: use a smaller one"
-    )
-
-
 def finite_step_potential(
     noise: NoiseSystem,
     problem: ZeroLossProblem,
@@ -186,7 +132,7 @@ def finite_step_potential(
 
     Without momentum these are -(c/(2 alpha)) tr log(1 - alpha H/2) and -(sigma^2/alpha) tr log(1 - alpha H/2). With
     batches smaller than the data the Hessian is random, and the gradient is that of no potential in general: V is then
-    the one of the limit, (c/4) tr H. For anti-correlated noise this is neglected: its V is that of the full batch.
+    the one of the limit, (c/4) tr H.
 
     Args:
         noise: one system.
@@ -199,7 +145,7 @@ def finite_step_potential(
         generator: of random directions.
 
     Raises:
-        ValueError: another noise, an unstable step size, batches together with momentum.
+        ValueError: another noise, an unstable step size, batches together with momentum or anti-correlated noise.
     """
     N, B, transient = problem.num_samples, sgd.batch(problem.num_samples), isinstance(noise, AntiCorrelated)
     c = _of_hessian(noise, problem, B)
@@ -208,9 +154,15 @@ def finite_step_potential(
             "drifts at finite step size are known for label noise, label flips and anti-correlated noise, got "
             f"{noise}: use finite_step=False"
         )
-    if c > 0 and B < N:
-        covariance = _with_batches(problem, hessian, sgd)
+    if transient and B < N:
+        raise ValueError(
+            f"at finite step size, anti-correlated noise is covered on full batches, got batches of {B} of {N} "
+            "samples: use the full batch, or finite_step=False"
+        )
+    if B < N:
+        Y = batch_covariance(hessian, torch.eye(problem.num_residuals).to(w), sgd, num_samples=N)
         assert isinstance(hessian, DenseFactored)
+        covariance = hessian.eigenvectors @ (Y * hessian.eigenvalues) @ hessian.eigenvectors.T
         found = fluctuation_gradient(problem, w, hessian, covariance, num_draws=num_draws, generator=generator)
         gradient = found.gradient.map(lambda g: c / (2 * sgd.lr) * g)
         return Potential(hessian.trace(lambda values: values).scaled(c / 4), gradient, found.passes)

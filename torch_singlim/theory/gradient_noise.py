@@ -20,6 +20,7 @@ from torch_singlim.geometry import relaxed_filter
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Covariance, NoiseSystem, noisy_outputs, parts
+from torch_singlim.theory.batches import FEW_RESIDUALS, UnstableStepError, batch_covariance
 from torch_singlim.theory.directions import directions_at_once, for_directions, mean_at
 from torch_singlim.theory.potential import chunk_gradient, of_chunk, random_direction
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance
@@ -101,17 +102,21 @@ class GradientNoise:
         Sigma = c_H H + c_I I + B^T blockdiag(G) B + mean_k g_k g_k^T
 
     Args:
+        num_samples: N.
         closed: c_H and c_I.
         gram: G ``[N, rows, rows]``, divided by the batch size; None: zero.
         draws: g ``[k, P]``; None: no sampled term.
         exact: whether the draws are a basis, so that their mean is exact.
+        per_sample: whether all of Sigma is due to noise with one eta for each sample of the batch.
         transient: variance per direction of the transient perturbation, which is added to that from Sigma.
     """
 
+    num_samples: int
     closed: Covariance
     gram: Tensor | None = field(default=None, repr=False)
     draws: Tensor | None = field(default=None, repr=False)
     exact: bool = True
+    per_sample: bool = True
     transient: float = 0.0
 
     def diffusion(self, hessian: FactoredOperator, *, num_weights: int) -> float:
@@ -135,7 +140,10 @@ class GradientNoise:
             H X + X H - alpha H X H = alpha Sigma   =>   tr f X f = sum_i f(l_i)^2 chi(l_i) Sigma_ii
             chi = alpha / (2 l - alpha l^2),      f: `relaxed_filter`
 
-        With momentum, chi is that of the whole recursion, see `stationary_variance`. Infinite if a mode is unstable.
+        With momentum, chi is that of the whole recursion, see `stationary_variance`. Under batches smaller than the
+        data, whose Hessians are random, X is that of `batch_covariance` for noise with one eta for each sample whose
+        Sigma is exact, if there is no momentum and it takes seconds; elsewhere this is neglected. Infinite if a mode is
+        unstable.
         """
         stiffest, noisy = (
             hessian.largest,
@@ -147,6 +155,15 @@ class GradientNoise:
 
         def kept(values: Tensor) -> Tensor:
             return relaxed_filter(values, level).square()
+
+        if noisy and self._knows_batches(hessian, sgd):
+            assert isinstance(hessian, DenseFactored)
+            l = hessian.eigenvalues  # noqa: E741  # the letter of the formulas
+            try:
+                Y = batch_covariance(hessian, self._source(hessian), sgd, num_samples=self.num_samples)
+            except UnstableStepError:
+                return Estimate(math.inf, 0.0)
+            return Estimate((kept(l) * l * Y.diagonal()).sum().item(), 0.0)
 
         def chi(values: Tensor) -> Tensor:
             share = kept(values)
@@ -160,6 +177,23 @@ class GradientNoise:
             return total
         terms = torch.stack([torch.dot(g, hessian.normal_function(chi, g)) for g in self.draws])
         return total + (Estimate(terms.mean().item(), 0.0) if self.exact else Estimate.from_draws(terms))
+
+    def _knows_batches(self, hessian: FactoredOperator, sgd: SGDSettings) -> bool:
+        """Whether batches are smaller than the data, and their part in the fluctuations is known."""
+        few = isinstance(hessian, DenseFactored) and hessian.rank == hessian.operator.shape[0] <= FEW_RESIDUALS
+        batches = sgd.batch(self.num_samples) < self.num_samples and not sgd.momentum
+        return few and batches and self.per_sample and self.exact
+
+    def _source(self, hessian: DenseFactored) -> Tensor:
+        """S ``[M, M]`` of Sigma = B^T S B; draws g = B^T y are normal to Gamma."""
+        U, l = hessian.eigenvectors, hessian.eigenvalues  # noqa: E741
+        source = self.closed.hessian * torch.eye(len(U), dtype=U.dtype, device=U.device)
+        if self.gram is not None:
+            source = source + torch.block_diag(*self.gram)
+        if self.draws is not None:
+            y = torch.stack([hessian.operator.matvec(g) for g in self.draws]) @ (U / l) @ U.T
+            source = source + y.T @ y / len(y)
+        return source
 
     def _trace(self, hessian: FactoredOperator, closed, chi, *, num_draws, generator) -> Estimate:
         """sum_i closed(l_i) + chi(l_i) l_i u_i^T blockdiag(G) u_i: exact with eigenvectors of K, else Hutchinson's."""
@@ -226,4 +260,12 @@ def gradient_noise(
     # the draws of all sampled parts are concatenated, with weights such that the common mean is the sum of their means
     count = sum(map(len, draws))
     joined = torch.cat([d * math.sqrt(count / len(d)) for d in draws]) if draws else None
-    return GradientNoise(closed, sum(grams[1:], start=grams[0]) if grams else None, joined, exact, transient)
+    return GradientNoise(
+        problem.num_samples,
+        closed,
+        sum(grams[1:], start=grams[0]) if grams else None,
+        joined,
+        exact,
+        system.per_sample,
+        transient,
+    )

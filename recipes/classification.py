@@ -243,20 +243,23 @@ def median_range(values: Sequence[float]) -> str:
 
 def draw(decisions: Sequence[Decision]) -> Figure:
     """Both exponents of each network and system, and the thresholds between the classes."""
-    figure = Figure(figsize=(5, 3.6), layout="constrained", dpi=160)
+    figure = Figure(figsize=(5, 4), layout="constrained", dpi=160)
     axes = figure.subplots()
-    axes.axvline(1.5, color="black", lw=0.8, ls=":")
-    axes.plot([1.5, 3], [1, 1], color="black", lw=0.8, ls=":")
     moving = [d for d in decisions if not math.isnan(d.clock)]
+    right, top = (
+        max([least, *(getattr(d, of) + 0.1 for d in moving)]) for least, of in ((2.5, "clock"), (5, "variance"))
+    )
+    axes.axvline(1.5, color="black", lw=0.8, ls=":")
+    axes.plot([1.5, right], [1, 1], color="black", lw=0.8, ls=":")
     for colour, name in zip(COLOURS, dict.fromkeys(d.system for d in moving), strict=False):
         own = [d for d in moving if d.system == name]
         axes.plot([d.clock for d in own], [d.variance for d in own], "o", ms=3.5, color=colour, label=name)
-    for x, y, label in ((0.55, 4.6, FIRST), (2.45, 4.6, SECOND), (2.45, 0.6, DIFFUSING)):
+    for x, y, label in ((0.55, top - 0.4, FIRST), (right - 0.05, top - 0.4, SECOND), (right - 0.05, 0.6, DIFFUSING)):
         axes.text(x, y, label, ha="left" if x < 1 else "right", fontsize=8)
-    axes.set(xlim=(0.5, 2.5), ylim=(-1, 5), xlabel="clock: exponent $a$ of the step size")
-    axes.set_ylabel(r"variance of nearest points: exponent $s$ of the noise level")
+    axes.set(xlim=(0.5, right), ylim=(-1, top), xlabel="clock: exponent $a$ of the step size")
+    axes.set_ylabel("variance: exponent $s$ of the noise level")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7, loc="center left")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=7.5)
     return figure
 
 

@@ -137,7 +137,7 @@ def test_the_covariance_under_batches_by_every_batch(kind, size):
         H_b = N / size * own.T @ own
         system -= sgd.lr / len(batches) * torch.kron(H_b, H_b)
     X = torch.linalg.solve(system, sgd.lr * Sigma.reshape(-1)).reshape(H.shape)
-    found = sigma.normal_variance(hessian, sgd).mean
+    found = sigma.normal_variance(hessian, sgd, random_batches=True).mean
     assert found == pytest.approx(X.trace().item(), rel=1e-6)
     if kind == "label noise":
         Y = batch_covariance(hessian, torch.eye(len(B), dtype=DTYPE), sgd, num_samples=N)
@@ -151,7 +151,18 @@ def test_the_variance_under_batches_grows_forever_where_the_step_is_unstable():
     dense, w = make("two_layers")
     hessian = gauss_newton(dense.problem, w)
     sigma = gradient_noise(LabelNoise(0.1), dense.problem, w, batch_size=1)
-    assert math.isinf(sigma.normal_variance(hessian, SGDSettings(lr=1.9 / hessian.largest, batch_size=1)).mean)
+    sgd = SGDSettings(lr=1.9 / hessian.largest, batch_size=1)
+    assert math.isinf(sigma.normal_variance(hessian, sgd, random_batches=True).mean)
+
+
+def test_the_variance_of_the_limit_neglects_random_batches():
+    dense, w = make("scalar")
+    sgd = SGDSettings(lr=0.02, batch_size=2)
+    limit, finite = (
+        singular_limit(dense.problem, w, LabelNoise(0.2), sgd, num_draws=100, finite_step=finite)
+        for finite in (False, True)
+    )
+    assert finite.normal_variance.mean > 1.005 * limit.normal_variance.mean
 
 
 def test_what_is_not_known_is_an_error():

@@ -24,8 +24,8 @@ from torch_singlim.theory import averaged_gradient, expected_distance, gradient_
 @pytest.mark.parametrize("name", NAMES)
 def test_dropout_against_brute_force(name):
     dense, w = make(name)
-    alpha = 0.05
-    sgd = SGDSettings(lr=alpha)
+    alpha, batch = 0.05, 3
+    sgd = SGDSettings(lr=alpha, batch_size=batch)
     limit = singular_limit(dense.problem, w, Dropout(), sgd, num_draws=1000)
     H = dense.gauss_newton(w)
     values, vectors = torch.linalg.eigh(H)
@@ -34,7 +34,7 @@ def test_dropout_against_brute_force(name):
     gradient = dense.dropout_potential_gradient(w)
     drift = -alpha * kernel @ (kernel.T @ gradient)
     offset = normal @ ((normal.T @ gradient) / values[kept])
-    variance = lyapunov_trace(H, dense.dropout_noise_covariance(w, len(dense.inputs)), alpha, int(kept.sum()))
+    variance = lyapunov_trace(H, dense.dropout_noise_covariance(w, batch), alpha, int(kept.sum()))
 
     assert (limit.order, limit.degenerate, limit.diffusion, limit.drift_stderr) == (1, False, 0.0, 0.0)
     assert limit.potential.mean == pytest.approx(dense.dropout_potential(w).item(), rel=1e-9)
@@ -96,7 +96,7 @@ def test_averaged_gradient_is_the_mean_over_all_masks():
 
 def test_krylov_path_gives_the_same_prediction():
     dense, w = make("two_layers")
-    sgd = SGDSettings(lr=0.05)
+    sgd = SGDSettings(lr=0.05, batch_size=2)
     exact = singular_limit(dense.problem, w, Dropout(), sgd, num_draws=1000)
     assert not linearize(dense.problem, w).cheap_gram
     hessian = gauss_newton(dense.problem, w, max_dense=0, rtol=1e-12)
@@ -109,9 +109,9 @@ def test_krylov_path_gives_the_same_prediction():
 
 def test_distance_on_the_relaxed_modes():
     dense, w = make("two_layers")
-    sgd, N = SGDSettings(lr=0.05), len(dense.inputs)
+    sgd = SGDSettings(lr=0.05, batch_size=2)
     T = tangent_space(dense.problem, w)
-    noise = gradient_noise(Dropout(), dense.problem, w, batch_size=N)
+    noise = gradient_noise(Dropout(), dense.problem, w, batch_size=2)
     gradient = potential(Dropout(), dense.problem, w, num_draws=1000).gradient
     level = T.spectrum()[3].item()
     part = expected_distance(T.hessian, gradient, noise, sgd=sgd, level=level)
@@ -120,7 +120,7 @@ def test_distance_on_the_relaxed_modes():
     V, l = vectors[:, normal], values[normal]  # noqa: E741  # lambda, as in the formula
     share = 1 / (1 + (level / l) ** 4)
     offset = -V @ (share * (V.T @ dense.dropout_potential_gradient(w)) / l)
-    S = dense.dropout_noise_covariance(w, N)
+    S = dense.dropout_noise_covariance(w, 2)
     variance = (share**2 * 0.05 * torch.diagonal(V.T @ S @ V) / (2 * l - 0.05 * l**2)).sum().item()
     torch.testing.assert_close(part.offset.mean, offset, rtol=0, atol=1e-6)
     assert part.variance.mean == pytest.approx(variance, rel=1e-8)

@@ -253,7 +253,14 @@ def _relaxed(
         )
         Sigma = gradient_noise(noise, problem, w, batch_size=batch, num_draws=num_draws, generator=generator)
         expectation = expected_distance(
-            hessian, gradient, Sigma, sgd=sgd, level=level, num_draws=_FORMS, generator=generator
+            hessian,
+            gradient,
+            Sigma,
+            sgd=sgd,
+            level=level,
+            random_batches=True,
+            num_draws=_FORMS,
+            generator=generator,
         )
         expected, offset = expectation.rms, expectation.offset.mean
         del gradient, Sigma, expectation  # each takes the memory of several weight vectors

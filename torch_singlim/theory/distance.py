@@ -40,6 +40,7 @@ def expected_distance(
     *,
     sgd: SGDSettings,
     level: float = 0.0,
+    random_batches: bool = False,
     num_draws: int = 16,
     generator: torch.Generator | None = None,
 ) -> ExpectedDistance:
@@ -55,6 +56,7 @@ def expected_distance(
         sgd: step size and momentum.
         level: modes with smaller eigenvalues do not count; those below 1 / (alpha steps) have not relaxed yet.
             0: all modes.
+        random_batches: the variance with the random Hessians of batches, where it is known (`batch_covariance`).
         num_draws: number of random vectors for the variance if H is not decomposed.
         generator: of these vectors.
 
@@ -67,5 +69,7 @@ def expected_distance(
     # if H is not decomposed, a matrix function takes many products
     sampled = gradient if hessian.decomposed else gradient.halves()
     offset = sampled.map(lambda g: -hessian.normal_function(inverse, g))
-    variance = noise.normal_variance(hessian, sgd, level=level, num_draws=num_draws, generator=generator)
+    variance = noise.normal_variance(
+        hessian, sgd, level=level, random_batches=random_batches, num_draws=num_draws, generator=generator
+    )
     return ExpectedDistance(offset, variance)

@@ -132,6 +132,7 @@ class GradientNoise:
         sgd: SGDSettings,
         *,
         level: float = 0.0,
+        random_batches: bool = False,
         num_draws: int = 16,
         generator: torch.Generator | None = None,
     ) -> Estimate:
@@ -140,10 +141,10 @@ class GradientNoise:
             H X + X H - alpha H X H = alpha Sigma   =>   tr f X f = sum_i f(l_i)^2 chi(l_i) Sigma_ii
             chi = alpha / (2 l - alpha l^2),      f: `relaxed_filter`
 
-        With momentum, chi is that of the whole recursion, see `stationary_variance`. Under batches smaller than the
-        data, whose Hessians are random, X is that of `batch_covariance` for noise with one eta for each sample whose
-        Sigma is exact, if there is no momentum and it takes seconds; elsewhere this is neglected. Infinite if a mode is
-        unstable.
+        With momentum, chi is that of the whole recursion, see `stationary_variance`. Infinite if a mode is unstable.
+        With `random_batches`, X is that of `batch_covariance` under batches smaller than the data, whose Hessians are
+        random: for noise with one eta for each sample whose Sigma is exact, if there is no momentum and it takes
+        seconds. Elsewhere this is neglected.
         """
         stiffest, noisy = (
             hessian.largest,
@@ -156,7 +157,7 @@ class GradientNoise:
         def kept(values: Tensor) -> Tensor:
             return relaxed_filter(values, level).square()
 
-        if noisy and self._knows_batches(hessian, sgd):
+        if noisy and random_batches and self._knows_batches(hessian, sgd):
             assert isinstance(hessian, DenseFactored)
             l = hessian.eigenvalues  # noqa: E741  # the letter of the formulas
             try:

@@ -97,7 +97,8 @@ def singular_limit(
             with fewer, they are random and the result has a standard error. The mean offset takes the trace over the
             components of eta.
         finite_step: the drift at this step size, exactly in alpha, instead of that as alpha -> 0; for label noise,
-            flips and anti-correlated noise, see `finite_step_potential`.
+            flips and anti-correlated noise, see `finite_step_potential`. The variance then has the random Hessians of
+            batches, too.
         hessian: ``gauss_newton(problem, point)``, if it was computed already.
         generator: of the draws.
 
@@ -142,7 +143,7 @@ def singular_limit(
         if order == 1:  # at order 2 the variance dominates, and the offset is of higher order
             V = potential(Sum(leading(noise)), problem, point, num_draws=num_draws, generator=generator)
             gradient, passes = V.gradient, passes + V.passes
-        expected = expected_distance(hessian, gradient, Sigma, sgd=sgd, generator=generator)
+        expected = expected_distance(hessian, gradient, Sigma, sgd=sgd, random_batches=finite_step, generator=generator)
         offset, variance = expected.offset.norm, expected.variance
     return LimitPrediction(
         order=order,

@@ -53,6 +53,7 @@ STEP = 0.25  # alpha lambda_1
 MOTION = 0.1  # along the zero-loss set, as a share of the weights' norm, by the theory's rate at the start
 AWAY = 0.01  # distance of the initial weights, as a share of their norm
 STILL = 0.01  # of that distance: nearest points that move less are at rest
+RATE = 0.1  # of label flips, a part of the problem
 MOST = 250  # steps for the modes to relax, and for the motion, at the largest step size and level
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#E69F00", "#CC79A7")  # Okabe and Ito's
 
@@ -63,7 +64,7 @@ class System:
 
     Args:
         noise: the system at a noise level.
-        sigma: the larger of two levels; of flips, whose level is their rate, the root of the rate.
+        sigma: the larger of two levels; flips and minibatches have none.
         loss: of the network.
         batch: samples per step; None: all.
     """
@@ -80,7 +81,7 @@ SYSTEMS = {
     "anti-correlated": System(AntiCorrelated, 0.05),
     "input noise": System(InputNoise),
     "label noise": System(LabelNoise, 0.3),
-    "label flips": System(lambda sigma: LabelFlips(0.1), loss="cross_entropy"),
+    "label flips": System(lambda sigma: LabelFlips(RATE), loss="cross_entropy"),
     "Langevin": System(Langevin, 0.3),
     "minibatches": System(lambda sigma: Minibatch(), batch=1),
 }
@@ -129,7 +130,7 @@ def random_problem(system: System, sigma: float, copies: int, seed: int) -> Zero
     x, y = torch.randn(samples, inputs), torch.randn(samples, classes)
     if system.loss == "mse":
         return ZeroLossProblem(net, "mse", x.repeat(copies, 1), y.repeat(copies, 1))
-    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    loss = nn.CrossEntropyLoss(label_smoothing=RATE)
     return ZeroLossProblem(net, loss, x.repeat(copies, 1), y.argmax(1).repeat(copies))
 
 
@@ -279,8 +280,8 @@ def main(
         runs: of each ensemble.
         seed: of the first network.
         out: folder for the figure and the table.
-        quick: a minute on two cores: one network.
-        full: an hour: 50 networks.
+        quick: minutes on two cores: one network.
+        full: hours: 50 networks.
         check: fail if more than 5 % of the decisions are false.
     """
     began = time.perf_counter()

@@ -155,13 +155,18 @@ def test_the_variance_under_batches_grows_forever_where_the_step_is_unstable():
     assert math.isinf(sigma.normal_variance(hessian, sgd, random_batches=True).mean)
 
 
-def test_the_variance_of_the_limit_neglects_random_batches():
+def under_batches():
+    """Label noise with batches of 2: in the limit, and at finite step size."""
     dense, w = make("scalar")
     sgd = SGDSettings(lr=0.02, batch_size=2)
-    limit, finite = (
+    return [
         singular_limit(dense.problem, w, LabelNoise(0.2), sgd, num_draws=100, finite_step=finite)
         for finite in (False, True)
-    )
+    ]
+
+
+def test_the_variance_of_the_limit_neglects_random_batches():
+    limit, finite = under_batches()
     assert finite.normal_variance.mean > 1.005 * limit.normal_variance.mean
 
 
@@ -228,11 +233,6 @@ def test_an_ensemble(kind):
 
 
 def test_under_batches_the_value_is_that_of_the_limit():
-    dense, w = make("scalar")
-    sgd = SGDSettings(lr=0.02, batch_size=2)
-    limit, finite = (
-        singular_limit(dense.problem, w, LabelNoise(0.2), sgd, num_draws=100, finite_step=finite)
-        for finite in (False, True)
-    )
+    limit, finite = under_batches()
     assert finite.potential.mean == pytest.approx(limit.potential.mean, rel=1e-10)
     assert torch.linalg.vector_norm(finite.drift - limit.drift) > 1e-3 * torch.linalg.vector_norm(limit.drift)

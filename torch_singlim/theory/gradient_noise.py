@@ -159,12 +159,12 @@ class GradientNoise:
 
         if noisy and random_batches and self._knows_batches(hessian, sgd):
             assert isinstance(hessian, DenseFactored)
-            l = hessian.eigenvalues  # noqa: E741  # the letter of the formulas
+            values = hessian.eigenvalues
             try:
                 Y = batch_covariance(hessian, self._source(hessian), sgd, num_samples=self.num_samples)
             except UnstableStepError:
                 return Estimate(math.inf, 0.0)
-            return Estimate((kept(l) * l * Y.diagonal()).sum().item(), 0.0)
+            return Estimate((kept(values) * values * Y.diagonal()).sum().item(), 0.0)
 
         def chi(values: Tensor) -> Tensor:
             share = kept(values)
@@ -187,12 +187,12 @@ class GradientNoise:
 
     def _source(self, hessian: DenseFactored) -> Tensor:
         """S ``[M, M]`` of Sigma = B^T S B; draws g = B^T y are normal to Gamma."""
-        U, l = hessian.eigenvectors, hessian.eigenvalues  # noqa: E741
+        U, values = hessian.eigenvectors, hessian.eigenvalues
         source = self.closed.hessian * torch.eye(len(U), dtype=U.dtype, device=U.device)
         if self.gram is not None:
             source = source + torch.block_diag(*self.gram)
         if self.draws is not None:
-            y = torch.stack([hessian.operator.matvec(g) for g in self.draws]) @ (U / l) @ U.T
+            y = torch.stack([hessian.operator.matvec(g) for g in self.draws]) @ (U / values) @ U.T
             source = source + y.T @ y / len(y)
         return source
 

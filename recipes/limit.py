@@ -4,7 +4,7 @@ The paper's theorems are about step size and noise that go to zero on data that 
 starts on its zero-loss set of a few handwritten digits, and ensembles of noisy training run from there:
 
 (a) over the same slow time, with less and less noise, or with smaller and smaller steps: direction, speed and distance
-    of the nearest points against the limit, integrated along the set;
+    of the nearest points against the limit, integrated along the set, and against its form at the step size;
 (b) with more and more digits: the two time scales no longer separate. The weights then move along modes that have not
     relaxed, and agree with the limit by the share that these leave; their nearest points still follow it.
 """
@@ -31,6 +31,7 @@ from torch_singlim import (
     AntiCorrelated,
     DropConnect,
     Dropout,
+    Ensemble,
     Estimate,
     InputNoise,
     LabelFlips,
@@ -48,6 +49,7 @@ from torch_singlim import (
     tangent_space,
     tangential_share,
 )
+from torch_singlim.theory import has_finite_step, time_scale
 
 HIDDEN = 256
 TOLERANCE = 1e-3  # of nearest points
@@ -72,7 +74,6 @@ class System:
         sigma: the largest level; each further one is a half of the one before.
         slow_time: of each run.
         step: alpha lambda_1, the step size in units of the inverse of the largest curvature.
-        finite_step: the drift at finite step size is known and taken.
         batch: images per step; None: all.
         flips: the network is trained with cross-entropy, and the level is the rate of flips. The rate changes the
             problem: step sizes are swept instead of it.
@@ -83,7 +84,6 @@ class System:
     sigma: float
     slow_time: float
     step: float = 0.5
-    finite_step: bool = False
     batch: int | None = None
     flips: bool = False
 
@@ -91,11 +91,11 @@ class System:
 # chosen so that the weights move by about as much as they are away from their initial values, or a tenth of it
 SYSTEMS = {
     "dropout": System("dropout", lambda sigma: Dropout(), 0.23, 2.0),
-    "label_noise": System("label noise", LabelNoise, 0.4, 5.0, step=1.0, finite_step=True),
+    "label_noise": System("label noise", LabelNoise, 0.4, 5.0, step=1.0),
     "drop_connect": System("DropConnect", DropConnect, 0.4, 10.0),
-    "anti_correlated": System("anti-correlated", AntiCorrelated, 0.02, 0.05, finite_step=True),
+    "anti_correlated": System("anti-correlated", AntiCorrelated, 0.02, 0.05),
     "input_noise": System("input noise", InputNoise, 0.08, 0.5),
-    "label_flips": System("label flips", LabelFlips, 0.2, 2.3, step=0.1, finite_step=True, flips=True),
+    "label_flips": System("label flips", LabelFlips, 0.2, 2.3, step=0.1, flips=True),
     "langevin": System("Langevin (variance)", Langevin, 0.0025, 1.3e-5),
     "batches": System("dropout, batches of 5", lambda sigma: Dropout(), 0.23, 2.0, batch=5),
 }
@@ -115,6 +115,7 @@ class Cell:
         ceiling: the noise ceiling, the best cosine that any deterministic prediction can have with one run.
         of_mean: cosine of the mean motion.
         speed: <measured, limit> / <limit, limit>; of diffusion the variance, measured over predicted.
+        asymptotic: the same with the limit as alpha -> 0, where the others are of that at this step size.
         distance: root mean square distance to the zero-loss set at the end.
         expected: the same by theory, with all modes relaxed.
     """
@@ -128,6 +129,7 @@ class Cell:
     ceiling: float
     of_mean: float
     speed: Estimate
+    asymptotic: Estimate
     distance: float
     expected: float
 
@@ -189,41 +191,65 @@ def agreement(motions: Tensor, limit: Tensor) -> tuple[float, float, float, Esti
     return single, math.sqrt(max(between, 0.0)), of_mean, speed
 
 
-def measure(system: System, sigma: float, *, samples: int, runs: int, seed: int) -> Cell:
-    """One ensemble from the zero-loss set, over the slow time of the system."""
+@dataclass(frozen=True)
+class Run:
+    """An ensemble from a point of the zero-loss set.
+
+    Args:
+        problem: the digits.
+        start: weights on the zero-loss set.
+        noise: at its level.
+        sgd: step size and batch size.
+        steps: of each run.
+        ensemble: the runs.
+    """
+
+    problem: ZeroLossProblem
+    start: Tensor
+    noise: NoiseSystem
+    sgd: SGDSettings
+    steps: int
+    ensemble: Ensemble
+
+
+def train(system: System, sigma: float, *, samples: int, runs: int, seed: int) -> Run:
+    """Over the slow time of the system."""
     problem = problem_of(samples, sigma, seed, flips=system.flips)
     start = start_of(problem)
-    spectrum = tangent_space(problem, start).spectrum()
-    alpha = system.step / spectrum[0].item()
-    noise, sgd = system.noise(sigma), SGDSettings(lr=alpha, batch_size=system.batch)
-    generator = torch.Generator().manual_seed(seed)
-    limit = singular_limit(problem, start, noise, sgd, num_draws=HIDDEN, generator=generator)
-    steps = round(system.slow_time * limit.time_scale)
+    noise, generator = system.noise(sigma), torch.Generator().manual_seed(seed)
+    alpha = system.step / tangent_space(problem, start).spectrum()[0].item()
+    steps = round(system.slow_time * time_scale(SGDSettings(lr=alpha), noise.order, noise.variance(problem)))
+    sgd = SGDSettings(lr=alpha, batch_size=system.batch)
     ensemble = simulate(problem, start, noise, sgd, steps=steps, replicas=runs, generator=generator)
-    nearest = nearest_points(problem, start + ensemble.displacements)
+    return Run(problem, start, noise, sgd, steps, ensemble)
+
+
+def judge(system: System, sigma: float, run: Run) -> Cell:
+    """The nearest points of an ensemble against the limit, integrated from their start."""
+    problem, start, noise, sgd, steps = run.problem, run.start, run.noise, run.sgd, run.steps
+    nearest = nearest_points(problem, start + run.ensemble.displacements)
     motions = torch.stack([each.point - start for each in nearest])
-    if limit.diffusion:  # the drift over this time is much smaller
+    finite = has_finite_step(noise, problem, sgd)
+    end = singular_limit(problem, start, noise, sgd, num_draws=HIDDEN)
+    relaxed = sgd.lr * tangent_space(problem, start).spectrum()[-1].item() * steps
+    if end.diffusion:  # the drift over this time is much smaller
         single = ceiling = of_mean = math.nan
-        speed = replace(ensemble, displacements=motions).spread.scaled(1 / limit.spread(steps) ** 2)
-        end = limit
+        measured = replace(run.ensemble, displacements=motions).spread
+        speed = asymptotic = measured.scaled(1 / end.spread(steps) ** 2)
     else:
-        flow = limit_flow(
-            problem,
-            start,
-            noise,
-            sgd,
-            steps=steps,
-            num_draws=HIDDEN,
-            finite_step=system.finite_step,
-            generator=generator,
+        flow, slow = (
+            limit_flow(problem, start, noise, sgd, steps=steps, num_draws=HIDDEN, finite_step=each).displacement
+            for each in (finite, False)
         )
-        single, ceiling, of_mean, speed = agreement(motions, flow.displacement)
-        end = singular_limit(problem, start + flow.displacement, noise, sgd, num_draws=HIDDEN, generator=generator)
+        single, ceiling, of_mean, speed = agreement(motions, flow)
+        asymptotic = agreement(motions, slow)[3]
+        end = singular_limit(problem, start + flow, noise, sgd, num_draws=HIDDEN, finite_step=finite)
     # the distance includes transient perturbations, the motion does not
-    ends = nearest_points(problem, ensemble.weights) if noise.transient else nearest
-    distance = math.sqrt(sum(each.distance**2 for each in ends) / runs)
-    relaxed = alpha * spectrum[-1].item() * steps
-    return Cell(system, alpha, sigma, steps, relaxed, single, ceiling, of_mean, speed, distance, end.distance)
+    ends = nearest_points(problem, run.ensemble.weights) if noise.transient else nearest
+    distance = math.sqrt(sum(each.distance**2 for each in ends) / len(ends))
+    return Cell(
+        system, sgd.lr, sigma, steps, relaxed, single, ceiling, of_mean, speed, asymptotic, distance, end.distance
+    )
 
 
 def grow(samples: int, marks: Sequence[int], *, sigma: float, runs: int, seed: int) -> list[Sample]:
@@ -276,20 +302,24 @@ def rate(xs: Sequence[float], values: Sequence[Estimate]) -> Estimate | None:
 
 
 def rates(cells: Sequence[Cell]) -> list[str]:
-    """For each sweep over several levels or steps, the exponent of |speed - 1|."""
+    """Exponents of |speed - 1|: over the noise level, and over the step size for the limit as alpha -> 0."""
     lines = []
     for name in dict.fromkeys(cell.system.name for cell in cells):
         own = [cell for cell in cells if cell.system.name == name]
-        for what, of in (("noise level", lambda c: c.sigma), ("step size", lambda c: c.alpha)):
-            fixed = max(
-                own, key=lambda c: sum(o.sigma == c.sigma if what == "step size" else o.alpha == c.alpha for o in own)
-            )
-            sweep = [c for c in own if (c.sigma == fixed.sigma if what == "step size" else c.alpha == fixed.alpha)]
+        if math.isnan(own[0].cosine):
+            continue
+        levels = [c for c in own if c.system.step == own[0].system.step]
+        steps = [c for c in own if c.sigma == own[0].sigma]
+        for what, sweep, of in (
+            ("noise level, at the step size", levels, lambda c: (c.sigma, c.speed)),
+            ("step size, of the limit", steps, lambda c: (c.alpha, c.asymptotic)),
+        ):
             if len(sweep) < 2:
                 continue
-            p = rate([of(c) for c in sweep], [Estimate(abs(c.speed.mean - 1), c.speed.stderr) for c in sweep])
-            order = "below its standard errors" if p is None else f"~ {what}^({p.mean:.2f} +- {p.stderr:.2f})"
-            lines.append(f"{name}, {len(sweep)} values of the {what}: |speed - 1| {order}")
+            x, speeds = zip(*map(of, sweep), strict=True)
+            p = rate(x, [Estimate(abs(each.mean - 1), each.stderr) for each in speeds])
+            order = "below its standard errors" if p is None else f"exponent {p.mean:.2f} +- {p.stderr:.2f}"
+            lines.append(f"{name}, |speed - 1| over the {what}, {len(sweep)} values: {order}")
     return lines
 
 
@@ -297,14 +327,16 @@ def limit_table(cells: Sequence[Cell]) -> str:
     """A row for each ensemble, in markdown."""
     lines = [
         "| noise | level | step size | steps | alpha lambda_min K | one run: cosine of ceiling | mean | speed "
-        "| distance, expected |",
-        "|:---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| of the limit | distance, expected |",
+        "|:---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for c in cells:
-        cosines = "- | -" if math.isnan(c.cosine) else f"{c.cosine:.4f} of {c.ceiling:.4f} | {c.of_mean:.4f}"
+        drifts = not math.isnan(c.cosine)
+        cosines = f"{c.cosine:.4f} of {c.ceiling:.4f} | {c.of_mean:.4f}" if drifts else "- | -"
+        asymptotic = f"{c.asymptotic.mean:.3f}" if drifts else "-"
         lines.append(
             f"| {c.system.name} | {c.sigma:.3g} | {c.alpha:.3g} | {c.steps} | {c.relaxed:.2g} | {cosines} | "
-            f"{c.speed.mean:.3f} ± {c.speed.stderr:.3f} | {c.distance:.3g}, {c.expected:.3g} |"
+            f"{c.speed.mean:.3f} ± {c.speed.stderr:.3f} | {asymptotic} | {c.distance:.3g}, {c.expected:.3g} |"
         )
     return "\n".join(lines)
 
@@ -342,9 +374,13 @@ def draw(cells: Sequence[Cell], found: Sequence[Sample], samples: int) -> Figure
             ms=4,
             label=name,
         )
+        left.plot(
+            [c.steps for c in own], [c.asymptotic.mean for c in own], "o", color=colour, ms=4, mfc="none", alpha=0.6
+        )
         middle.plot([c.relaxed for c in own], [c.distance / c.expected for c in own], "o", color=colour, ms=4)
     left.axhline(1, color="black", lw=0.8)
     left.set(xlabel="steps $K$ (more with less noise, or smaller steps)", ylabel="speed, measured / limit")
+    left.set_title(r"limit at the step size (dots), as $\alpha \to 0$ (circles)", fontsize=8)
     left.set_xscale("log")
     left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -437,7 +473,8 @@ def main(
     with tqdm(total=len(ensembles) + len(sizes), unit="ensemble") as bar:
         for system, sigma in ensembles:
             bar.set_description(f"{system.name}, level {sigma:.3g}")
-            cells.append(measure(system, sigma, samples=samples, runs=runs, seed=seed))
+            run = train(system, sigma, samples=samples, runs=runs, seed=seed)
+            cells.append(judge(system, sigma, run))
             bar.update()
         for size in sizes:
             bar.set_description(f"{size} digits")

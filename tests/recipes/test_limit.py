@@ -36,7 +36,7 @@ def test_default_sweeps_the_step_size_too(tmp_path, capsys):
     limit.main(samples=4, runs=2, systems="dropout", out=tmp_path, check=False)
     printed = capsys.readouterr().out
     assert printed.count("| dropout |") == 3
-    assert "2 values of the step size" in printed
+    assert "over the step size, of the limit, 2 values" in printed
 
 
 def test_flips_train_with_cross_entropy_and_are_swept_by_their_steps(tmp_path, capsys, monkeypatch):
@@ -48,7 +48,8 @@ def test_flips_train_with_cross_entropy_and_are_swept_by_their_steps(tmp_path, c
 
 
 def test_of_langevin_noise_the_variance_is_compared():
-    cell = limit.measure(LANGEVIN, LANGEVIN.sigma, samples=4, runs=4, seed=0)
+    run = limit.train(LANGEVIN, LANGEVIN.sigma, samples=4, runs=4, seed=0)
+    cell = limit.judge(LANGEVIN, LANGEVIN.sigma, run)
     assert math.isnan(cell.cosine)
     assert cell.speed.mean == pytest.approx(1, abs=4 * cell.speed.stderr)
     assert "| - | - |" in limit.limit_table([cell])

@@ -1,6 +1,7 @@
 """Drifts at finite step size: closed forms on dense matrices, every batch of a small data set, and ensembles."""
 
 import functools
+import importlib
 import itertools
 import math
 
@@ -12,6 +13,7 @@ from tests.test_reference import load
 from torch_singlim import (
     AntiCorrelated,
     CustomNoise,
+    DropConnect,
     Dropout,
     LabelNoise,
     Langevin,
@@ -23,7 +25,7 @@ from torch_singlim import (
     singular_limit,
     tangent_space,
 )
-from torch_singlim.theory import batch_covariance, finite_step_potential, gradient_noise, step_ratio
+from torch_singlim.theory import finite_step_potential, fluctuation_covariance, gradient_noise, step_ratio
 from torch_singlim.theory.gradient_noise import noise_factor
 
 MU = 0.6
@@ -140,11 +142,112 @@ def test_the_covariance_under_batches_by_every_batch(kind, size):
     found = sigma.normal_variance(hessian, sgd, random_batches=True).mean
     assert found == pytest.approx(X.trace().item(), rel=1e-6)
     if kind == "label noise":
-        Y = batch_covariance(hessian, torch.eye(len(B), dtype=DTYPE), sgd, num_samples=N)
+        Y = fluctuation_covariance(hessian, torch.eye(len(B), dtype=DTYPE), sgd, num_samples=N)
         of_rows = B.T @ hessian.eigenvectors @ Y @ hessian.eigenvectors.T @ B
         torch.testing.assert_close(
             Q.T @ of_rows @ Q * 2 * 0.09 / (size * problem.num_outputs), X, rtol=1e-6, atol=1e-12
         )
+
+
+def normal_basis(problem, w):
+    """An orthonormal basis Q [P, r] of the normal space, H in it, and B Q for each sample [N, rows, r]."""
+    B = gauss_newton(problem, w).operator.rows(w)
+    U, s, _ = torch.linalg.svd(B.T, full_matrices=False)
+    Q = U[:, s > 1e-7 * s[0]]
+    rows = (B @ Q).reshape(problem.num_samples, -1, Q.shape[1])
+    return Q, rows.flatten(0, 1).T @ rows.flatten(0, 1), rows
+
+
+def every_batch(problem, size):
+    return list(itertools.combinations(range(problem.num_samples), size))
+
+
+def mean_covariance(dense, w, size):
+    """Sigma [P, P] of DropConnect with std 0.3: H_b diag(w^2) H_b std^2, the mean over all batches."""
+    J, A = dense.jacobian(w), dense.curvature(w)
+    each = torch.einsum("ncp,ncd,ndq->npq", J, A, J)
+    of_batches = [each[list(batch)].mean(0) * 0.3 * w for batch in every_batch(dense.problem, size)]
+    return sum(M @ M.T for M in of_batches) / len(of_batches)
+
+
+def by_recursion(H, rows, Sigma, sgd, problem):
+    """X [r, r] of the recursion of (w, v), as one linear system for all entries of the covariance."""
+    r, lr, mu = len(H), sgd.lr, sgd.momentum
+    eye, zero = torch.eye(r, dtype=DTYPE), torch.zeros(r, r, dtype=DTYPE)
+    size = sgd.batch(problem.num_samples)
+    system = torch.eye(4 * r * r, dtype=DTYPE)
+    batches = every_batch(problem, size)
+    for batch in batches:
+        own = torch.cat([rows[n] for n in batch])
+        H_b = problem.num_samples / size * own.T @ own
+        velocity = torch.cat([H_b, mu * eye], 1)
+        if sgd.nesterov:
+            position = torch.cat([eye - lr * H_b, zero], 1) - lr * mu * velocity
+        else:
+            position = torch.cat([eye, zero], 1) - lr * velocity
+        A = torch.cat([position, velocity])
+        system -= torch.kron(A, A) / len(batches)
+    kick = torch.cat([-lr * (1 + mu if sgd.nesterov else 1) * eye, eye])
+    P = torch.linalg.solve(system, (kick @ Sigma @ kick.T).reshape(-1)).reshape(2 * r, 2 * r)
+    return P[:r, :r]
+
+
+SETTINGS = {
+    "full batch": {},
+    "batches of one": {"batch_size": 1},
+    "batches of two": {"batch_size": 2},
+    "heavy ball": {"momentum": MU},
+    "nesterov": {"momentum": MU, "nesterov": True},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ["scalar", "rank_deficient"])
+@pytest.mark.parametrize("kind", ["dropout", "DropConnect", "DropConnect and label noise"])
+def test_noise_of_order_one(kind, name, setting):
+    """grad V + (1/2) T[X] along Gamma: X by the recursion, T[X] by differences of tr(X H(w)), V of the limit."""
+    dense, w = make(name)
+    problem = dense.problem
+    noise = {
+        "dropout": Dropout(),
+        "DropConnect": DropConnect(0.3),
+        "DropConnect and label noise": DropConnect(0.3) + LabelNoise(0.2),
+    }[kind]
+    hessian = gauss_newton(problem, w)
+    sgd = SGDSettings(lr=0.3 / hessian.largest, **SETTINGS[setting])
+    size = sgd.batch(len(dense.inputs))
+    Q, H, rows = normal_basis(problem, w)
+    if kind == "dropout":
+        Sigma = Q.T @ dense.dropout_noise_covariance(w, size) @ Q
+    else:
+        Sigma = Q.T @ mean_covariance(dense, w, size) @ Q
+    if "label noise" in kind:
+        Sigma = Sigma + 2 * 0.04 / (size * problem.num_outputs) * H
+    X = Q @ by_recursion(H, rows, Sigma, sgd, problem) @ Q.T
+    limit, finite = (
+        singular_limit(problem, w, noise, sgd, num_draws=1_000, finite_step=each).drift for each in (False, True)
+    )
+    more = (limit - finite) / sgd.effective_lr
+    T, generator = tangent_space(problem, w), torch.Generator().manual_seed(1)
+    for _ in range(3):
+        u = T.project(torch.randn(w.shape, generator=generator, dtype=DTYPE))
+        u, h = u / u.norm(), 1e-5
+        slope = sum(sign * (X * dense.gauss_newton(w + sign * h * u)).sum() for sign in (1, -1)) / (2 * h)
+        assert torch.dot(more, u).item() == pytest.approx(slope.item() / 2, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_one_eta_for_the_samples_of_a_batch(few, size, monkeypatch):
+    """Sigma of DropConnect is the mean over the batches, whether S is formed, or blocks of it beside products."""
+    if not few:
+        monkeypatch.setattr(importlib.import_module("torch_singlim.theory.gradient_noise"), "FEW_RESIDUALS", 0)
+    dense, w = make("scalar")
+    hessian = gauss_newton(dense.problem, w)
+    found = gradient_noise(DropConnect(0.3), dense.problem, w, batch_size=size, num_draws=100)
+    Sigma = mean_covariance(dense, w, size)
+    B = hessian.operator.rows(w)
+    torch.testing.assert_close(B.T @ found.source(hessian) @ B, Sigma, rtol=1e-8, atol=1e-12)
 
 
 def test_the_variance_under_batches_grows_forever_where_the_step_is_unstable():
@@ -178,8 +281,8 @@ def test_what_is_not_known_is_an_error():
         sgd = SGDSettings(**({"lr": 0.01} | options))
         return finite_step_potential(noise, dense.problem, w, sgd, hessian, num_draws=4)
 
-    for noise in (Dropout(), Langevin(0.1), LabelNoise(0.1) + Langevin(0.1)):
-        with pytest.raises(ValueError, match="are known for label noise, label flips and anti-correlated noise"):
+    for noise in (Langevin(0.1), LabelNoise(0.1) + Langevin(0.1)):
+        with pytest.raises(ValueError, match="are known for noise on outputs and labels"):
             of(noise)
     with pytest.raises(ValueError, match="is unstable"):
         of(LabelNoise(0.1), lr=2.01 / hessian.largest)
@@ -199,6 +302,7 @@ ENSEMBLES = {
     "nesterov": (LabelNoise(0.01), {"momentum": 0.9, "nesterov": True}, 0.05),
     "batches of one": (LabelNoise(0.02), {"batch_size": 1}, 0.01),
     "anti-correlated": (AntiCorrelated(0.01), {}, 0.02),
+    "DropConnect, batches of one": (DropConnect(0.01), {"batch_size": 1}, 0.02),
 }
 
 

@@ -1,6 +1,5 @@
 """The paper and its extensions, one function per formula."""
 
-from torch_singlim.theory.batches import UnstableStepError, batch_covariance
 from torch_singlim.theory.derivatives import check_derivatives
 from torch_singlim.theory.distance import ExpectedDistance, expected_distance
 from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction, has_effective_flow
@@ -8,13 +7,14 @@ from torch_singlim.theory.effective_flow import effective_flow
 from torch_singlim.theory.ensemble import Ensemble, simulate
 from torch_singlim.theory.finite_step import finite_step_potential, has_finite_step, step_ratio
 from torch_singlim.theory.finite_window import finite_window
+from torch_singlim.theory.fluctuations import UnstableStepError, fluctuation_covariance
 from torch_singlim.theory.gradient_noise import GradientNoise, gradient_noise
 from torch_singlim.theory.limit_flow import limit_flow
 from torch_singlim.theory.on_gamma import tangential_potential
 from torch_singlim.theory.order import Degeneracy, degeneracy, with_measured_order
 from torch_singlim.theory.potential import Potential, averaged_gradient, potential, sampled_potential
 from torch_singlim.theory.second_order import covariance_potential, ito_drift
-from torch_singlim.theory.sgd import SGDSettings, stationary_variance, time_scale
+from torch_singlim.theory.sgd import SGDSettings, stationary_covariance, stationary_variance, time_scale
 from torch_singlim.theory.singular_limit import LimitPrediction, singular_limit
 from torch_singlim.theory.tangential_share import tangential_share
 
@@ -23,6 +23,7 @@ __all__ = [
     "SGDSettings",
     "time_scale",
     "stationary_variance",
+    "stationary_covariance",
     # whether torch's derivatives of the network are right
     "check_derivatives",
     # order 1: the effective potential
@@ -40,7 +41,7 @@ __all__ = [
     "finite_step_potential",
     "has_finite_step",
     "step_ratio",
-    "batch_covariance",
+    "fluctuation_covariance",
     "UnstableStepError",
     # the order of a noise
     "degeneracy",

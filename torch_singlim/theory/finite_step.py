@@ -1,8 +1,11 @@
 """Noise at finite step size: drifts exactly in alpha, at leading order in sigma^2.
 
-The fluctuations X of the recursion about a point of Gamma give the drift -(alpha/2) P_T T[X], T = D^3 L, where alpha is
-the effective step size. In the singular limit X = (alpha c / 2) P_N for Sigma = c H; at finite step size stiff modes
-fluctuate more.
+    drift = -alpha P_T (grad V + (1/2) T[X]),       T = D^3 L
+
+where V is the potential of order 1, X the covariance of the fluctuations of the recursion about a point of Gamma, which
+is of the order of alpha sigma^2, and alpha outside X is the effective step size. So X adds to a drift of order 1 what
+vanishes with alpha; a drift of order 2 is due to X alone. In the singular limit X = (alpha c / 2) P_N for Sigma = c H;
+at finite step size stiff modes fluctuate more, and so they do under batches.
 
 Source: A. Damian, T. Ma, J. Lee, arXiv 2106.06530, for full-batch label noise.
 """
@@ -12,16 +15,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_singlim.linalg import DenseFactored, FactoredOperator
+from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import AntiCorrelated, Covariance, NoiseSystem, leading, parts
-from torch_singlim.theory.batches import FEW_RESIDUALS, UnstableStepError, batch_covariance
+from torch_singlim.noise import AntiCorrelated, Covariance, NoiseSystem, parts
 from torch_singlim.theory.directions import directions_at_once
-from torch_singlim.theory.on_gamma import fluctuation_gradient
+from torch_singlim.theory.fluctuations import FEW_RESIDUALS, UnstableStepError, fluctuation_covariance
+from torch_singlim.theory.gradient_noise import gradient_noise
+from torch_singlim.theory.on_gamma import fluctuation_gradient, tangential_potential
 from torch_singlim.theory.potential import Potential, traced
 from torch_singlim.theory.second_order import quadratic_gradients, residual_direction
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance
@@ -33,19 +38,19 @@ _NODES = 32
 
 
 def has_finite_step(noise: NoiseSystem, problem: ZeroLossProblem, sgd: SGDSettings) -> bool:
-    """Whether `finite_step_potential` is known for all parts that move the weights, in seconds."""
+    """Whether `finite_step_potential` is known, and takes seconds, for all parts that move the weights."""
     N = problem.num_samples
     B = sgd.batch(N)
     full = B == N
 
+    few = problem.num_residuals <= FEW_RESIDUALS and (full or not sgd.momentum)
+
     def known(part: NoiseSystem) -> bool:
         if isinstance(part, AntiCorrelated):
             return full
-        return _of_hessian(part, problem, B) > 0 and (
-            full or (not sgd.momentum and problem.num_residuals <= FEW_RESIDUALS)
-        )
+        return few if part.moves_outputs else _of_hessian(part, problem, B) > 0 and (full or few)
 
-    return noise.order is not None and all(map(known, leading(noise)))
+    return noise.order is not None and all(known(part) for part in parts(noise) if part.order is not None)
 
 
 def _of_hessian(noise: NoiseSystem, problem: ZeroLossProblem, batch_size: int) -> float:
@@ -115,6 +120,31 @@ def _of_modes(
     return traced(direction, derivative, M, num_draws, at_once=directions_at_once(problem), like=w)
 
 
+def _of_fluctuations(
+    problem: ZeroLossProblem,
+    w: Tensor,
+    hessian: FactoredOperator,
+    source: Callable[[DenseFactored], Tensor],
+    sgd: SGDSettings,
+    *,
+    num_draws: int,
+    generator: torch.Generator | None,
+) -> Potential:
+    """The gradient (1/2) T[X] ``[P]`` along Gamma for Sigma = B^T S B; it is that of no potential in general."""
+    N, M = problem.num_samples, problem.num_residuals
+    if not isinstance(hessian, DenseFactored) or M > FEW_RESIDUALS:
+        raise ValueError(
+            f"at finite step size, this noise and batches are covered for up to {FEW_RESIDUALS} residuals and with all "
+            f"eigenvectors of B B^T, got {type(hessian).__name__} and {M} residuals: use fewer samples, or "
+            "finite_step=False"
+        )
+    U = hessian.eigenvectors
+    Y = fluctuation_covariance(hessian, source(hessian), sgd, num_samples=N)
+    YK = U @ (Y * hessian.eigenvalues) @ U.T
+    found = fluctuation_gradient(problem, w, hessian, YK, num_draws=num_draws, generator=generator)
+    return Potential(Estimate(0.0, 0.0), found.gradient.map(lambda g: g / 2), found.passes)
+
+
 def finite_step_potential(
     noise: NoiseSystem,
     problem: ZeroLossProblem,
@@ -129,10 +159,11 @@ def finite_step_potential(
 
         label noise, flips (Sigma = c H)    V = (c/4) sum_j int_0^{l_j} rho dl,       rho: `step_ratio`
         anti-correlated noise               V = (sigma^2/2) sum_j int_0^{l_j} rho dl,  for transient noise
+        noise that moves the outputs        grad V + (1/2) T[X],    V of the limit, X: `fluctuation_covariance`
 
-    Without momentum these are -(c/(2 alpha)) tr log(1 - alpha H/2) and -(sigma^2/alpha) tr log(1 - alpha H/2). With
-    batches smaller than the data the Hessian is random, and the gradient is that of no potential in general: V is then
-    the one of the limit, (c/4) tr H.
+    Without momentum the first two are -(c/(2 alpha)) tr log(1 - alpha H/2) and -(sigma^2/alpha) tr log(1 - alpha H/2).
+    With batches smaller than the data the Hessian is random, and label noise has (1/(2 alpha)) T[X] instead of grad V.
+    T[X] is the gradient of no potential in general: the value returned is then V of the limit.
 
     Args:
         noise: one system.
@@ -145,31 +176,35 @@ def finite_step_potential(
         generator: of random directions.
 
     Raises:
-        ValueError: another noise, an unstable step size, batches together with momentum or anti-correlated noise.
+        ValueError: another noise, an unstable step size, batches together with momentum or anti-correlated noise, or
+            too many residuals for T[X].
     """
     N, B, transient = problem.num_samples, sgd.batch(problem.num_samples), isinstance(noise, AntiCorrelated)
     c = _of_hessian(noise, problem, B)
-    if len(parts(noise)) > 1 or not (transient or c > 0):
+    if len(parts(noise)) > 1 or not (transient or c > 0 or noise.moves_outputs):
         raise ValueError(
-            "drifts at finite step size are known for label noise, label flips and anti-correlated noise, got "
-            f"{noise}: use finite_step=False"
+            "drifts at finite step size are known for noise on outputs and labels (dropout, DropConnect, input noise, "
+            f"label noise, flips) and for anti-correlated noise, got {noise}: use finite_step=False"
         )
     if transient and B < N:
         raise ValueError(
             f"at finite step size, anti-correlated noise is covered on full batches, got batches of {B} of {N} "
             "samples: use the full batch, or finite_step=False"
         )
+    options: dict[str, Any] = {"num_draws": num_draws, "generator": generator}
+    if noise.moves_outputs and not transient:
+        sigma = gradient_noise(noise, problem, w, batch_size=B, **options)
+        V = tangential_potential(noise, problem, w, **options)
+        return V + _of_fluctuations(problem, w, hessian, sigma.source, sgd, **options)
     if B < N:
-        Y = batch_covariance(hessian, torch.eye(problem.num_residuals).to(w), sgd, num_samples=N)
-        assert isinstance(hessian, DenseFactored)
-        covariance = hessian.eigenvectors @ (Y * hessian.eigenvalues) @ hessian.eigenvectors.T
-        found = fluctuation_gradient(problem, w, hessian, covariance, num_draws=num_draws, generator=generator)
-        gradient = found.gradient.map(lambda g: c / (2 * sgd.lr) * g)
-        return Potential(hessian.trace(lambda values: values).scaled(c / 4), gradient, found.passes)
+        eye = torch.eye(problem.num_residuals, dtype=w.dtype, device=w.device)
+        found = _of_fluctuations(problem, w, hessian, lambda _: c * eye, sgd, **options)
+        value = hessian.trace(lambda values: values).scaled(c / 4)
+        return Potential(value, found.gradient.map(lambda g: g / sgd.lr), found.passes)
     scale = noise.variance(problem) / 2 if transient else c / 4
     rho = functools.partial(step_ratio, sgd, transient=transient)
     if math.isinf(rho(torch.tensor([hessian.largest], dtype=torch.float64)).item()):
         raise UnstableStepError(f"the step size {sgd.lr} is unstable: the largest eigenvalue is {hessian.largest:.3g}")
     value = hessian.trace(lambda values: _integral(rho, values))
-    found = _of_modes(problem, w, hessian, rho, num_draws=num_draws, generator=generator)
+    found = _of_modes(problem, w, hessian, rho, **options)
     return Potential(value.scaled(scale), found.gradient.map(lambda g: scale * g), found.passes)

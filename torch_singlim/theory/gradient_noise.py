@@ -2,26 +2,34 @@
 
 On Gamma, to first order in eta, grad_w Lhat(w, eta) = M eta with M = d^2 Lhat/(dw d eta) at eta = 0, so that
 
-    Sigma = M diag(sigma^2) M^T                          one eta for the step
+    Sigma = M diag(sigma^2) M^T                          one eta for the step, full batch
     Sigma = (1/(B N)) sum_n M_n diag(sigma^2) M_n^T      one eta for each of the B samples; M_n is that of sample n
+
+With one eta for a step on a batch b, M is that of the batch, and Sigma is the mean over the batches (`batch_mean`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from torch_singlim.geometry import relaxed_filter
+from torch_singlim.geometry import relaxed_filter, samples_at_once
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, rademacher
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Covariance, NoiseSystem, noisy_outputs, parts
-from torch_singlim.theory.batches import FEW_RESIDUALS, UnstableStepError, batch_covariance
-from torch_singlim.theory.directions import directions_at_once, for_directions, mean_at
+from torch_singlim.theory.directions import batched, directions_at_once, for_directions, mean_at
+from torch_singlim.theory.fluctuations import (
+    FEW_RESIDUALS,
+    UnstableStepError,
+    batch_mean,
+    batch_weights,
+    fluctuation_covariance,
+)
 from torch_singlim.theory.potential import chunk_gradient, of_chunk, random_direction
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance
 
@@ -78,21 +86,68 @@ def output_noise(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tens
     """G_n = R_n D_n diag(sigma^2) D_n^T R_n^T ``[N, rows, rows]``, D_n = df_n/d eta, for noise that moves the
     outputs of each sample.
 
-    On Gamma the residual is zero, so that M_n = J_n^T A_n D_n and Sigma = B^T blockdiag(G_n) B / batch.
+    On Gamma the residual is zero, so that M_n = J_n^T A_n D_n and Sigma = B^T blockdiag(G_n) B / batch, if each sample
+    has an eta of its own.
     """
     scale, f = part.scale(problem), problem.outputs(w)
-    blocks = []
-    for chunk in problem.chunks():
-        x, y = problem.inputs[chunk], problem.targets[chunk]
 
-        def outputs(eta: Tensor, x: Tensor = x, y: Tensor = y) -> Tensor:
+    def transposed(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+        def outputs(eta: Tensor) -> Tensor:
             return noisy_outputs(part, problem.function, w, x, y, eta)
 
-        transposed = vjp(outputs, scale.new_zeros(len(x), scale.numel()))[1]
-        R = problem.output_factor(f, chunk)  # [n, rows, C]
-        RD = torch.stack([transposed(row)[0] for row in R.unbind(1)], 1) * scale  # [n, rows, D]
+        pullback = vjp(outputs, scale.new_zeros((len(x), scale.numel()) if part.per_sample else scale.shape))[1]
+        return lambda u: pullback(u)[0]
+
+    def factor(x: Tensor, y: Tensor, R: Tensor) -> Tensor:  # R_n D_n of n samples  [n, rows, D]
+        return torch.stack([transposed(x, y)(row) for row in R.unbind(1)], 1)
+
+    def alone(x: Tensor, y: Tensor, R: Tensor) -> Tensor:  # of one sample  [rows, D]
+        return torch.stack([transposed(x[None], y[None])(row[None]) for row in R.unbind(0)])
+
+    own, blocks = problem.process_group.shard(problem.num_samples), []
+    # a vector [D] for each row is in memory
+    size = (
+        problem.batch_size
+        if part.per_sample
+        else samples_at_once(problem, problem.num_residuals // problem.num_samples)
+    )
+    for start in range(own.start, own.stop, size):
+        chunk = slice(start, min(start + size, own.stop))
+        samples = problem.inputs[chunk], problem.targets[chunk], problem.output_factor(f, chunk)
+        RD = (factor(*samples) if part.per_sample else batched(alone, *samples)) * scale
         blocks.append(RD @ RD.mT)
     return problem.process_group.all_gather(torch.cat(blocks), problem.num_samples)
+
+
+def shared_output_noise(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Tensor:
+    """G = R D diag(sigma^2) D^T R^T / N ``[M, M]``, for noise with one eta for all samples, which moves their outputs.
+
+    On Gamma Sigma = B^T G B on the full batch.
+    """
+    scale, f = part.scale(problem), problem.outputs(w)
+    N, M = problem.num_samples, problem.num_residuals
+    loss, rows = problem.sample_loss, torch.eye(M, dtype=w.dtype, device=w.device)
+
+    def outputs(eta: Tensor, chunk: slice) -> Tensor:
+        return noisy_outputs(part, problem.function, w, problem.inputs[chunk], problem.targets[chunk], eta)
+
+    def slope(chunk: slice, z: Tensor) -> Tensor:  # D^T R^T z, the mean over a chunk  [D]
+        u = loss.unwhiten(f[chunk], problem.targets[chunk], z.view(N, -1)[chunk])
+        return vjp(lambda eta: outputs(eta, chunk), torch.zeros_like(scale))[1](u)[0] / len(u)
+
+    def images(slopes: Tensor) -> Tensor:  # R D g for g [k, D]  [k, M]
+        def image(g: Tensor, chunk: slice) -> Tensor:
+            along = jvp(lambda eta: outputs(eta, chunk), (torch.zeros_like(scale),), (g,))[1]
+            return loss.whiten(f[chunk], problem.targets[chunk], along)  # type: ignore[arg-type]  # jvp, see above
+
+        found = [batched(lambda g, c=chunk: image(g, c), slopes).movedim(1, 0) for chunk in problem.chunks()]
+        whole = problem.process_group.all_gather(torch.cat(found), N)  # [N, k, rows]
+        return whole.movedim(1, 0).reshape(len(slopes), M)
+
+    def products(z: tuple[Tensor, ...]) -> Tensor:
+        return images(scale.square() * mean_at(problem, slope, *z))
+
+    return torch.stack(list(for_directions(((z,) for z in rows), directions_at_once(problem), products)))
 
 
 @dataclass(frozen=True)
@@ -104,10 +159,10 @@ class GradientNoise:
     Args:
         num_samples: N.
         closed: c_H and c_I.
-        gram: G ``[N, rows, rows]``, divided by the batch size; None: zero.
+        gram: G ``[N, rows, rows]``, one block for each sample, or ``[1, M, M]`` for all of them; None: zero.
         draws: g ``[k, P]``; None: no sampled term.
         exact: whether the draws are a basis, so that their mean is exact.
-        per_sample: whether all of Sigma is due to noise with one eta for each sample of the batch.
+        of_batches: whether it is known as well for batches smaller than the data as for all.
         transient: variance per direction of the transient perturbation, which is added to that from Sigma.
     """
 
@@ -116,7 +171,7 @@ class GradientNoise:
     gram: Tensor | None = field(default=None, repr=False)
     draws: Tensor | None = field(default=None, repr=False)
     exact: bool = True
-    per_sample: bool = True
+    of_batches: bool = True
     transient: float = 0.0
 
     def diffusion(self, hessian: FactoredOperator, *, num_weights: int) -> float:
@@ -142,9 +197,9 @@ class GradientNoise:
             chi = alpha / (2 l - alpha l^2),      f: `relaxed_filter`
 
         With momentum, chi is that of the whole recursion, see `stationary_variance`. Infinite if a mode is unstable.
-        With `random_batches`, X is that of `batch_covariance` under batches smaller than the data, whose Hessians are
-        random: for noise with one eta for each sample whose Sigma is exact, if there is no momentum and it takes
-        seconds. Elsewhere this is neglected.
+        With `random_batches`, X is that of `fluctuation_covariance` under batches smaller than the data, whose Hessians
+        are random: for noise whose Sigma is exact, if there is no momentum and it takes seconds. Elsewhere this is
+        neglected.
         """
         stiffest, noisy = (
             hessian.largest,
@@ -161,7 +216,7 @@ class GradientNoise:
             assert isinstance(hessian, DenseFactored)
             values = hessian.eigenvalues
             try:
-                Y = batch_covariance(hessian, self._source(hessian), sgd, num_samples=self.num_samples)
+                Y = fluctuation_covariance(hessian, self.source(hessian), sgd, num_samples=self.num_samples)
             except UnstableStepError:
                 return Estimate(math.inf, 0.0)
             return Estimate((kept(values) * values * Y.diagonal()).sum().item(), 0.0)
@@ -181,12 +236,12 @@ class GradientNoise:
 
     def _knows_batches(self, hessian: FactoredOperator, sgd: SGDSettings) -> bool:
         """Whether batches are smaller than the data, and their part in the fluctuations is known."""
-        few = isinstance(hessian, DenseFactored) and hessian.rank == hessian.operator.shape[0] <= FEW_RESIDUALS
+        few = isinstance(hessian, DenseFactored) and hessian.operator.shape[0] <= FEW_RESIDUALS
         batches = sgd.batch(self.num_samples) < self.num_samples and not sgd.momentum
-        return few and batches and self.per_sample and self.exact
+        return few and batches and self.of_batches and self.exact
 
-    def _source(self, hessian: DenseFactored) -> Tensor:
-        """S ``[M, M]`` of Sigma = B^T S B; draws g = B^T y are normal to Gamma."""
+    def source(self, hessian: DenseFactored) -> Tensor:
+        """S ``[M, M]`` of the normal part of Sigma = B^T S B, without c_I."""
         U, values = hessian.eigenvectors, hessian.eigenvalues
         source = self.closed.hessian * torch.eye(len(U), dtype=U.dtype, device=U.device)
         if self.gram is not None:
@@ -237,7 +292,8 @@ def gradient_noise(
         num_draws: number of directions for the sampled systems: a basis if that suffices, else at most 32 random ones.
         generator: of the random directions.
     """
-    closed, grams, draws, exact, transient = Covariance(), [], [], True, 0.0
+    N, B = problem.num_samples, batch_size
+    closed, blocks, full, draws, exact, transient = Covariance(), [], [], [], True, 0.0
     for part in parts(system):
         scale = part.scale(problem)
         known = part.covariance(problem, batch_size)
@@ -248,25 +304,43 @@ def gradient_noise(
         elif scale.numel() == 0:
             continue
         elif part.moves_outputs and part.per_sample:
-            grams.append(output_noise(part, problem, w) / batch_size)
-        elif scale.numel() * (problem.num_samples if part.per_sample else 1) <= num_draws:
-            factor = noise_factor(part, problem, w, batch_size=batch_size)
-            draws.append(factor * math.sqrt(len(factor)))
+            blocks.append(output_noise(part, problem, w) / B)
+        elif part.moves_outputs and problem.num_residuals <= FEW_RESIDUALS:
+            full.append(batch_mean(shared_output_noise(part, problem, w), num_samples=N, batch_size=B))
         else:
-            size = math.sqrt(problem.num_samples / batch_size) if part.per_sample else 1.0
-            count = min(num_draws, _SAMPLES)
-            signs = (random_direction(part, problem, generator=generator) for _ in range(count))
-            draws.append(size * noise_products(part, problem, w, signs))
-            exact = False
+            own, sampled = _sampled(part, problem, w, B, num_draws=num_draws, generator=generator)
+            draws.append(own)
+            exact = exact and not sampled
+            if part.moves_outputs and B < N:  # one eta for the samples of a batch
+                a, d = batch_weights(N, B)
+                draws[-1] = math.sqrt(a) * own
+                blocks.append(d / N * output_noise(part, problem, w))
+    if full:
+        blocks, full = [], [*full, *(torch.block_diag(*each) for each in blocks)]
+    grams = [*blocks, *(each[None] for each in full)]
+    gram = torch.stack(grams).sum(0) if grams else None
     # the draws of all sampled parts are concatenated, with weights such that the common mean is the sum of their means
     count = sum(map(len, draws))
-    joined = torch.cat([d * math.sqrt(count / len(d)) for d in draws]) if draws else None
-    return GradientNoise(
-        problem.num_samples,
-        closed,
-        sum(grams[1:], start=grams[0]) if grams else None,
-        joined,
-        exact,
-        system.per_sample,
-        transient,
-    )
+    joined = torch.cat([g * math.sqrt(count / len(g)) for g in draws]) if draws else None
+    of_batches = all(part.per_sample or part.moves_outputs for part in parts(system))
+    return GradientNoise(N, closed, gram, joined, exact, of_batches, transient)
+
+
+def _sampled(
+    part: NoiseSystem,
+    problem: ZeroLossProblem,
+    w: Tensor,
+    batch_size: int,
+    *,
+    num_draws: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, bool]:
+    """g ``[k, P]`` whose mean g g^T is Sigma, and whether they are random draws, not a basis."""
+    scale, N = part.scale(problem), problem.num_samples
+    if scale.numel() * (N if part.per_sample else 1) <= num_draws:
+        factor = noise_factor(part, problem, w, batch_size=batch_size)
+        return factor * math.sqrt(len(factor)), False
+    size = math.sqrt(N / batch_size) if part.per_sample else 1.0
+    count = min(num_draws, _SAMPLES)
+    signs = (random_direction(part, problem, generator=generator) for _ in range(count))
+    return size * noise_products(part, problem, w, signs), True

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import Covariance, NoiseSystem, Sum, leading
+from torch_singlim.noise import Covariance, NoiseSystem, Sum, leading, parts
 from torch_singlim.theory.finite_step import finite_step_potential
 from torch_singlim.theory.gradient_noise import noise_factor
 from torch_singlim.theory.on_gamma import tangential_potential
@@ -54,6 +55,27 @@ def _order_two(
     return V
 
 
+def _at_finite_step(
+    noise: NoiseSystem,
+    problem: ZeroLossProblem,
+    point: Tensor,
+    sgd: SGDSettings,
+    hessian: FactoredOperator,
+    **options: Any,
+) -> Potential:
+    """V and grad V at this step size, of all parts: those of order 2 count alpha times in a sum of order 1."""
+    lowest, moving = noise.order, [part for part in parts(noise) if part.order is not None]
+    assert lowest is not None
+
+    def scaled(part: NoiseSystem) -> Potential:
+        V, factor = finite_step_potential(part, problem, point, sgd, hessian, **options), 1.0
+        if part.order is not None:
+            factor = sgd.effective_lr ** (part.order - lowest)
+        return Potential(V.value.scaled(factor), V.gradient.map(lambda g: factor * g), V.passes)
+
+    return total(map(scaled, moving))
+
+
 def limit_drift(
     problem: ZeroLossProblem,
     point: Tensor,
@@ -81,10 +103,7 @@ def limit_drift(
     if order is None:
         return LimitDrift(Estimate(0.0, 0.0), VectorEstimate(torch.zeros_like(point)[None]), 0)
     if finite_step:
-        V = total(
-            finite_step_potential(part, problem, point, sgd, hessian, num_draws=num_draws, generator=generator)
-            for part in leading(noise)
-        )
+        V = _at_finite_step(noise, problem, point, sgd, hessian, num_draws=num_draws, generator=generator)
     elif order == 1:
         V = tangential_potential(Sum(leading(noise)), problem, point, num_draws=num_draws, generator=generator)
     else:

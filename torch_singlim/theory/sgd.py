@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SGDSettings", "stationary_variance", "time_scale"]
+__all__ = ["SGDSettings", "stationary_covariance", "stationary_variance", "time_scale"]
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,33 @@ class SGDSettings:
         return w - self.lr * direction, velocity
 
 
-def stationary_variance(sgd: SGDSettings, curvature: Tensor) -> Tensor:
-    """Variance of w along modes of curvature l ``[r]``, per unit variance of the gradient noise xi; inf if unstable.
+def stationary_covariance(sgd: SGDSettings, curvature: Tensor, other: Tensor) -> Tensor:
+    """Covariance of w along modes of curvature l and l' ``[r]``, per unit covariance of the noise xi; inf if unstable.
 
         v+ = mu v + (1 - d) (l w + xi),     w+ = w - lr v+        (Nesterov: w - lr (l w + xi + mu v+))
 
-    With s = (w, v) and s+ = A s + b xi, the variance is P_ww for P = A P A^T + b b^T. Without momentum this is
-    alpha/(2 l - alpha l^2); with momentum it tends to alpha/(2 l) as lr l -> 0, where alpha is the effective step size.
+    With s = (w, v) and s+ = A s + b xi, it is P_ww for P = A P A'^T + b b'^T. Without momentum this is
+    alpha/(l + l' - alpha l l'); with momentum it tends to alpha/(l + l') as lr l -> 0, where alpha is the effective
+    step size.
 
-    >>> stationary_variance(SGDSettings(lr=0.5), torch.tensor([1.0, 4.0], dtype=torch.float64))
-    tensor([0.3333,    inf], dtype=torch.float64)
+    >>> stationary_covariance(SGDSettings(lr=0.5), torch.tensor([1.0]), torch.tensor([2.0]))
+    tensor([0.2500])
     """
+    if not sgd.momentum:
+        found = sgd.lr / (curvature + other - sgd.lr * curvature * other)
+        return torch.where(sgd.lr * torch.maximum(curvature, other) < 2, found, math.inf)
+    (A, b), (A_, b_) = _recursion(sgd, curvature), _recursion(sgd, other)
+    AA = torch.einsum("rij,rkl->rikjl", A, A_).reshape(-1, 4, 4)
+    bb = torch.einsum("ri,rk->rik", b, b_).reshape(-1, 4)
+    stable = torch.maximum(curvature, other) < sgd.largest_stable_curvature
+    system = torch.eye(4, dtype=A.dtype, device=A.device) - AA.where(stable[:, None, None], torch.zeros_like(AA))
+    return torch.where(stable, torch.linalg.solve(system, bb)[:, 0], math.inf)
+
+
+def _recursion(sgd: SGDSettings, curvature: Tensor) -> tuple[Tensor, Tensor]:
+    """A ``[r, 2, 2]`` and b ``[r, 2]`` of (w, v)+ = A (w, v) + b xi, with momentum."""
     l, lr, mu = curvature, sgd.lr, sgd.momentum  # noqa: E741  # the notation of the formulas
-    take = 1 - sgd.dampening if mu else 1.0  # torch: no dampening without momentum
+    take = 1 - sgd.dampening
     one, zero = torch.ones_like(l), torch.zeros_like(l)
     velocity, push = torch.stack([take * l, mu * one], -1), take * one
     if sgd.nesterov:
@@ -104,13 +118,18 @@ def stationary_variance(sgd: SGDSettings, curvature: Tensor) -> Tensor:
         kick = -lr * (one + mu * push)
     else:
         position, kick = torch.stack([one, zero], -1) - lr * velocity, -lr * push
-    A, b = torch.stack([position, velocity], -2), torch.stack([kick, push], -1)  # [r, 2, 2], [r, 2]
-    AA = torch.einsum("rij,rkl->rikjl", A, A).reshape(-1, 4, 4)
-    bb = torch.einsum("ri,rk->rik", b, b).reshape(-1, 4)
-    stable = torch.linalg.eigvals(A).abs().amax(-1) < 1
-    system = torch.eye(4, dtype=l.dtype, device=l.device) - AA.where(stable[:, None, None], torch.zeros_like(AA))
-    variance = torch.linalg.solve(system, bb)[:, 0]
-    return torch.where(stable, variance, math.inf)
+    return torch.stack([position, velocity], -2), torch.stack([kick, push], -1)
+
+
+def stationary_variance(sgd: SGDSettings, curvature: Tensor) -> Tensor:
+    """Variance of w along modes of curvature l ``[r]``, per unit variance of the gradient noise; inf if unstable.
+
+    `stationary_covariance` of a mode with itself: alpha/(2 l - alpha l^2) without momentum.
+
+    >>> stationary_variance(SGDSettings(lr=0.5), torch.tensor([1.0, 4.0], dtype=torch.float64))
+    tensor([0.3333,    inf], dtype=torch.float64)
+    """
+    return stationary_covariance(sgd, curvature, curvature)
 
 
 def time_scale(sgd: SGDSettings, order: int | None, variance: float) -> float:

@@ -85,7 +85,8 @@ def singular_limit(
         order 2:  dW = P_T Sigma^{1/2} dB + (1/2) D^2 Phi[Sigma] dt,      t = alpha^2 sigma^2 k
         per step: drift = -alpha^order P_T grad V,  diffusion alpha^2 Sigma_T
 
-    The drift of a sum is that of the parts of the lowest order; the other parts do not move the weights on that clock.
+    The drift of a sum is that of the parts of the lowest order; the others do not move the weights on that clock. At
+    finite step size, all parts count.
 
     Args:
         problem: loss and samples.
@@ -96,9 +97,8 @@ def singular_limit(
             for tr H and noise that moves the outputs, components of eta for your own noise, residuals for log pdet H;
             with fewer, they are random and the result has a standard error. The mean offset takes the trace over the
             components of eta.
-        finite_step: the drift at this step size, exactly in alpha, instead of that as alpha -> 0; for label noise,
-            flips and anti-correlated noise, see `finite_step_potential`. The variance then has the random Hessians of
-            batches, too.
+        finite_step: the drift at this step size, exactly in alpha, instead of that as alpha -> 0, see
+            `finite_step_potential`. The variance then has the random Hessians of batches, too.
         hessian: ``gauss_newton(problem, point)``, if it was computed already.
         generator: of the draws.
 

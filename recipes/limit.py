@@ -37,11 +37,13 @@ from torch_singlim import (
     LabelFlips,
     LabelNoise,
     Langevin,
+    LimitPrediction,
     Minibatch,
     NearestPoint,
     NoiseSystem,
     SGDSettings,
     ZeroLossProblem,
+    has_finite_step,
     limit_flow,
     nearest_point,
     simulate,
@@ -49,7 +51,6 @@ from torch_singlim import (
     tangent_space,
     tangential_share,
 )
-from torch_singlim.theory import has_finite_step, time_scale
 
 HIDDEN = 256
 TOLERANCE = 1e-3  # of nearest points
@@ -200,6 +201,7 @@ class Run:
         start: weights on the zero-loss set.
         noise: at its level.
         sgd: step size and batch size.
+        limit: its prediction at the start.
         steps: of each run.
         ensemble: the runs.
     """
@@ -208,6 +210,7 @@ class Run:
     start: Tensor
     noise: NoiseSystem
     sgd: SGDSettings
+    limit: LimitPrediction
     steps: int
     ensemble: Ensemble
 
@@ -218,10 +221,11 @@ def train(system: System, sigma: float, *, samples: int, runs: int, seed: int) -
     start = start_of(problem)
     noise, generator = system.noise(sigma), torch.Generator().manual_seed(seed)
     alpha = system.step / tangent_space(problem, start).spectrum()[0].item()
-    steps = round(system.slow_time * time_scale(SGDSettings(lr=alpha), noise.order, noise.variance(problem)))
     sgd = SGDSettings(lr=alpha, batch_size=system.batch)
+    limit = singular_limit(problem, start, noise, sgd, num_draws=HIDDEN)
+    steps = round(system.slow_time * limit.time_scale)
     ensemble = simulate(problem, start, noise, sgd, steps=steps, replicas=runs, generator=generator)
-    return Run(problem, start, noise, sgd, steps, ensemble)
+    return Run(problem, start, noise, sgd, limit, steps, ensemble)
 
 
 def judge(system: System, sigma: float, run: Run) -> Cell:
@@ -230,12 +234,12 @@ def judge(system: System, sigma: float, run: Run) -> Cell:
     nearest = nearest_points(problem, start + run.ensemble.displacements)
     motions = torch.stack([each.point - start for each in nearest])
     finite = has_finite_step(noise, problem, sgd)
-    end = singular_limit(problem, start, noise, sgd, num_draws=HIDDEN)
     relaxed = sgd.lr * tangent_space(problem, start).spectrum()[-1].item() * steps
-    if end.diffusion:  # the drift over this time is much smaller
+    if run.limit.diffusion:  # the drift over this time is much smaller
         single = ceiling = of_mean = math.nan
         measured = replace(run.ensemble, displacements=motions).spread
-        speed = asymptotic = measured.scaled(1 / end.spread(steps) ** 2)
+        speed = asymptotic = measured.scaled(1 / run.limit.spread(steps) ** 2)
+        end = run.limit
     else:
         flow, slow = (
             limit_flow(problem, start, noise, sgd, steps=steps, num_draws=HIDDEN, finite_step=each).displacement

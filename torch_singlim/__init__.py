@@ -58,6 +58,7 @@ from torch_singlim.theory import (
     degeneracy,
     effective_flow,
     finite_window,
+    has_finite_step,
     limit_flow,
     simulate,
     singular_limit,
@@ -96,6 +97,7 @@ __all__ = [
     "CustomNoise",
     # what the theory predicts
     "singular_limit",
+    "has_finite_step",
     "LimitPrediction",
     "degeneracy",
     "Degeneracy",

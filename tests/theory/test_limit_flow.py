@@ -10,7 +10,6 @@ from tests.problems import make
 from torch_singlim import (
     AntiCorrelated,
     Dropout,
-    InputNoise,
     LabelNoise,
     Langevin,
     Minibatch,
@@ -142,7 +141,7 @@ def test_no_motion_and_what_is_refused():
     with pytest.raises(ValueError, match="weights in one vector"):
         limit_flow(dense.problem, w[1:], Dropout(), sgd, steps=1)
     with pytest.raises(ValueError, match="finite step size"):
-        limit_flow(dense.problem, w, InputNoise(0.1), sgd, steps=1, finite_step=True)
+        limit_flow(dense.problem, w, Langevin(0.1), sgd, steps=1, finite_step=True)
 
 
 def test_too_few_substeps_are_a_status():

@@ -11,6 +11,7 @@ starts on its zero-loss set of a few handwritten digits, and ensembles of noisy 
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -453,7 +454,7 @@ def main(
     began = time.perf_counter()
     names = systems.split(",") if systems else ["dropout", "label_noise"] if quick else list(SYSTEMS)
     runs = runs or (12 if full else 4)
-    levels = 4 if full else 2
+    levels = 3 if full else 2
     ensembles = [
         (replace(SYSTEMS[name], step=SYSTEMS[name].step / 2**i), SYSTEMS[name].sigma)
         if SYSTEMS[name].flips
@@ -491,6 +492,8 @@ def main(
     resting = f"minibatches of 5 alone: distance {distance:.1e}, nearest point moved {moved:.1e} over the last half"
     out.mkdir(parents=True, exist_ok=True)
     (out / "limit.md").write_text(f"{table}\n\n{resting}\n")
+    numbers = {"ensembles": [vars(c) | {"system": c.system.name} for c in cells], "samples": [vars(s) for s in found]}
+    (out / "limit.json").write_text(json.dumps(numbers, indent=1, default=vars))
     draw(cells, found, samples).savefig(out / "limit.png")
     minutes = (time.perf_counter() - began) / 60
     print(f"\n{table}\n\n{resting}\n\nfigure: {out / 'limit.png'}\n{minutes:.1f} minutes")

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 
 from torch_singlim.geometry.gram import MAX_DENSE, Way, gram_matrix, worth_factoring
 from torch_singlim.geometry.jacobian import JacobianProducts
@@ -24,7 +24,7 @@ from torch_singlim.linalg import (
     gram_cutoff,
     lanczos,
 )
-from torch_singlim.network.problem import ZeroLossProblem
+from torch_singlim.network import ZeroLossProblem, jvp
 
 __all__ = ["Linearization", "gauss_newton", "largest_curvature", "linearize"]
 
@@ -166,7 +166,7 @@ def _second(problem: ZeroLossProblem, w: Tensor, g: Tensor) -> Callable[[Tensor]
         def gradient(q: Tensor) -> Tensor:
             return grad(lambda each: (problem.function(each, problem.inputs[part]) * g[part]).sum())(q)
 
-        return jvp(gradient, (w,), (v,))[1]  # type: ignore[return-value]  # jvp is typed for any number of outputs
+        return jvp(gradient, (w,), (v,))[1]
 
     def product(v: Tensor) -> Tensor:
         return problem.process_group.all_reduce(torch.stack([along(part, v) for part in problem.chunks()]).sum(0))

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, func
 
+from torch_singlim.network import jvp
+
 __all__ = ["JacobianProducts"]
 
 # number of products J v from which on recording the tangent pass, at the cost of ten to twenty gradients, pays off
@@ -63,7 +65,10 @@ class JacobianProducts:
         if self._recorded is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # some versions of torch emit a warning about torch itself here
-                self._recorded = func.linearize(self._function, self._w)[1]
+                try:
+                    self._recorded = func.linearize(self._function, self._w)[1]
+                except NotImplementedError:  # no forward derivatives
+                    self._recorded = self.unrecorded_jvp
         with torch.no_grad():
             return self._recorded(v)
 
@@ -71,4 +76,4 @@ class JacobianProducts:
         """J v without recording, so that vmap may batch it."""
         if self._transpose is not None:
             return self._transpose(v)[0]
-        return func.jvp(self._function, (self._w,), (v,))[1]  # type: ignore[return-value]  # any number of outputs
+        return jvp(self._function, (self._w,), (v,))[1]

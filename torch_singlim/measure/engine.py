@@ -260,7 +260,7 @@ class Engine:
                 raise
             _log.debug("a part of a measurement failed", exc_info=error)
             if isinstance(error, NotImplementedError):  # torch has no such derivative of an operation
-                cure = "write it out in operations that have them (attention: two products and a softmax)"
+                cure = "write it out in elementary operations"
                 self.note(Code.DERIVATIVES(why=f"an operation lacks derivatives, {error}; {cure}"))
             else:
                 self.note(self.failure(step, error))

@@ -118,7 +118,7 @@ class Code(Enum):
     OTHER_RANDOMNESS = (
         _UNSUPPORTED,
         Scope.LIMIT,
-        "training mode is random beyond the nn.Dropout layers (functional dropout, attention dropout)",
+        "training mode is random beyond dropout (noise drawn in forward, dropout that evaluation mode does not call)",
     )
     ORDER_UNKNOWN = _UNSUPPORTED, Scope.LIMIT, "{why}"
     # the samples

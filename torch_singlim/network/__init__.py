@@ -1,13 +1,14 @@
 """A module, its loss and its samples as functions of a flat weight vector."""
 
 from torch_singlim.network.copying import compile_likewise, in_precision, no_compilation, structural_copy
+from torch_singlim.network.forward_mode import jvp
 from torch_singlim.network.functional import FunctionalModule, LinearCall
-from torch_singlim.network.layers import ActivationSite
 from torch_singlim.network.loss import CustomLoss, MeanSquaredError, SampleLoss, SoftCrossEntropy, resolve_loss
 from torch_singlim.network.memory import free_memory, out_of_memory, saved_bytes
 from torch_singlim.network.problem import ZeroLossProblem, check_samples
 from torch_singlim.network.process_group import PeerFailed, ProcessGroup
 from torch_singlim.network.randomness import RandomState, noise_off
+from torch_singlim.network.sites import ActivationSite
 from torch_singlim.network.weight_space import WeightSpace
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "FunctionalModule",
     "ActivationSite",
     "LinearCall",
+    "jvp",
     "structural_copy",
     "compile_likewise",
     "in_precision",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
-__all__ = ["compile_likewise", "in_precision", "no_compilation", "structural_copy"]
+__all__ = ["compile_likewise", "in_precision", "no_checkpointing", "no_compilation", "structural_copy"]
 
 
 def structural_copy(module: nn.Module) -> nn.Module:
@@ -37,6 +39,45 @@ def _uncompile(part: nn.Module) -> None:
     elif getattr(part, "_compiler_ctx", None) is not None:  # Lightning marks a compiled LightningModule like this
         for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             vars(part).pop(name, None)
+
+
+@contextmanager
+def no_checkpointing() -> Iterator[list[str]]:
+    """Within it, torch.utils.checkpoint calls the functions that it is given; yields which of its forms were called.
+
+    What is checkpointed is evaluated a second time in the backward pass, where a copy no longer has the weights that it
+    was called with. torch has no switch for it.
+    """
+    called: list[str] = []
+
+    def plain(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], **_: Any) -> Any:
+        called.append("checkpoint")
+        return function(*args, **kwargs)
+
+    # before torch 2.13
+    class Reentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            called.append("reentrant")
+            return function(*args)
+
+    def generator(*_: Any, **__: Any) -> Iterator[None]:
+        called.append("not reentrant")
+        yield
+
+    replaced = {
+        "_checkpoint_impl": plain,
+        "CheckpointFunction": Reentrant,
+        "_checkpoint_without_reentrant_generator": generator,
+    }
+    kept = {name: getattr(checkpoint, name) for name in replaced if hasattr(checkpoint, name)}
+    try:
+        for name in kept:
+            setattr(checkpoint, name, replaced[name])
+        yield called
+    finally:
+        for name, original in kept.items():
+            setattr(checkpoint, name, original)
 
 
 @contextmanager

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_singlim.network.copying import structural_copy
-from torch_singlim.network.layers import DROPOUT_KINDS, ActivationNoise, ActivationSite, DecomposedLayerNorm, Tape
+from torch_singlim.network.copying import no_checkpointing, structural_copy
+from torch_singlim.network.elementary import ElementaryMode
+from torch_singlim.network.layers import DROPOUT_KINDS, ActivationNoise, stochastic_depth_rate
 from torch_singlim.network.randomness import RandomState
+from torch_singlim.network.sites import ActivationSite, Call, Tape, find_layout
 from torch_singlim.network.weight_space import WeightSpace
 
 __all__ = ["FunctionalModule", "LinearCall"]
@@ -41,12 +45,36 @@ class LinearCall:
     bias_rate: float
 
 
+def the_tensor(out: object) -> Tensor | None:
+    """The outputs in what forward returns: a tensor, its `logits`, or the only tensor in it; None: there is none.
+
+    >>> the_tensor({"logits": torch.ones(2), "hidden": torch.ones(3)})
+    tensor([1., 1.])
+    """
+    if isinstance(out, Tensor):
+        return out
+    fields: dict[Any, Any]
+    if isinstance(out, Mapping):
+        fields = dict(out)
+    elif isinstance(out, tuple | list):
+        fields = dict(zip(getattr(out, "_fields", range(len(out))), out, strict=True))
+    else:
+        fields = vars(out) if hasattr(out, "__dict__") else {}
+    if isinstance(fields.get("logits"), Tensor):
+        return fields["logits"]
+    tensors = [value for value in fields.values() if isinstance(value, Tensor)]
+    return tensors[0] if len(tensors) == 1 else None
+
+
 class FunctionalModule(WeightSpace):
     """f(w; x, eta) for a module: evaluation mode, weights from a flat vector, activations times 1 + eta.
 
     It works on a copy of the module's structure, which shares the parameters (they are never written to) and has a copy
-    of the buffers in `dtype`. Every call of an ``nn.Dropout`` layer is a noise site; the columns of eta ``[n, D]`` are
-    split among the sites in the order of the calls. The arguments are those of `WeightSpace`.
+    of the buffers in `dtype`. Every call of dropout is a noise site: of a layer (``nn.Dropout``, stochastic depth), or
+    of a function, within attention and recurrent layers, too. The columns of eta ``[n, D]`` are split among the sites
+    in the order of the calls. Parts that are in evaluation mode while the module trains drop nothing. Fused functions
+    are evaluated by elementary operations (`ElementaryMode`), and nothing is checkpointed. The arguments are those of
+    `WeightSpace`.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 1))
     >>> f = FunctionalModule(net, dtype=torch.float64)
@@ -66,6 +94,8 @@ class FunctionalModule(WeightSpace):
     ) -> None:
         super().__init__(module, dtype=dtype, device=device, step_ratios=step_ratios)
         self._tape = Tape()
+        self._elementary = ElementaryMode(self._tape)
+        self._is_elementary = self._checkpoints = True  # until a pass has shown what is needed
         self._copy = self._evaluation_copy()
         self.refresh_constants()
 
@@ -79,12 +109,29 @@ class FunctionalModule(WeightSpace):
                         f"{type(child).__name__} is not multiplicative mean-one noise, which the theory does not "
                         "cover: use nn.Dropout"
                     )
-                if isinstance(child, nn.modules.dropout._DropoutNd) and type(child) in DROPOUT_KINDS:
+                rate, shared = stochastic_depth_rate(child), -1
+                if type(child) in DROPOUT_KINDS:
+                    rate, shared = float(child.p), DROPOUT_KINDS[type(child)]  # type: ignore[arg-type]  # a number
+                if rate is not None and (child.training or not self.module.training):
                     site = f"{parent_name}.{name}".removeprefix("root.")
-                    parent._modules[name] = ActivationNoise(site, child, self._tape)
-                if type(child) is nn.LayerNorm:
-                    parent._modules[name] = DecomposedLayerNorm(child)
-        return holder["root"].eval()
+                    parent._modules[name] = ActivationNoise(site, rate, self._tape, shared=shared)
+        root = holder["root"]
+        # parts that the module holds in evaluation mode while it trains
+        self._held = [part for part in root.modules() if self.module.training and not part.training]
+        return root.eval()
+
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """The copy in the modes of training, without effect on random state and buffers."""
+        self._copy.train()
+        for part in self._held:
+            part.training = False
+        try:
+            with torch.no_grad(), RandomState.isolated():
+                yield
+        finally:
+            self._copy.eval()
+            self.refresh_constants()
 
     def refresh_constants(self) -> None:
         """Read the module's present buffers and frozen parameters (running statistics change during training)."""
@@ -102,45 +149,78 @@ class FunctionalModule(WeightSpace):
         other.refresh_constants()
         return other
 
+    @contextmanager
+    def elementary(self) -> Iterator[None]:
+        """Within it, fused functions that the module calls are evaluated by elementary operations."""
+        with (
+            self._elementary if self._is_elementary else nullcontext(),
+            no_checkpointing() if self._checkpoints else nullcontext([]) as skipped,
+        ):
+            yield
+        self._skipped = bool(skipped)
+
     def __call__(self, w: Tensor, x: Tensor, eta: Tensor | None = None) -> Tensor:
         """Outputs ``[n, C]`` at weights w ``[P]``, inputs x, noise eta ``[n, D]``; trailing dimensions flattened."""
         if eta is not None:
-            self._tape.noise = list(eta.split([s.dimension for s in self._noise_sites], dim=1))
+            sites = self._noise_sites
+            self._tape.noise = list(zip(sites, eta.split([s.dimension for s in sites], dim=1), strict=True))
         try:
-            out = torch.func.functional_call(self._copy, {**self.unflatten(w), **self.constants}, (x,))
+            with self.elementary():
+                found = torch.func.functional_call(self._copy, {**self.unflatten(w), **self.constants}, (x,))
         finally:
             self._tape.noise = None
-        if not isinstance(out, Tensor) or out.ndim == 0 or out.shape[0] != x.shape[0]:
-            got = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"forward must return one tensor [n, ...] for n = {x.shape[0]} inputs, got {got}")
+        out = the_tensor(found)
+        if out is None or out.ndim == 0 or out.shape[0] != x.shape[0]:
+            got = type(found).__name__ if out is None else f"a tensor of shape {tuple(out.shape)}"
+            raise ValueError(
+                f"forward must return one tensor [n, ...] for n = {x.shape[0]} inputs, or an object that has one as "
+                f"its logits, got {got}"
+            )
         return out.reshape(x.shape[0], -1)
 
-    def sites(self, x: Tensor) -> list[ActivationSite]:
-        """The dropout calls of one forward pass on x, in order. They are stored, to split the noise of later calls."""
-        self._tape.sites = []
+    def _dropout_calls(self, x: Tensor) -> list[Call]:
+        self._tape.calls = []
         try:
             with torch.no_grad(), RandomState.isolated():
                 self(self.weights(), x)
-            self._noise_sites = list(self._tape.sites)
+            return self._tape.calls
         finally:
-            self._tape.sites = None
+            self._tape.calls = None
+
+    def sites(self, x: Tensor) -> list[ActivationSite]:
+        """The calls of dropout in one forward pass on x, in order. They are stored, to split the noise of later calls.
+
+        Raises:
+            ValueError: the samples cannot be told apart in an activation.
+        """
+        self._is_elementary = self._checkpoints = True
+        self._dropout_calls(x)
+        if self._elementary.asked:  # by function calls, which tell their rates in training mode
+            with self._training_mode():
+                self._elementary.record(lambda: self(self.weights(), x))
+        calls, other = self._dropout_calls(x), x.clone()
+        other[-1] = x[0]
+        if torch.equal(other, x) and x.is_floating_point():
+            other[-1] += 1
+        changed = self._dropout_calls(other)
+        self._is_elementary, self._checkpoints = self._elementary.used, self._skipped
+        self._noise_sites = []
+        for call, there in zip(calls, changed, strict=True):
+            layout = find_layout(call, [there.activation], len(x))
+            shape = layout.of_samples(call.mask_like(call.activation)).shape[1:]
+            self._noise_sites.append(ActivationSite(call.name, call.rate, tuple(shape), layout))
         return self._noise_sites
 
     def is_random(self, x: Tensor, *, training: bool = False) -> bool:
-        """Whether two forward passes on x differ, with the dropout layers switched off; `training`: in training mode.
+        """Whether two forward passes on x differ, with dropout switched off; `training`: in training mode.
 
-        In training mode, such a difference is due to randomness outside the dropout layers.
+        In training mode, such a difference is due to randomness outside dropout.
         """
         w = self.weights()
-        self._copy.train(training)
-        try:
-            with torch.no_grad(), RandomState.isolated():
-                first = self(w, x)
-                self.refresh_constants()  # training mode changes buffers: both passes start from the same ones
-                second = self(w, x)
-        finally:
-            self._copy.eval()
-            self.refresh_constants()
+        with self._training_mode() if training else nullcontext(), torch.no_grad(), RandomState.isolated():
+            first = self(w, x)
+            self.refresh_constants()  # training mode changes buffers: both passes start from the same ones
+            second = self(w, x)
         return not torch.equal(first.nan_to_num(), second.nan_to_num())
 
     def check_deterministic(self, x: Tensor) -> None:
@@ -223,5 +303,6 @@ class FunctionalModule(WeightSpace):
 
     @property
     def normalises_over_batch(self) -> bool:
-        """Whether training mode couples the samples of a batch (batch normalisation)."""
-        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._copy.modules())
+        """Whether training mode couples the samples of a batch: batch normalisation that is not held in evaluation."""
+        parts = (part for part in self._copy.modules() if part not in self._held)
+        return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts)

@@ -10,14 +10,15 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp
+from torch.func import grad
 from torch.utils.flop_counter import FlopCounterMode
 
+from torch_singlim.network.forward_mode import jvp
 from torch_singlim.network.functional import FunctionalModule
-from torch_singlim.network.layers import ActivationSite
 from torch_singlim.network.loss import SampleLoss, resolve_loss
 from torch_singlim.network.memory import free_memory, saved_bytes
 from torch_singlim.network.process_group import ProcessGroup
+from torch_singlim.network.sites import ActivationSite
 
 __all__ = ["ZeroLossProblem", "check_samples"]
 
@@ -310,7 +311,7 @@ class ZeroLossProblem:
             def gradient(u: Tensor) -> Tensor:
                 return grad(self.batch_loss)(u, self.inputs[part], self.targets[part])
 
-            return jvp(gradient, (w,), (v,))[1]  # type: ignore[return-value]  # jvp is typed for any number of outputs
+            return jvp(gradient, (w,), (v,))[1]
 
         return self.mean(along)
 

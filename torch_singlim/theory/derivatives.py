@@ -1,7 +1,7 @@
 """Check the derivatives of a network that the theory needs: each is compared once with a finite difference.
 
-The forward-mode rules of some fused layers give wrong derivatives of second and third order without an error message;
-torch's LayerNorm is one of them.
+Some functions have wrong derivatives of second and third order without an error message. torch's fused layer
+normalisation is one of them, and is replaced (`ElementaryMode`); others may be a user's own.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp
+from torch.func import grad
 
 from torch_singlim.geometry import linearize
 from torch_singlim.linalg import rademacher
-from torch_singlim.network import ZeroLossProblem
+from torch_singlim.network import ZeroLossProblem, jvp
 from torch_singlim.noise import NoiseSystem, Sum, parts
 from torch_singlim.theory.on_gamma import noise_slopes, row_gradient
 from torch_singlim.theory.potential import noisy_gradient, random_direction, second_order_gradient
@@ -56,7 +56,7 @@ def _is_wrong(layer: nn.Module, x: Tensor, generator: torch.Generator) -> bool:
         return grad(lambda u: (c * layer(u).tanh()).sum())(x + t * v)
 
     def slope(t: Tensor) -> Tensor:
-        return jvp(along, (t,), (one,))[1]  # type: ignore[return-value]  # jvp is typed for any number of outputs
+        return jvp(along, (t,), (one,))[1]
 
     bend: Tensor = jvp(slope, (zero,), (one,))[1]  # type: ignore[assignment]
     return _mismatch(bend, _second(lambda h: along(zero + h)), 1e-6) > _WRONG
@@ -124,14 +124,14 @@ def check_derivatives(problem: ZeroLossProblem, noise: NoiseSystem) -> None:
     if not off:
         return
     name, size = max(off.items(), key=lambda item: item[1])
-    called = few.function.layers(few.inputs)
-    layers = sorted({type(f).__name__ for f, x in called if x.is_floating_point() and _is_wrong(f, x, generator)})
+    called = [(layer, x) for layer, x in few.function.layers(few.inputs) if x.is_floating_point()]
+    with few.function.elementary():
+        layers = sorted({type(layer).__name__ for layer, x in called if _is_wrong(layer, x, generator)})
     culprit = (
         f"the layer responsible is {' or '.join(layers)}: replace it by one whose derivatives are right (nn.GroupNorm, "
         "nn.RMSNorm, nn.LayerNorm)"
         if layers
-        else "no layer by itself is responsible: forward probably calls a fused function, such as F.layer_norm; use "
-        "the module instead (nn.LayerNorm, which is evaluated by elementary operations here), or elementary operations"
+        else "no layer by itself is responsible: forward calls a function that is; use elementary operations"
     )
     raise ValueError(
         f"torch differentiates this network wrongly: {name} is off by {size:.0%} from a finite difference on "

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import vjp
 
 from torch_singlim.geometry import relaxed_filter, samples_at_once
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, rademacher
-from torch_singlim.network import ZeroLossProblem
+from torch_singlim.network import ZeroLossProblem, jvp
 from torch_singlim.noise import Covariance, NoiseSystem, noisy_outputs, parts
 from torch_singlim.theory.directions import batched, directions_at_once, for_directions, mean_at
 from torch_singlim.theory.fluctuations import (
@@ -57,7 +57,7 @@ def noise_products(
             return chunk_gradient(system, problem, w, etas, chunk)
 
         zeros = tuple(map(torch.zeros_like, own))
-        return jvp(at, zeros, own)[1]  # type: ignore[return-value]  # jvp is typed for any number of outputs
+        return jvp(at, zeros, own)[1]
 
     def products(stacked: tuple[Tensor, ...]) -> Tensor:
         return mean_at(problem, one, *stacked)
@@ -138,7 +138,7 @@ def shared_output_noise(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) 
     def images(slopes: Tensor) -> Tensor:  # R D g for g [k, D]  [k, M]
         def image(g: Tensor, chunk: slice) -> Tensor:
             along = jvp(lambda eta: outputs(eta, chunk), (torch.zeros_like(scale),), (g,))[1]
-            return loss.whiten(f[chunk], problem.targets[chunk], along)  # type: ignore[arg-type]  # jvp, see above
+            return loss.whiten(f[chunk], problem.targets[chunk], along)
 
         found = [batched(lambda g, c=chunk: image(g, c), slopes).movedim(1, 0) for chunk in problem.chunks()]
         whole = problem.process_group.all_gather(torch.cat(found), N)  # [N, k, rows]

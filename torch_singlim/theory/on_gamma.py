@@ -16,11 +16,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, jvp, vjp, vmap
+from torch.func import grad_and_value, vjp, vmap
 
 from torch_singlim.geometry import linearize, samples_at_once
 from torch_singlim.linalg import DenseFactored, rademacher
-from torch_singlim.network import ZeroLossProblem
+from torch_singlim.network import ZeroLossProblem, jvp
 from torch_singlim.noise import NoiseSystem, noisy_outputs, parts
 from torch_singlim.theory.directions import batched, directions_at_once, mean_at
 from torch_singlim.theory.potential import Potential, part_potential, total, traced
@@ -55,13 +55,15 @@ def _slopes(
 
     def of_batch(x: Tensor, y: Tensor, u: Tensor, g: Tensor | None = None) -> Tensor:  # the sum over a batch  [P + 1]
         zero = scale.new_zeros((len(x), scale.numel()) if per_sample else scale.shape)
-        if g is None:
-            (slope,) = vjp(lambda eta: outputs(w, eta, x, y), zero)[1](u)
-            g = scale.square() * slope
+
+        def slope() -> Tensor:
+            return vjp(lambda eta: outputs(w, eta, x, y), zero)[1](u)[0]
+
+        direction = scale.square() * slope() if g is None else g
 
         def square(v: Tensor) -> Tensor:
-            along = jvp(lambda eta: outputs(v, eta, x, y), (zero,), (g,))[1]
-            return (along * u).sum()  # type: ignore[operator]  # jvp is typed for any number of outputs
+            along = jvp(lambda eta: outputs(v, eta, x, y), (zero,), (direction,))[1]
+            return (along * u).sum()
 
         gradient, value = grad_and_value(square)(w)
         return torch.cat([2 * gradient, value[None]])

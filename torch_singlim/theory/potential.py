@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.func import grad, grad_and_value, jvp
+from torch.func import grad, grad_and_value
 
 from torch_singlim.linalg import Estimate, VectorEstimate, rademacher
-from torch_singlim.network import ZeroLossProblem
+from torch_singlim.network import ZeroLossProblem, jvp
 from torch_singlim.noise import NoiseSystem, noisy_loss, parts, stratified_noise
 from torch_singlim.theory.directions import directions_at_once, for_directions, mean_at
 
@@ -156,9 +156,9 @@ def _chunk_second_order(
         return grad_and_value(lambda v: noisy_loss(system, problem.batch_loss, v, x, y, etas))(w)
 
     def slope(*etas: Tensor) -> tuple[Tensor, Tensor]:
-        return jvp(at, etas, own)[1]  # type: ignore[return-value]  # jvp is typed for any number of outputs
+        return jvp(at, etas, own)[1]
 
-    gradient, value = jvp(slope, zeros, own)[1]  # type: ignore[misc]  # as above
+    gradient, value = jvp(slope, zeros, own)[1]
     return torch.cat([gradient, value[None]])
 
 

@@ -15,10 +15,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator, VectorEstimate, rademacher
-from torch_singlim.network import ZeroLossProblem
+from torch_singlim.network import ZeroLossProblem, jvp
 from torch_singlim.noise import Covariance
 from torch_singlim.theory.directions import directions_at_once, mean_at
 from torch_singlim.theory.on_gamma import trace

@@ -190,6 +190,9 @@ class FunctionalModule(WeightSpace):
     def sites(self, x: Tensor) -> list[ActivationSite]:
         """The calls of dropout in one forward pass on x, in order. They are stored, to split the noise of later calls.
 
+        Args:
+            x: a few inputs, not all the same.
+
         Raises:
             ValueError: the samples cannot be told apart in an activation.
         """

@@ -55,16 +55,14 @@ def training(axes: Axes, history: History) -> None:
         (tags.DRIFT_BASELINE_COSINE, GREY, "without noise"),
     )
     for tag, colour, label in lines:
-        for i, steps in enumerate(tags.windows(history).values()):
-            there = [step for step in steps if tag.name in history[step]]
-            single = {"marker": "D", "ms": 5} if len(there) == 1 else {}
-            axes.plot(
-                there, [history[s][tag.name] for s in there], color=colour, label=None if i else label, lw=1.4, **single
-            )
+        curves = [[s for s in steps if tag.name in history[s]] for steps in tags.windows(history).values()]
+        for i, steps in enumerate(filter(None, curves)):
+            style: dict[str, Any] = {"marker": "D", "ms": 5, "lw": 0} if len(steps) == 1 else {"lw": 1.4}
+            values = [history[step][tag.name] for step in steps]
+            axes.plot(steps, values, color=colour, label=None if i else label, **style)
     axes.set(ylim=(0, 1.04), xlabel="optimizer steps", ylabel="cosine with the measured drift")
     axes.set_title("A real training: 200 digits\nfrom random weights")
-    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    axes.legend(handles.values(), handles.keys(), loc="lower left", fontsize=8)
+    axes.legend(loc="lower left", fontsize=8)
 
 
 def shares(axes: Axes, rows: list[dict]) -> None:
@@ -79,7 +77,7 @@ def shares(axes: Axes, rows: list[dict]) -> None:
         axes.plot([r["share"] for r in own], [r["nearest"] for r in own], "s", color=colour, ms=4, mfc="none")
     axes.set(xlim=(0.6, 1.02), ylim=(0.6, 1.02), xlabel="tangential share, by theory")
     axes.set_ylabel("cosine with the limit / ceiling")
-    axes.set_title("The number that tells which:\nweights (dots), nearest points (squares)")
+    axes.set_title("The number that tells which\n(squares: nearest points)")
     axes.legend(loc="lower right", fontsize=8)
 
 

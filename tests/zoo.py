@@ -73,21 +73,76 @@ class Normed(Net):
 
 
 class LayerNormed(Net):
-    """Layer normalisation by torch's module, or by a subclass of it, which is another module."""
+    """Layer normalisation by torch's module, or another layer."""
 
-    def __init__(self, kind=nn.LayerNorm):
+    def __init__(self, kind=lambda: nn.LayerNorm(32)):
         super().__init__()
-        self.norm = kind(32)
+        self.norm = kind()
 
     def forward(self, x):
         return self.head(self.norm(self.body(x)))
 
 
 class FusedNorm(Net):
-    """torch's fused layer normalisation, whose higher derivatives are wrong."""
+    """torch's function for layer normalisation, whose higher derivatives are wrong."""
 
     def forward(self, x):
         return self.head(F.layer_norm(self.body(x), (32,)))
+
+
+class Bend(torch.autograd.Function):
+    """x + x^3, with a second derivative of 0: the saved x is cut off from the graph."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x + x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return (1 + 3 * ctx.saved_tensors[0].detach() ** 2) * g
+
+
+class Bent(nn.Module):
+    """A layer whose second derivative is wrong."""
+
+    def forward(self, x):
+        return Bend.apply(x)
+
+
+class Bending(Net):
+    """A function whose second derivative is wrong."""
+
+    def forward(self, x):
+        return self.head(Bend.apply(self.body(x)))
+
+
+class Attending(Net):
+    """Attention with dropout of its weights, between dropout layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True)
+
+    def forward(self, x):
+        h = self.body(x).unflatten(1, (4, 8))
+        return self.head((h + self.attention(h, h, h)[0]).flatten(1))
+
+
+class Recurrent(Net):
+    """Two recurrent layers with dropout in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.GRU(8, 8, 2, dropout=0.1, batch_first=True)
+
+    def forward(self, x):
+        return self.head(self.recurrent(self.body(x).unflatten(1, (4, 8)))[0].flatten(1))
 
 
 class Tied(Net):

@@ -13,12 +13,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tests.zoo import (
     Adam,
+    Attending,
+    Bending,
     FusedNorm,
     LayerNormed,
     Manual,
     Net,
     Normed,
     OwnClipping,
+    Recurrent,
     Tied,
     Two,
     Validated,
@@ -117,6 +120,13 @@ class Functional(Net):
 
     def forward(self, x):
         return F.dropout(super().forward(x), 0.1, self.training)
+
+
+class Drawing(Net):
+    """Noise that is drawn in forward."""
+
+    def forward(self, x):
+        return super().forward(x + 0.1 * torch.randn_like(x) if self.training else x)
 
 
 class TwoInputs(Net):
@@ -277,7 +287,9 @@ NO_PROBLEM = {
     "labels out of range": Case(
         monitor={"data": OUT_OF_RANGE, "loss": "mse"}, message="class labels must be 0 to 2 .* got 7"
     ),
-    "wrong derivatives": Case(FusedNorm, code=Code.DERIVATIVES, message="differentiates this network wrongly.*use the"),
+    "wrong derivatives": Case(
+        Bending, code=Code.DERIVATIVES, message="differentiates this network wrongly.*elementary"
+    ),
 }
 # distances are measured, and the drift is not predicted
 UNSUPPORTED = {
@@ -320,7 +332,7 @@ UNSUPPORTED = {
         message="holds 4 parameters, 2 are measured",
     ),
     "batch norm": Case(Normed, code=Code.BATCH_NORMALISATION, message="batch normalisation couples"),
-    "functional dropout": Case(Functional, code=Code.OTHER_RANDOMNESS, message=r"random beyond the nn\.Dropout layers"),
+    "noise of its own": Case(Drawing, code=Code.OTHER_RANDOMNESS, message="random beyond dropout"),
     "augmentation": Case(dataset=Augmented(), code=Code.FRESH_SAMPLES, message="samples change from epoch to epoch"),
     "subset": Case(monitor={"num_samples": 10}, code=Code.SUBSET, message="10 of 20 training samples"),
     "a long stream": Case(
@@ -359,6 +371,10 @@ MEASURED = {
         callbacks=lambda: [EarlyStopping("singlim/excess_loss", patience=50, check_on_train_epoch_end=True)]
     ),
     "layer norm": Case(LayerNormed),
+    "functional layer norm": Case(FusedNorm),
+    "functional dropout": Case(Functional),
+    "attention": Case(Attending),
+    "recurrent layers": Case(Recurrent),
     "frozen weights": Case(Frozen),
     "frozen weights in the optimizer": Case(Held),
     "tied weights": Case(Tied),

@@ -11,7 +11,8 @@ from torch import nn
 from tests.zoo import (
     LEVELS,
     AdamW,
-    FusedNorm,
+    Bending,
+    Bent,
     LayerNormed,
     Net,
     Normed,
@@ -189,13 +190,9 @@ def test_the_order_of_a_custom_noise_is_measured(tmp_path):
     assert found.history[20]["clock/time_scale"] == pytest.approx(1 / (0.2 * 0.01**2))
 
 
-class OwnNorm(nn.LayerNorm):
-    """No class of torch's, which would be decomposed."""
-
-
-@pytest.mark.parametrize("make", [FusedNorm, lambda: LayerNormed(OwnNorm)], ids=["function", "layer"])
+@pytest.mark.parametrize("make", [Bending, lambda: LayerNormed(Bent)], ids=["function", "layer"])
 def test_derivatives_are_checked(make, tmp_path):
-    """torch's are wrong for its layer normalisation, and so would the limit be; a level is proved all the same."""
+    """Where they are wrong, so would the limit be; a level is proved all the same."""
     found = measured(make(), saved(tmp_path, make))
     (reason,) = found.reasons
     assert reason.code is Code.DERIVATIVES

@@ -102,6 +102,11 @@ class Random(nn.Linear):
         return super().forward(x) + torch.rand(1)
 
 
+class Several(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
 X, Y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 2)
 BAD = {
     "empty": (nn.Linear(3, 2), "mse", X[:0], Y[:0], "no samples"),
@@ -131,7 +136,7 @@ BAD = {
     "sum reduction": (nn.Linear(3, 2), nn.MSELoss(reduction="sum"), X, Y, "reduction='mean'"),
     "class weights": (nn.Linear(3, 2), nn.CrossEntropyLoss(weight=torch.ones(2)), X, Y, "class weights"),
     "alpha dropout": (nn.Sequential(nn.Linear(3, 2), nn.AlphaDropout(0.1)), "mse", X, Y, "use nn.Dropout"),
-    "tuple output": (nn.LSTM(3, 2), "mse", X, Y, "one tensor"),
+    "several outputs": (Several(3, 2), "mse", X, Y, "one tensor"),
     "batch size": (nn.Linear(3, 2), "mse", X, Y, "batch_size"),
 }
 

@@ -232,12 +232,14 @@ def test_an_order_that_no_draws_decide_is_refused():
     assert degeneracy(dense.problem, w, Minibatch()).order is None
 
 
-def test_sampled_gradient_noise_agrees_with_the_basis():
+@pytest.mark.parametrize("size", [2, 5])
+def test_sampled_gradient_noise_agrees_with_the_basis(size):
     dense, w = make("two_layers")
     hessian = gauss_newton(dense.problem, w)
     generator = torch.Generator().manual_seed(0)
-    exact = gradient_noise(DropConnect(0.3), dense.problem, w, batch_size=2, num_draws=1000)
-    sampled = gradient_noise(DropConnect(0.3), dense.problem, w, batch_size=2, num_draws=40, generator=generator)
+    own = CustomNoise(CUSTOM["drop_connect"][1], std=0.3, like="weights")
+    exact = gradient_noise(own, dense.problem, w, batch_size=size, num_draws=1000)
+    sampled = gradient_noise(own, dense.problem, w, batch_size=size, num_draws=40, generator=generator)
     truth, found = (noise.normal_variance(hessian, SGDSettings(lr=0.05)) for noise in (exact, sampled))
     assert truth.stderr == 0.0
     assert abs(found.mean - truth.mean) < 4 * found.stderr < 2 * truth.mean

@@ -167,14 +167,18 @@ class ZeroLossProblem:
         whole.process_group = ProcessGroup()
         return whole
 
+    def samples(self, part: slice) -> ZeroLossProblem:
+        """The same problem on a part of its samples, all of them evaluated by this process."""
+        few = self.alone()
+        few.inputs, few.targets = few.inputs[part], few.targets[part]
+        few.num_samples = len(few.inputs)
+        few.batch_size = min(self.batch_size, few.num_samples)
+        few.num_residuals = few.num_samples * (self.num_residuals // self.num_samples)
+        return few
+
     def subset(self, count: int, *, dtype: torch.dtype = torch.float64) -> ZeroLossProblem:
-        """The same problem on its first `count` samples, all of them evaluated by this process."""
-        part = self.alone().at_precision(dtype)
-        part.inputs, part.targets = part.inputs[:count], part.targets[:count]
-        part.num_samples = len(part.inputs)
-        part.batch_size = min(self.batch_size, part.num_samples)
-        part.num_residuals = part.num_samples * (self.num_residuals // self.num_samples)
-        return part
+        """The same problem on its first `count` samples, in another precision."""
+        return self.at_precision(dtype).samples(slice(count))
 
     def at_precision(self, dtype: torch.dtype) -> ZeroLossProblem:
         """The same problem in another floating point type."""

@@ -162,7 +162,6 @@ class GradientNoise:
         gram: G ``[N, rows, rows]``, one block for each sample, or ``[1, M, M]`` for all of them; None: zero.
         draws: g ``[k, P]``; None: no sampled term.
         exact: whether the draws are a basis, so that their mean is exact.
-        of_batches: whether it is known as well for batches smaller than the data as for all.
         transient: variance per direction of the transient perturbation, which is added to that from Sigma.
     """
 
@@ -171,7 +170,6 @@ class GradientNoise:
     gram: Tensor | None = field(default=None, repr=False)
     draws: Tensor | None = field(default=None, repr=False)
     exact: bool = True
-    of_batches: bool = True
     transient: float = 0.0
 
     def diffusion(self, hessian: FactoredOperator, *, num_weights: int) -> float:
@@ -238,7 +236,7 @@ class GradientNoise:
         """Whether batches are smaller than the data, and their part in the fluctuations is known."""
         few = isinstance(hessian, DenseFactored) and hessian.operator.shape[0] <= FEW_RESIDUALS
         batches = sgd.batch(self.num_samples) < self.num_samples and not sgd.momentum
-        return few and batches and self.of_batches and self.exact
+        return few and batches and self.exact
 
     def source(self, hessian: DenseFactored) -> Tensor:
         """S ``[M, M]`` of the normal part of Sigma = B^T S B, without c_I."""
@@ -281,8 +279,9 @@ def gradient_noise(
 ) -> GradientNoise:
     """Sigma of a system at w ``[P]``, which is assumed to be on Gamma.
 
-    Sigma has a closed form for the systems of order 2, is computed from the outputs for noise on activations and
-    inputs, and is sampled by draws of M eta for the other systems (by a basis if `num_draws` suffices for one).
+    Sigma has a closed form for the systems of order 2, is computed from the outputs for noise on activations, inputs
+    and, up to 500 residuals, weights, and is sampled by draws of M eta for the other systems (by a basis if `num_draws`
+    suffices for one).
 
     Args:
         system: the noise.
@@ -309,12 +308,17 @@ def gradient_noise(
             full.append(batch_mean(shared_output_noise(part, problem, w), num_samples=N, batch_size=B))
         else:
             own, sampled = _sampled(part, problem, w, B, num_draws=num_draws, generator=generator)
-            draws.append(own)
             exact = exact and not sampled
-            if part.moves_outputs and B < N:  # one eta for the samples of a batch
+            if B < N and not part.per_sample:  # one eta for the samples of a batch
                 a, d = batch_weights(N, B)
-                draws[-1] = math.sqrt(a) * own
-                blocks.append(d / N * output_noise(part, problem, w))
+                own = math.sqrt(a) * own
+                if part.moves_outputs:
+                    blocks.append(d / N * output_noise(part, problem, w))
+                else:
+                    single, sampled = _of_single_samples(part, problem, w, num_draws=num_draws, generator=generator)
+                    draws.append(math.sqrt(d) * single)
+                    exact = exact and not sampled
+            draws.append(own)
     if full:
         blocks, full = [], [*full, *(torch.block_diag(*each) for each in blocks)]
     grams = [*blocks, *(each[None] for each in full)]
@@ -322,8 +326,27 @@ def gradient_noise(
     # the draws of all sampled parts are concatenated, with weights such that the common mean is the sum of their means
     count = sum(map(len, draws))
     joined = torch.cat([g * math.sqrt(count / len(g)) for g in draws]) if draws else None
-    of_batches = all(part.per_sample or part.moves_outputs for part in parts(system))
-    return GradientNoise(N, closed, gram, joined, exact, of_batches, transient)
+    return GradientNoise(N, closed, gram, joined, exact, transient)
+
+
+def _of_single_samples(
+    part: NoiseSystem, problem: ZeroLossProblem, w: Tensor, *, num_draws: int, generator: torch.Generator | None
+) -> tuple[Tensor, bool]:
+    """g ``[k, P]`` with the mean g g^T = (1/N^2) sum_n M_n diag(sigma^2) M_n^T, and whether they are random draws.
+
+    For noise with one eta for all samples.
+    """
+    N, D = problem.num_samples, part.scale(problem).numel()
+    if num_draws >= N * D:
+        each = [noise_factor(part, problem.samples(slice(n, n + 1)), w, batch_size=1) for n in range(N)]
+        return torch.cat(each) * math.sqrt(D / N), False
+    device = "cpu" if generator is None else generator.device
+    chosen = torch.randint(N, (min(num_draws, _SAMPLES),), generator=generator, device=device).tolist()
+    rows = []
+    for n in chosen:
+        alone = problem.samples(slice(n, n + 1))
+        rows.append(noise_products(part, alone, w, [random_direction(part, alone, generator=generator)]))
+    return torch.cat(rows) / math.sqrt(N), True
 
 
 def _sampled(

@@ -254,7 +254,7 @@ def test_an_exception_leaves_the_weights_unperturbed():
 
 
 REFUSED = [
-    (lambda: InjectNoise(Dropout()), "own nn.Dropout layers"),
+    (lambda: InjectNoise(Dropout()), "own dropout layers"),
     (lambda: InjectNoise(Minibatch() + Langevin(0.1)), "the DataLoader injects it"),
     (lambda: InjectNoise(WeightDecay(0.1)), "the optimizer does it"),
 ]

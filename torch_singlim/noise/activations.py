@@ -18,11 +18,11 @@ __all__ = ["Dropout", "InputNoise"]
 
 @dataclass(frozen=True)
 class Dropout(GaussianNoise):
-    """Dropout with the rates of the module's own ``nn.Dropout`` layers: activations times 1 + eta.
+    """Dropout with the rates of the module's own layers and calls of dropout: activations times 1 + eta.
 
         1 + eta = Bernoulli(1 - p) / (1 - p),      sigma_j^2 = p_j / (1 - p_j)
 
-    Order 1. Every call of a dropout layer has independent noise for each sample and unit (``Dropout2d``: each channel).
+    Order 1. Every call of dropout has independent noise for each sample and unit (``Dropout2d``: each channel).
 
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.2), nn.Linear(3, 1))
@@ -32,7 +32,7 @@ class Dropout(GaussianNoise):
     """
 
     moves_outputs: ClassVar[bool] = True
-    done_by: ClassVar[str | None] = "the module's own nn.Dropout layers inject it, and the monitor finds them"
+    done_by: ClassVar[str | None] = "the module's own dropout layers and calls inject it, and the monitor finds them"
 
     @property
     def order(self) -> int:
@@ -41,8 +41,8 @@ class Dropout(GaussianNoise):
     def check(self, problem: ZeroLossProblem) -> None:
         if not problem.sites:
             raise ValueError(
-                "Dropout() needs nn.Dropout layers with a positive rate that the forward pass calls, found none: add "
-                "them to the module (functional dropout cannot be detected), or use another noise"
+                "Dropout() needs dropout with a positive rate in the forward pass, found none: add nn.Dropout layers to "
+                "the module, or use another noise"
             )
 
     def variance(self, space: NoiseSpace) -> float:

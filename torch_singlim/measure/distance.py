@@ -283,8 +283,10 @@ def _limit(
     """The singular limit's prediction, with the drift at this step size where it is known and the step is stable."""
     options: dict[str, Any] = {"num_draws": num_draws, "hessian": hessian, "generator": generator}
     predicted = functools.partial(singular_limit, problem, point, noise, sgd, **options)
+    # small problems take all eigenvectors
+    known = has_finite_step(noise, problem, sgd) and (hessian.decomposed or problem.num_residuals > MAX_DENSE)
     try:
-        return predicted(finite_step=has_finite_step(noise, problem, sgd))
+        return predicted(finite_step=known)
     except UnstableStepError:  # `stability` tells
         return predicted(finite_step=False)
 

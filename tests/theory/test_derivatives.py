@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.zoo import Bend, Bent
 from torch_singlim import (
     AntiCorrelated,
     DropConnect,
@@ -82,40 +83,17 @@ def test_a_kink_close_by_spoils_nothing():
     assert _mismatch(torch.tensor([-1.1], dtype=torch.float64), difference, 1e-9) > 0.05
 
 
-class Cube(torch.autograd.Function):
-    """x^3, whose second derivative is wrong: the saved x is cut off from the graph."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    def backward(ctx, g):
-        return 3 * ctx.saved_tensors[0].detach() ** 2 * g
-
-
-class Fused(nn.Module):
-    def forward(self, x):
-        return Cube.apply(x)
-
-
 def test_a_wrong_layer_among_in_place_ones_is_refused():
     torch.manual_seed(0)
     before = nn.Sequential(nn.Linear(6, 8), nn.SiLU(inplace=True), nn.Dropout(0.2), nn.Linear(8, 8))
-    net = nn.Sequential(*before, Fused(), nn.ELU(inplace=True), nn.Linear(8, 2))
-    with pytest.raises(ValueError, match="is Fused"):
+    net = nn.Sequential(*before, Bent(), nn.ELU(inplace=True), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="is Bent"):
         check_derivatives(ZeroLossProblem(net, "mse", torch.randn(3, 6), torch.randn(3, 2)), Dropout())
 
 
 def test_a_wrong_layer_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"torch differentiates this network wrongly.*is Fused: replace it"):
-        check_derivatives(flat(Fused()), Dropout())
+    with pytest.raises(ValueError, match=r"torch differentiates this network wrongly.*is Bent: replace it"):
+        check_derivatives(flat(Bent()), Dropout())
 
 
 def test_a_wrong_function_is_refused():
@@ -126,7 +104,7 @@ def test_a_wrong_function_is_refused():
             self.last = nn.Linear(8, 2)
 
         def forward(self, x):
-            return self.last(Cube.apply(self.net(x)))
+            return self.last(Bend.apply(self.net(x)))
 
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=r"no layer by itself is responsible"):

@@ -186,3 +186,28 @@ NAMES = ["scalar", "two_layers", "cross_entropy", "rank_deficient"]
 
 def digits_net(hidden: int = 16) -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, hidden), nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, 10))
+
+
+class Bend(torch.autograd.Function):
+    """x + x^3, with a second derivative of 0: the saved x is cut off from the graph."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x + x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return (1 + 3 * ctx.saved_tensors[0].detach() ** 2) * g
+
+
+class Bent(nn.Module):
+    """A layer whose second derivative is wrong."""
+
+    def forward(self, x):
+        return Bend.apply(x)

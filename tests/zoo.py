@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from tests.problems import Bend
 from torch_singlim import InjectNoise, SingularLimitMonitor
 from torch_singlim.measure import Code
 
@@ -90,31 +91,6 @@ class FusedNorm(Net):
         return self.head(F.layer_norm(self.body(x), (32,)))
 
 
-class Bend(torch.autograd.Function):
-    """x + x^3, with a second derivative of 0: the saved x is cut off from the graph."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x + x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, g):
-        return (1 + 3 * ctx.saved_tensors[0].detach() ** 2) * g
-
-
-class Bent(nn.Module):
-    """A layer whose second derivative is wrong."""
-
-    def forward(self, x):
-        return Bend.apply(x)
-
-
 class Bending(Net):
     """A function whose second derivative is wrong."""
 
@@ -139,10 +115,10 @@ class Recurrent(Net):
 
     def __init__(self):
         super().__init__()
-        self.recurrent = nn.GRU(8, 8, 2, dropout=0.1, batch_first=True)
+        self.recurrent = nn.GRU(16, 16, 2, dropout=0.1, batch_first=True)
 
     def forward(self, x):
-        return self.head(self.recurrent(self.body(x).unflatten(1, (4, 8)))[0].flatten(1))
+        return self.head(self.recurrent(self.body(x).unflatten(1, (2, 16)))[0].flatten(1))
 
 
 class Tied(Net):

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader
 
+from tests.problems import Bent
 from tests.zoo import (
-    Bent,
     LayerNormed,
     Net,
     Normed,

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from tests.problems import Bent
 from tests.zoo import (
     LEVELS,
     AdamW,
     Bending,
-    Bent,
     LayerNormed,
     Net,
     Normed,

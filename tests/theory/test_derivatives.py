@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.zoo import Bend, Bent
+from tests.problems import Bend, Bent
 from torch_singlim import (
     AntiCorrelated,
     DropConnect,

@@ -90,7 +90,7 @@ class FunctionalModule(WeightSpace):
         *,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
-        step_ratios: Mapping[str, float] | None = None,
+        step_ratios: Mapping[str, float | Tensor] | None = None,
     ) -> None:
         super().__init__(module, dtype=dtype, device=device, step_ratios=step_ratios)
         self._tape = Tape()
@@ -265,7 +265,7 @@ class FunctionalModule(WeightSpace):
             if args[0].ndim != 2 or (weight is None and bias is None):
                 return out
             shift = torch.zeros_like(out, requires_grad=True)
-            rates = [0.0 if n is None else self.step_ratios[n] for n in (weight, bias)]
+            rates = [0.0 if n is None else float(self.step_ratios[n]) for n in (weight, bias)]
             calls.append(LinearCall(args[0].detach(), shift, weight, bias, *rates))
             return out + shift
 
@@ -283,9 +283,11 @@ class FunctionalModule(WeightSpace):
     def linear_layers(self, x: Tensor) -> list[tuple[int, int]]:
         """(fan_in, fan_out) of the linear layers, if every weight belongs to a layer that is called once on a matrix.
 
-        Otherwise the list is empty. The gradient on x is compared with that from the layers, to detect weights that are
-        also used elsewhere, such as tied ones.
+        Otherwise, or if the weights of a layer have step sizes of their own, the list is empty. The gradient on x is
+        compared with that from the layers, to detect weights that are also used elsewhere, such as tied ones.
         """
+        if not self.uniform:
+            return []
         w = self.weights().requires_grad_()
         out, calls = self.linear_calls(w, x)
         if sorted(n for call in calls for n in (call.weight, call.bias) if n is not None) != sorted(self.names):

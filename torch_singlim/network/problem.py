@@ -68,9 +68,9 @@ class ZeroLossProblem:
         batch_size: samples evaluated at once; default: as many as fit into `memory`. If all samples are evaluated at
             once, the pass that products with the Jacobian share is made once and cached.
         memory: bytes that evaluations may take; default: half of what is free now.
-        step_ratios: parameter name -> its step size, relative to the optimizer's lr; the other parameters are held
-            fixed. Default: 1 for all trainable ones. The weights w ``[P]`` are the parameters divided by the square
-            root of their ratio, see `WeightSpace`.
+        step_ratios: parameter name -> its step size, relative to the optimizer's lr, one number or one for each weight;
+            the other parameters are held fixed. Default: 1 for all trainable ones. The weights w ``[P]`` are the
+            parameters divided by the square root of their ratio, see `WeightSpace`.
         process_group: the processes that share the samples: each evaluates a part; sums and outputs are exchanged.
 
     Raises:
@@ -101,7 +101,7 @@ class ZeroLossProblem:
         device: torch.device | str | None = None,
         batch_size: int | None = None,
         memory: int | None = None,
-        step_ratios: Mapping[str, float] | None = None,
+        step_ratios: Mapping[str, float | Tensor] | None = None,
         process_group: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
     ) -> None:
         check_samples(inputs, targets)

@@ -10,11 +10,25 @@ from torch import Tensor, nn
 __all__ = ["WeightSpace"]
 
 
+def _check_ratios(parameters: Mapping[str, nn.Parameter], ratios: Mapping[str, float | Tensor]) -> None:
+    """Raise ValueError unless there is a positive number, or one for each weight, for names of these parameters."""
+    unknown = sorted(ratios.keys() - parameters.keys())
+    wrong = [name for name, ratio in ratios.items() if not bool((torch.as_tensor(ratio) > 0).all())]
+    shapes = {name: tuple(ratio.shape) for name, ratio in ratios.items() if isinstance(ratio, Tensor)}
+    other = [name for name in shapes.keys() & parameters.keys() if shapes[name] != parameters[name].shape]
+    if unknown or wrong or other:
+        got = ", ".join(unknown) or dict(ratios) if not other else {name: shapes[name] for name in other}
+        raise ValueError(
+            "step_ratios must give a positive number, or one for each weight, for names of trainable parameters, got "
+            f"{got}"
+        )
+
+
 class WeightSpace:
     """The parameters of a module that require a gradient, in the order of ``module.parameters()``, as a vector ``[P]``.
 
-    With `step_ratios` r (parameter name -> its step size relative to alpha), the coordinates u are those in which steps
-    of different sizes become plain gradient descent: w = sqrt(r) u, where
+    With `step_ratios` r (parameter name -> its step size relative to alpha, one number or one for each weight), the
+    coordinates u are those in which steps of different sizes become plain gradient descent: w = sqrt(r) u, where
 
         w <- w - alpha r grad_w L      is      u <- u - alpha grad_u L(sqrt(r) u)
 
@@ -27,7 +41,7 @@ class WeightSpace:
         step_ratios: default: 1 for all trainable parameters.
 
     Raises:
-        ValueError: no trainable parameters, unknown names, a ratio that is not positive.
+        ValueError: no trainable parameters, unknown names, a ratio that is not positive or has another shape.
 
     >>> space = WeightSpace(nn.Linear(2, 1), dtype=torch.float64, step_ratios={"bias": 4.0})
     >>> space.num_weights, space.names
@@ -40,29 +54,31 @@ class WeightSpace:
         *,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
-        step_ratios: Mapping[str, float] | None = None,
+        step_ratios: Mapping[str, float | Tensor] | None = None,
     ) -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if step_ratios is not None:
-            unknown = sorted(step_ratios.keys() - dict(named).keys())
-            if unknown or not all(ratio > 0 for ratio in step_ratios.values()):
-                raise ValueError(
-                    "step_ratios must give a positive number for names of trainable parameters, got "
-                    f"{', '.join(unknown) or dict(step_ratios)}"
-                )
+            _check_ratios(dict(named), step_ratios)
             named = [(name, p) for name, p in named if name in step_ratios]
         if not named:
             raise ValueError("the module has no trainable parameters: there are no weights to measure")
         self.module = module
-        self.step_ratios = {name: 1.0 if step_ratios is None else float(step_ratios[name]) for name, _ in named}
+        given: Mapping[str, float | Tensor] = dict.fromkeys(dict(named), 1.0) if step_ratios is None else step_ratios
+        self.step_ratios = {name: given[name] for name, _ in named}
         self.dtype = dtype
         self.device = torch.device(device) if device is not None else named[0][1].device
         self.names = [name for name, _ in named]
         self.shapes = [p.shape for _, p in named]
         self.num_weights = sum(p.numel() for _, p in named)
-        plain = all(ratio == 1 for ratio in self.step_ratios.values())
-        roots = [p.new_full(p.shape, self.step_ratios[name] ** 0.5, dtype=dtype).reshape(-1) for name, p in named]
-        self._scale = None if plain else torch.cat(roots).to(self.device)  # sqrt(r) [P]
+        self.uniform = not any(isinstance(ratio, Tensor) for ratio in self.step_ratios.values())
+        """Whether all weights of a parameter have the same step size."""
+        roots = [
+            torch.as_tensor(self.step_ratios[n], dtype=dtype, device=p.device).sqrt().expand(p.shape) for n, p in named
+        ]
+        plain = self.uniform and set(self.step_ratios.values()) == {1.0}
+        self._scale = (
+            None if plain else torch.cat([root.detach().reshape(-1) for root in roots]).to(self.device)
+        )  # sqrt(r) [P]
 
     def _cast(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype

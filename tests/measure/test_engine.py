@@ -529,7 +529,7 @@ def test_steps_that_do_not_move_are_not_judged():
 def test_wrong_derivatives_are_found_before_the_first_measurement():
     run = Run(network([Bent()]))
     engine = run.follow(run.engine())
-    assert [reason.code for reason in engine.reasons] == [Code.DERIVATIVES]
+    assert {reason.code for reason in engine.reasons} - {Code.UNRESOLVED} == {Code.DERIVATIVES}
     assert "differentiates this network wrongly" in engine.verdict()
     assert not any("distance/nearest" in point for point in engine.history.values())
     assert {"excess_loss", "drift/measured"} <= engine.history[STEPS].keys()

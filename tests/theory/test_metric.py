@@ -1,0 +1,130 @@
+"""A step size for each weight: the limit, the offset and the nearest point in the metric, and ensembles."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.problems import DTYPE, Dense, chain, make
+from torch_singlim import (
+    DropConnect,
+    Dropout,
+    SGDSettings,
+    ZeroLossProblem,
+    compare,
+    gauss_newton,
+    limit_flow,
+    nearest_point,
+    singular_limit,
+)
+from torch_singlim.network import WeightSpace
+
+
+def in_metric(dense):
+    """The problem with step sizes over a factor of 30, and these  [P]."""
+    generator = torch.Generator().manual_seed(0)
+    named = dict(dense.net.named_parameters())
+    ratios = {
+        name: 10 ** (1.5 * torch.rand(p.shape, generator=generator, dtype=DTYPE) - 0.75) for name, p in named.items()
+    }
+    problem = ZeroLossProblem(dense.net, dense.loss, dense.inputs, dense.targets, step_ratios=ratios)
+    return problem, torch.cat([ratios[name].reshape(-1) for name in dense.names])
+
+
+def rows(dense, w):
+    """B [M, P] with H = B^T B, by eigenvectors."""
+    values, vectors = torch.linalg.eigh(dense.gauss_newton(w))
+    kept = values > 1e-9 * values[-1]
+    return values[kept].sqrt()[:, None] * vectors[:, kept].T
+
+
+@pytest.mark.parametrize("name", ["scalar", "two_layers", "cross_entropy", "rank_deficient"])
+def test_drift_and_offset_are_those_of_the_dense_metric(name):
+    """drift = -alpha M_S grad V, M_S = S - S B^T (B S B^T)^+ B S; offset -S^(1/2) (S^(1/2) H S^(1/2))^+ S^(1/2) grad V."""
+    dense, w = make(name)
+    problem, S = in_metric(dense)
+    u = problem.weights()
+    torch.testing.assert_close(u * S.sqrt(), w)
+    limit = singular_limit(problem, u, Dropout(), SGDSettings(lr=0.1), num_draws=1_000)
+    B, gradient = rows(dense, w), dense.dropout_potential_gradient(w)
+    SBt = S[:, None] * B.T
+    M_S = torch.diag(S) - SBt @ torch.linalg.pinv(B @ SBt) @ SBt.T
+    expected = -0.1 * M_S @ gradient
+    torch.testing.assert_close(limit.drift * S.sqrt(), expected, rtol=0, atol=1e-7 * expected.norm().item())
+    root = S.sqrt()
+    H = root[:, None] * dense.gauss_newton(w) * root
+    offset = -torch.linalg.pinv(H, rtol=1e-9, hermitian=True) @ (root * gradient)
+    assert limit.mean_offset_norm == pytest.approx(offset.norm().item(), rel=1e-6)
+
+
+def test_the_nearest_point_is_that_of_the_metric():
+    """S^-1 (v - w) is in the range of B^T, and v on Gamma."""
+    dense, w = make("two_layers")
+    problem, S = in_metric(dense)
+    off = w + 0.02 * torch.linspace(-1, 1, len(w), dtype=DTYPE)
+    v = nearest_point(problem, off / S.sqrt(), rtol=1e-9, max_steps=100).point * S.sqrt()
+    assert dense.L(v).item() < 1e-20
+    Q = torch.linalg.qr(rows(dense, v).T)[0]
+    normal = (v - off) / S
+    torch.testing.assert_close(Q @ (Q.T @ normal), normal, rtol=0, atol=1e-6 * normal.norm().item())
+
+
+def test_ratios_that_do_not_fit_are_refused():
+    net = nn.Linear(2, 1)
+    for ratios in (
+        {"weight": torch.tensor([[1.0, 0.0]]), "bias": 1.0},
+        {"weight": torch.ones(2), "bias": 1.0},
+        {"wait": torch.ones(1, 2)},
+    ):
+        with pytest.raises(ValueError, match="a positive number, or one for each weight"):
+            WeightSpace(net, dtype=DTYPE, step_ratios=ratios)
+
+
+REPLICAS = 256
+
+
+def mean_motion(dense, problem, S, alpha, steps, *, std=None):
+    """Mean motion of the nearest points in w, by steps w <- w - alpha S grad Lhat on dense tensors; its relative error."""
+    w0, generator = dense.weights(), torch.Generator().manual_seed(1)
+    N, D, rate = len(dense.inputs), sum(dense.widths), dense.rates[0]
+    if std is None:
+        gradient = torch.func.vmap(torch.func.grad(dense.L))
+    else:
+        gradient = torch.func.vmap(torch.func.grad(lambda w, eta: dense.L(w * (1 + eta))))
+    w = w0.expand(REPLICAS, -1).clone()
+    for _ in range(steps):
+        if std is None:
+            kept = torch.rand(REPLICAS, N, D, generator=generator, dtype=DTYPE) >= rate
+            eta = kept.to(DTYPE) / (1 - rate) - 1
+        else:
+            eta = std * torch.randn(REPLICAS, len(w0), generator=generator, dtype=DTYPE)
+        w = w - alpha * S * gradient(w, eta)
+    root = S.sqrt()
+    motions = torch.stack([nearest_point(problem, each / root, rtol=1e-4).point * root for each in w]) - w0
+    mean = motions.mean(0)
+    return mean, ((motions.std(0) / REPLICAS**0.5).norm() / mean.norm()).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["DropConnect", "dropout"])
+def test_an_ensemble_in_the_metric(kind):
+    """Cosine 0.999 and speed within 2 % of the limit integrated in the metric; the Euclidean limit leads elsewhere."""
+    dense, w = make("scalar")
+    if kind == "dropout":  # less of it
+        net = chain([3, 6, 1], nn.Tanh, [0.01], bias=False, seed=1)
+        net.load_state_dict(dense.net.state_dict())
+        dense = Dense(net, dense.loss, dense.inputs, dense.targets)
+    problem, S = in_metric(dense)
+    noise = Dropout() if kind == "dropout" else DropConnect(0.05)
+    u = problem.weights()
+    sgd = SGDSettings(lr=0.3 / gauss_newton(problem, u).largest)
+    limit = singular_limit(problem, u, noise, sgd, num_draws=1_000)
+    steps = int(0.5 * limit.time_scale)
+    mean, error = mean_motion(dense, problem, S, sgd.lr, steps, std=None if kind == "dropout" else 0.05)
+    flow = limit_flow(problem, u, noise, sgd, steps=steps, num_draws=1_000, finite_step=True)
+    found = compare(mean, flow.displacement * S.sqrt())
+    euclidean = limit_flow(dense.problem, w, noise, sgd, steps=steps, num_draws=1_000)
+    other = compare(mean, euclidean.displacement)
+    print(f"\n{kind}: {steps} steps, {found}, relative error {error:.2g}; Euclidean limit: cosine {other.cosine:.3f}")
+    assert found.cosine >= 0.999
+    assert found.speed == pytest.approx(1, abs=0.02)
+    assert other.cosine < 0.97

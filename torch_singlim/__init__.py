@@ -58,6 +58,7 @@ from torch_singlim.theory import (
     degeneracy,
     effective_flow,
     finite_window,
+    frozen_metric,
     has_finite_step,
     limit_flow,
     simulate,
@@ -98,6 +99,7 @@ __all__ = [
     # what the theory predicts
     "singular_limit",
     "has_finite_step",
+    "frozen_metric",
     "LimitPrediction",
     "degeneracy",
     "Degeneracy",

@@ -11,6 +11,7 @@ from torch_singlim import (
     SGDSettings,
     ZeroLossProblem,
     compare,
+    frozen_metric,
     gauss_newton,
     limit_flow,
     nearest_point,
@@ -79,6 +80,55 @@ def test_ratios_that_do_not_fit_are_refused():
             WeightSpace(net, dtype=DTYPE, step_ratios=ratios)
 
 
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.7, 0.9), eps=0.1, weight_decay=0.0),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1),
+    "rmsprop, centred, momentum": lambda p: torch.optim.RMSprop(p, lr=0.1, centered=True, momentum=0.8),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.3, eps=0.01),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_metric_of_an_optimizer(kind):
+    """A step moves the weights by -lr S m, with S read from the state after it."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2).double()
+    optimizer, first = OPTIMIZERS[kind](net.parameters()), None
+    for k in range(5):
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        held = {name: optimizer.state[p].get("momentum_buffer") for name, p in net.named_parameters()}
+        held = {name: None if value is None else value.clone() for name, value in held.items()}
+        optimizer.step()
+        settings, S = frozen_metric(optimizer, net)
+        first = settings if first is None else first
+        assert settings == first
+        for name, p in net.named_parameters():
+            state = optimizer.state[p]
+            if "exp_avg" in state:
+                m = state["exp_avg"] / (1 - settings.momentum ** (k + 1))
+            elif held[name] is not None:  # torch's buffer has S in it: that of the step in which a gradient came
+                m = p.grad
+                before[name] = before[name] - settings.lr * settings.momentum * held[name]
+            else:
+                m = p.grad
+            moved = p.detach() - before[name]
+            torch.testing.assert_close(moved, -settings.lr * S[name] * m, rtol=1e-6, atol=1e-12)
+
+
+def test_optimizers_without_a_metric_are_refused():
+    net = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="has made no step with weight yet"):
+        frozen_metric(torch.optim.Adam(net.parameters()), net)
+    with pytest.raises(ValueError, match="known for Adam, AdamW, RMSprop, Adagrad, got SGD"):
+        frozen_metric(torch.optim.SGD(net.parameters(), lr=0.1), net)
+    with pytest.raises(ValueError, match=r"weight decay 0\.1"):
+        frozen_metric(torch.optim.Adam(net.parameters(), weight_decay=0.1), net)
+
+
 REPLICAS = 256
 
 
@@ -128,3 +178,46 @@ def test_an_ensemble_in_the_metric(kind):
     assert found.cosine >= 0.999
     assert found.speed == pytest.approx(1, abs=0.02)
     assert other.cosine < 0.97
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_adam():
+    """torch's Adam on replicas, whose second moment has settled at the start: the limit in its metric, with momentum."""
+    dense, w = make("scalar")
+    std, settle, generator = 0.05, 6_000, torch.Generator().manual_seed(1)
+    gradient = torch.func.vmap(torch.func.grad(lambda w, eta: dense.L(w * (1 + eta))))
+    p = nn.Parameter(w.expand(REPLICAS, -1).clone())  # Adam acts on each number alone
+    adam = torch.optim.Adam([p], lr=0.0, betas=(0.9, 0.999), eps=1e-12)
+
+    def step():
+        eta = std * torch.randn(REPLICAS, len(w), generator=generator, dtype=DTYPE)
+        p.grad = gradient(p.detach(), eta)
+        adam.step()
+
+    for _ in range(settle):
+        step()
+    # the mean second moment, as the state of one optimizer
+    own = torch.optim.Adam(dense.net.parameters(), betas=(0.9, 0.999), eps=1e-12)
+    for q, v in zip(
+        dense.net.parameters(),
+        adam.state[p]["exp_avg_sq"].mean(0).split([q.numel() for q in dense.net.parameters()]),
+        strict=True,
+    ):
+        own.state[q] = {"exp_avg_sq": v.view(q.shape), "step": torch.tensor(float(settle))}
+    _, ratios = frozen_metric(own, dense.net)
+    S = torch.cat([ratios[name].reshape(-1) for name in dense.names])
+    problem = ZeroLossProblem(dense.net, dense.loss, dense.inputs, dense.targets, step_ratios=ratios)
+    u, noise = problem.weights(), DropConnect(std)
+    own.param_groups[0]["lr"] = adam.param_groups[0]["lr"] = 0.02 / gauss_newton(problem, u).largest
+    sgd, _ = frozen_metric(own, dense.net)
+    drift = singular_limit(problem, u, noise, sgd, num_draws=1_000).drift * S.sqrt()
+    steps = int(0.1 / torch.linalg.vector_norm(drift))
+    for _ in range(steps):
+        step()
+    root = S.sqrt()
+    motions = torch.stack([nearest_point(problem, v / root, rtol=1e-4).point * root for v in p.detach()]) - w
+    flow = limit_flow(problem, u, noise, sgd, steps=steps, num_draws=1_000, finite_step=True)
+    found = compare(motions.mean(0), flow.displacement * root)
+    print(f"\nAdam: {steps} steps, {found}")
+    assert found.cosine >= 0.99
+    assert found.speed == pytest.approx(1, abs=0.05)

@@ -115,7 +115,7 @@ class Recurrent(Net):
 
     def __init__(self):
         super().__init__()
-        self.recurrent = nn.RNN(16, 16, 2, dropout=0.1, batch_first=True)
+        self.recurrent = nn.GRU(16, 16, 2, dropout=0.1, batch_first=True)
 
     def forward(self, x):
         return self.head(self.recurrent(self.body(x).unflatten(1, (2, 16)))[0].flatten(1))

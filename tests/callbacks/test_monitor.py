@@ -19,6 +19,7 @@ from tests.zoo import (
     Net,
     Normed,
     Recorder,
+    Recurrent,
     Trace,
     Validated,
     assert_identical,
@@ -178,6 +179,14 @@ def test_a_layer_that_torch_differentiates_wrongly_is_named():
     logged = {tag for _, point in recorder.of_monitor() for tag in point}
     assert {"excess_loss", "drift/measured", "drift/cosine"} <= logged
     assert not {tag for tag in logged if tag.startswith(("distance/nearest", "limit/", "clock/"))}
+
+
+def test_recurrent_layers_are_measured():
+    """Not on every device: torch's fused cells are missing on some."""
+    monitor = monitor_of(window=5)
+    fit(seeded(Recurrent), monitor, steps=5)
+    assert {"distance/nearest", "drift/cosine", "clock/time_scale"} <= tags_of(monitor)
+    assert {reason.code for reason in reasons_of(monitor)} <= {Code.UNRESOLVED, Code.EXPANSION_FAILS}
 
 
 def test_a_failing_expansion_is_invalidated_with_its_reason(monkeypatch):

@@ -131,5 +131,5 @@ def test_what_is_not_named_stays_where_it_is():
 
 @pytest.mark.parametrize("ratios", [{"3.weights": 1.0}, {"3.weight": 0.0}])
 def test_bad_ratios(ratios):
-    with pytest.raises(ValueError, match=r"positive number for names of trainable parameters, got .*3\.weight"):
+    with pytest.raises(ValueError, match=r"for names of trainable parameters, got .*3\.weight"):
         FunctionalModule(network(), dtype=torch.float64, step_ratios=ratios)

@@ -182,7 +182,7 @@ def test_an_ensemble_in_the_metric(kind):
 
 @pytest.mark.slow
 def test_an_ensemble_of_adam():
-    """torch's Adam on replicas, whose second moment has settled at the start: the limit in its metric, with momentum."""
+    """torch's Adam on replicas, whose second moment is stationary at the start: the limit in its metric, with momentum."""
     dense, w = make("scalar")
     std, settle, generator = 0.05, 6_000, torch.Generator().manual_seed(1)
     gradient = torch.func.vmap(torch.func.grad(lambda w, eta: dense.L(w * (1 + eta))))

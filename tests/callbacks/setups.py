@@ -245,9 +245,7 @@ RAISES = {
     "noise given twice": Case(
         monitor={"noise": DropConnect(0.1)}, callbacks=injected(DropConnect(0.1)), message="given twice"
     ),
-    "dropout without layers": Case(
-        lambda: Net(dropout=0.0), {"noise": Dropout()}, message=r"needs dropout with a positive rate"
-    ),
+    "dropout without layers": Case(lambda: Net(dropout=0.0), {"noise": Dropout()}, message=r"needs nn\.Dropout layers"),
     "label noise on class labels": Case(callbacks=injected(LabelNoise(0.1)), message="floating point targets"),
     "noise on tensors that are not the batch's": Case(
         OfDict,

@@ -209,7 +209,7 @@ class FunctionalModule(WeightSpace):
         self._is_elementary, self._checkpoints = self._elementary.used, self._skipped
         self._noise_sites = []
         for call, there in zip(calls, changed, strict=True):
-            layout = find_layout(call, [there.activation], len(x))
+            layout = find_layout(call, there.activation, len(x))
             shape = layout.of_samples(call.mask_like(call.activation)).shape[1:]
             self._noise_sites.append(ActivationSite(call.name, call.rate, tuple(shape), layout))
         return self._noise_sites

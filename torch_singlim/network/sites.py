@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,12 +114,12 @@ def _candidates(x: Tensor, n: int) -> list[Layout]:
     return plain + folded
 
 
-def find_layout(call: Call, changed: Sequence[Tensor], n: int) -> Layout:
+def find_layout(call: Call, changed: Tensor, n: int) -> Layout:
     """Where the n samples are in an activation, from where it changes with the last sample's input.
 
     Args:
         call: on all samples.
-        changed: the same activation for other inputs of the last sample.
+        changed: the same activation for another input of the last sample.
         n: number of samples.
 
     Raises:
@@ -129,15 +128,14 @@ def find_layout(call: Call, changed: Sequence[Tensor], n: int) -> Layout:
     >>> x = torch.zeros(2, 6)
     >>> changed = x.clone()
     >>> changed[:, 3:] = 1
-    >>> find_layout(Call("", 0.1, x.T, 0), [changed.T], 2)
+    >>> find_layout(Call("", 0.1, x.T, 0), changed.T, 2)
     Layout(axis=0, fold=3, inner=False)
     """
     x = call.activation
     candidates = _candidates(x, n)
-    for other in changed:
-        if other.shape == x.shape:
-            differs = (other != x) & ~(other.isnan() & x.isnan())
-            candidates = [each for each in candidates if not bool(each.of_samples(differs)[:-1].any())]
+    if changed.shape == x.shape:
+        differs = (changed != x) & ~(changed.isnan() & x.isnan())
+        candidates = [each for each in candidates if not bool(each.of_samples(differs)[:-1].any())]
     if not candidates:
         raise ValueError(
             f"the samples of a batch could not be told apart in the activation {tuple(x.shape)} of {call.name} for "

@@ -72,13 +72,11 @@ class WeightSpace:
         self.num_weights = sum(p.numel() for _, p in named)
         self.uniform = not any(isinstance(ratio, Tensor) for ratio in self.step_ratios.values())
         """Whether all weights of a parameter have the same step size."""
-        roots = [
-            torch.as_tensor(self.step_ratios[n], dtype=dtype, device=p.device).sqrt().expand(p.shape) for n, p in named
-        ]
-        plain = self.uniform and set(self.step_ratios.values()) == {1.0}
-        self._scale = (
-            None if plain else torch.cat([root.detach().reshape(-1) for root in roots]).to(self.device)
-        )  # sqrt(r) [P]
+        self._scale = None  # sqrt(r) [P]
+        if not self.uniform or set(self.step_ratios.values()) != {1.0}:
+            ratios = (torch.as_tensor(r, dtype=dtype, device=self.device) for r in self.step_ratios.values())
+            roots = [r.detach().sqrt().expand(shape).reshape(-1) for r, shape in zip(ratios, self.shapes, strict=True)]
+            self._scale = torch.cat(roots)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype

@@ -292,7 +292,7 @@ def gradient_noise(
         generator: of the random directions.
     """
     N, B = problem.num_samples, batch_size
-    closed, blocks, full, draws, exact, transient = Covariance(), [], [], [], True, 0.0
+    closed, grams, draws, exact, transient = Covariance(), [], [], True, 0.0
     for part in parts(system):
         scale = part.scale(problem)
         known = part.covariance(problem, batch_size)
@@ -303,9 +303,9 @@ def gradient_noise(
         elif scale.numel() == 0:
             continue
         elif part.moves_outputs and part.per_sample:
-            blocks.append(output_noise(part, problem, w) / B)
+            grams.append(output_noise(part, problem, w) / B)
         elif part.moves_outputs and problem.num_residuals <= FEW_RESIDUALS:
-            full.append(batch_mean(shared_output_noise(part, problem, w), num_samples=N, batch_size=B))
+            grams.append(batch_mean(shared_output_noise(part, problem, w), num_samples=N, batch_size=B)[None])
         else:
             own, sampled = _sampled(part, problem, w, B, num_draws=num_draws, generator=generator)
             exact = exact and not sampled
@@ -313,15 +313,14 @@ def gradient_noise(
                 a, d = batch_weights(N, B)
                 own = math.sqrt(a) * own
                 if part.moves_outputs:
-                    blocks.append(d / N * output_noise(part, problem, w))
+                    grams.append(d / N * output_noise(part, problem, w))
                 else:
                     single, sampled = _of_single_samples(part, problem, w, num_draws=num_draws, generator=generator)
                     draws.append(math.sqrt(d) * single)
                     exact = exact and not sampled
             draws.append(own)
-    if full:
-        blocks, full = [], [*full, *(torch.block_diag(*each) for each in blocks)]
-    grams = [*blocks, *(each[None] for each in full)]
+    if len({len(each) for each in grams}) > 1:  # blocks of single samples beside one of all
+        grams = [torch.block_diag(*each)[None] for each in grams]
     gram = torch.stack(grams).sum(0) if grams else None
     # the draws of all sampled parts are concatenated, with weights such that the common mean is the sum of their means
     count = sum(map(len, draws))

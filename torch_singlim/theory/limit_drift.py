@@ -64,16 +64,13 @@ def _at_finite_step(
     **options: Any,
 ) -> Potential:
     """V and grad V at this step size, of all parts: those of order 2 count alpha times in a sum of order 1."""
-    lowest, moving = noise.order, [part for part in parts(noise) if part.order is not None]
-    assert lowest is not None
-
-    def scaled(part: NoiseSystem) -> Potential:
-        V, factor = finite_step_potential(part, problem, point, sgd, hessian, **options), 1.0
-        if part.order is not None:
+    lowest, terms = noise.order, []
+    for part in parts(noise):
+        if part.order is not None and lowest is not None:
+            V = finite_step_potential(part, problem, point, sgd, hessian, **options)
             factor = sgd.effective_lr ** (part.order - lowest)
-        return Potential(V.value.scaled(factor), V.gradient.map(lambda g: factor * g), V.passes)
-
-    return total(map(scaled, moving))
+            terms.append(Potential(V.value.scaled(factor), V.gradient.map(lambda g, c=factor: c * g), V.passes))
+    return total(terms)
 
 
 def limit_drift(

@@ -41,8 +41,8 @@ class Dropout(GaussianNoise):
     def check(self, problem: ZeroLossProblem) -> None:
         if not problem.sites:
             raise ValueError(
-                "Dropout() needs nn.Dropout layers, or calls of F.dropout, with a positive rate in the forward pass, found "
-                "none: add them to the module, or use another noise"
+                "Dropout() needs nn.Dropout layers, or calls of F.dropout, with a positive rate in the forward pass, "
+                "found none: add them to the module, or use another noise"
             )
 
     def variance(self, space: NoiseSpace) -> float:

@@ -58,6 +58,7 @@ from torch_singlim.theory import (
     degeneracy,
     effective_flow,
     finite_window,
+    FrozenMetric,
     frozen_metric,
     has_finite_step,
     limit_flow,
@@ -99,6 +100,7 @@ __all__ = [
     # what the theory predicts
     "singular_limit",
     "has_finite_step",
+    "FrozenMetric",
     "frozen_metric",
     "LimitPrediction",
     "degeneracy",

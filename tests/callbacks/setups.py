@@ -292,7 +292,29 @@ NO_PROBLEM = {
 }
 # distances are measured, and the drift is not predicted
 UNSUPPORTED = {
-    "adam": Case(Adam, code=Code.OPTIMIZER, message="Adam rescales"),
+    "an optimizer without a metric": Case(
+        with_optimizer(lambda m: torch.optim.NAdam(m.parameters())), code=Code.OPTIMIZER, message="NAdam rescales"
+    ),
+    "adam with weight decay": Case(
+        with_optimizer(lambda m: torch.optim.Adam(m.parameters(), weight_decay=1e-3)),
+        code=Code.COUPLED_DECAY,
+        message="Adam divides its weight decay by its second moments",
+    ),
+    "adam and anti-correlated noise": Case(
+        Adam,
+        callbacks=injected(AntiCorrelated(0.01)),
+        code=Code.ADAPTIVE_NOISE,
+        message="under Adam the drift of AntiCorrelated is not known",
+    ),
+    "adamw with groups that differ": Case(
+        with_optimizer(
+            lambda m: torch.optim.AdamW(
+                [{"params": m.body.parameters()}, {"params": m.head.parameters(), "weight_decay": 0.0}]
+            )
+        ),
+        code=Code.GROUPS_DIFFER,
+        message="groups differ in weight_decay",
+    ),
     "an optimizer with a line search": Case(
         with_optimizer(lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=3)),
         code=Code.OPTIMIZER,
@@ -363,6 +385,13 @@ MEASURED = {
     ),
     "clipping that never acts": Case(trainer={"gradient_clip_val": 1e3}),
     "clipping by value that never acts": Case(trainer={"gradient_clip_val": 1e3, "gradient_clip_algorithm": "value"}),
+    "adam": Case(Adam),
+    "adamw, decay and schedule": Case(with_optimizer(lambda m: scheduled(torch.optim.AdamW(m.parameters(), lr=1e-2)))),
+    "adam with groups": Case(
+        with_optimizer(
+            lambda m: torch.optim.Adam([{"params": m.body.parameters(), "lr": 1e-3}, {"params": m.head.parameters()}])
+        )
+    ),
     "nesterov": Case(lambda: Net("smoothed", momentum=0.9, nesterov=True, lr=0.02)),
     "weight decay": Case(lambda: Net(weight_decay=1e-3)),
     "injected noise": Case(callbacks=injected(DropConnect(0.1))),

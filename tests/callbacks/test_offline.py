@@ -219,7 +219,7 @@ def test_batch_normalisation_has_distances(tmp_path):
 
 
 OTHERS = {
-    "adamw": (AdamW, Code.OPTIMIZER, "the theory covers torch.optim.SGD"),
+    "adamw": (AdamW, Code.OPTIMIZER, "the theory covers torch.optim.SGD, and Adam"),
     "groups": (with_optimizer(lambda m: groups(m, {"lr": 0.1}, {})), Code.GROUPS_DIFFER, "does not name"),
     "standing": (with_optimizer(lambda m: torch.optim.SGD(m.parameters(), lr=0.0)), Code.NO_STEP_SIZE, "rate is 0"),
     "part": (

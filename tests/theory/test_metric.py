@@ -95,7 +95,7 @@ def test_the_metric_of_an_optimizer(kind):
     """A step moves the weights by -lr S m, with S read from the state after it."""
     torch.manual_seed(0)
     net = nn.Linear(3, 2).double()
-    optimizer, first = OPTIMIZERS[kind](net.parameters()), None
+    optimizer = OPTIMIZERS[kind](net.parameters())
     for k in range(5):
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         for p in net.parameters():
@@ -103,24 +103,53 @@ def test_the_metric_of_an_optimizer(kind):
         held = {name: optimizer.state[p].get("momentum_buffer") for name, p in net.named_parameters()}
         held = {name: None if value is None else value.clone() for name, value in held.items()}
         optimizer.step()
-        settings, S = frozen_metric(optimizer, net)
-        first = settings if first is None else first
-        assert settings == first
+        metric = frozen_metric(optimizer, net)
+        sgd = metric.sgd
+        sizes = {name: sgd.lr * r for name, r in metric.step_ratios.items()}
+        assert sgd.lr == pytest.approx(metric.scale * optimizer.param_groups[0]["lr"], rel=1e-12)
+        assert torch.cat([1 / r.reshape(-1) for r in metric.step_ratios.values()]).mean().item() == pytest.approx(1)
         for name, p in net.named_parameters():
             state = optimizer.state[p]
             if "exp_avg" in state:
-                m = state["exp_avg"] / (1 - settings.momentum ** (k + 1))
+                m = state["exp_avg"] / (1 - sgd.momentum ** (k + 1))
             elif held[name] is not None:  # torch's buffer has S in it: that of the step in which a gradient came
                 m = p.grad
-                before[name] = before[name] - settings.lr * settings.momentum * held[name]
+                before[name] = before[name] - optimizer.param_groups[0]["lr"] * sgd.momentum * held[name]
             else:
                 m = p.grad
             moved = p.detach() - before[name]
-            torch.testing.assert_close(moved, -settings.lr * S[name] * m, rtol=1e-6, atol=1e-12)
+            torch.testing.assert_close(moved, -sizes[name] * m, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_groups_with_learning_rates_of_their_own_and_decoupled_decay(decay):
+    """A step from a state without momentum: -lr_i S g - lr lambda w, the last by V = c/2 |u|^2 in the metric."""
+    torch.manual_seed(0)
+    net, rates = nn.Linear(3, 2).double(), (0.2, 0.2 if decay else 0.05)
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(net.parameters(), rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.0, 0.9), weight_decay=decay)
+    before = [p.detach().clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    metric = frozen_metric(optimizer, net)
+    u = [w / metric.step_ratios[name].sqrt() for w, name in zip(before, ("weight", "bias"), strict=True)]
+    for (name, p), v, w, lr in zip(net.named_parameters(), u, before, rates, strict=True):
+        r = metric.step_ratios[name]
+        by_decay = -metric.sgd.lr * r.sqrt() * metric.weight_decay * v
+        torch.testing.assert_close(by_decay, -lr * decay * w)
+        torch.testing.assert_close(p.detach() - w, -metric.sgd.lr * r * p.grad + by_decay, rtol=1e-6, atol=1e-12)
 
 
 def test_optimizers_without_a_metric_are_refused():
     net = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="maximizes"):
+        frozen_metric(torch.optim.Adam(net.parameters(), maximize=True), net)
+    with pytest.raises(ValueError, match="weight decay and groups with learning rates of their own"):
+        frozen_metric(torch.optim.AdamW([{"params": [net.weight], "lr": 0.1}, {"params": [net.bias]}]), net)
+    two = [{"params": [net.weight], "eps": 1e-3}, {"params": [net.bias], "betas": (0.5, 0.9)}]
+    with pytest.raises(ValueError, match="not in eps, betas"):
+        frozen_metric(torch.optim.Adam(two), net)
     with pytest.raises(ValueError, match="has made no step with weight yet"):
         frozen_metric(torch.optim.Adam(net.parameters()), net)
     with pytest.raises(ValueError, match="known for Adam, AdamW, RMSprop, Adagrad, got SGD"):
@@ -204,12 +233,13 @@ def test_an_ensemble_of_adam():
         strict=True,
     ):
         own.state[q] = {"exp_avg_sq": v.view(q.shape), "step": torch.tensor(float(settle))}
-    _, ratios = frozen_metric(own, dense.net)
+    ratios = frozen_metric(own, dense.net).step_ratios
     S = torch.cat([ratios[name].reshape(-1) for name in dense.names])
     problem = ZeroLossProblem(dense.net, dense.loss, dense.inputs, dense.targets, step_ratios=ratios)
     u, noise = problem.weights(), DropConnect(std)
-    own.param_groups[0]["lr"] = adam.param_groups[0]["lr"] = 0.02 / gauss_newton(problem, u).largest
-    sgd, _ = frozen_metric(own, dense.net)
+    scale = frozen_metric(own, dense.net).scale
+    own.param_groups[0]["lr"] = adam.param_groups[0]["lr"] = 0.02 / (scale * gauss_newton(problem, u).largest)
+    sgd = frozen_metric(own, dense.net).sgd
     drift = singular_limit(problem, u, noise, sgd, num_draws=1_000).drift * S.sqrt()
     steps = int(0.1 / torch.linalg.vector_norm(drift))
     for _ in range(steps):

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from torch_singlim.measure import Code, Reason, StepSums
 from torch_singlim.measure.states import check_keys
-from torch_singlim.theory import SGDSettings
+from torch_singlim.network import WeightSpace
+from torch_singlim.theory import ADAPTIVE, FrozenMetric, SGDSettings, differing, frozen_metric, is_decoupled
 
 __all__ = [
     "OptimizerSettings",
     "StepRecorder",
     "plain_optimizer",
     "read_groups",
+    "read_metric",
     "read_optimizer",
     "select_parameters",
     "skipped",
@@ -63,6 +65,7 @@ class OptimizerSettings:
         step_ratios: learning rate of each measured parameter, relative to the first group's.
         group_ratios: the same for each group.
         reasons: why the motion of the weights is not predicted.
+        adaptive: name of the optimizer, if it is an adaptive one whose metric is known; else empty.
     """
 
     sgd: SGDSettings | None
@@ -70,6 +73,7 @@ class OptimizerSettings:
     step_ratios: dict[str, float]
     group_ratios: tuple[float, ...]
     reasons: tuple[Reason, ...]
+    adaptive: str = ""
 
 
 def _rate(group: Mapping[str, Any]) -> float:
@@ -112,6 +116,42 @@ def read_groups(
     return OptimizerSettings(sgd, float(first["weight_decay"]), ratios, of_groups, tuple(reasons))
 
 
+def _read_adaptive(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> OptimizerSettings:
+    """Settings of an optimizer whose metric is known, which is read at each snapshot."""
+    groups, reasons, name = optimizer.param_groups, [], type(optimizer).__name__
+    rates, different = [_rate(group) for group in groups], differing(groups)
+    if different:
+        reasons.append(Code.GROUPS_DIFFER(keys=different))
+    if groups[0].get("maximize"):
+        reasons.append(Code.MAXIMIZES())
+    if groups[0]["weight_decay"] and not is_decoupled(optimizer):
+        reasons.append(Code.COUPLED_DECAY(optimizer=name))
+    if groups[0]["weight_decay"] and len(set(rates)) > 1:
+        reasons.append(Code.RATIOS_UNDER_NOISE(noises="WeightDecay"))
+    if min(rates) <= 0:
+        reasons.append(Code.NO_STEP_SIZE() if max(rates) <= 0 else Code.NO_STEP_SIZE_OF_GROUP())
+        return OptimizerSettings(None, 0.0, dict.fromkeys(names, 1.0), (), tuple(reasons), name)
+    of_groups = tuple(rate / rates[0] for rate in rates)
+    decay = float(groups[0]["weight_decay"])
+    return OptimizerSettings(None, decay, dict.fromkeys(names, 1.0), of_groups, tuple(reasons), name)
+
+
+def read_metric(optimizer: torch.optim.Optimizer, space: WeightSpace, batch_size: int | None) -> FrozenMetric | None:
+    """The present metric of an adaptive optimizer; None: it has made no step yet, or the learning rate is 0.
+
+    Args:
+        optimizer: one whose metric is known.
+        space: the weights that are measured, all of which it holds.
+        batch_size: samples of one step; None: all.
+
+    Raises:
+        ValueError: it has made no step with one of the parameters.
+    """
+    if not optimizer.state or any(float(group["lr"]) <= 0 for group in optimizer.param_groups):
+        return None
+    return frozen_metric(optimizer, space.module, batch_size=batch_size)
+
+
 def plain_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:
     """The trainer's optimizer, without Lightning's wrapper; None: there are several, or none."""
     if len(trainer.optimizers) != 1:
@@ -127,7 +167,8 @@ def read_optimizer(
     if optimizer is None:
         several = Code.SEVERAL_OPTIMIZERS(count=len(trainer.optimizers))
         return OptimizerSettings(None, 0.0, plain, (), (several,))
-    if not isinstance(optimizer, torch.optim.SGD):
+    adaptive = type(optimizer) in ADAPTIVE
+    if not adaptive and not isinstance(optimizer, torch.optim.SGD):
         reason = Code.OPTIMIZER(optimizer=type(optimizer).__name__)
         return OptimizerSettings(None, 0.0, plain, (), (reason,))
     groups = optimizer.param_groups
@@ -135,7 +176,7 @@ def read_optimizer(
     parameters = dict(module.named_parameters())
     measured = {name: parameters[name] for name in names if name in parameters}
     rate_of = {name: held.get(id(p), _rate(groups[0])) for name, p in measured.items()}
-    found = read_groups(groups, rate_of, batch_size)
+    found = _read_adaptive(optimizer, names) if adaptive else read_groups(groups, rate_of, batch_size)
     reasons = list(found.reasons)
     if not module.automatic_optimization:
         reasons.append(Code.MANUAL_OPTIMIZATION())
@@ -201,10 +242,11 @@ class StepRecorder:
         rates = [float(group["lr"]) for group in groups]
         lr = rates[0]
         expected = zip(rates, self._settings.group_ratios, strict=False)
-        if any(abs(rate - ratio * lr) > 1e-6 * lr for rate, ratio in expected):
+        # an adaptive optimizer's are read at each snapshot
+        if not self._settings.adaptive and any(abs(rate - ratio * lr) > 1e-6 * lr for rate, ratio in expected):
             self._ratio_changed = True
-        first = groups[0]
-        rule = lr, float(first["momentum"]), float(first["dampening"]), bool(first["nesterov"])
+        momentum, dampening, nesterov = (groups[0].get(key, 0) for key in ("momentum", "dampening", "nesterov"))
+        rule = lr, float(momentum), float(dampening), bool(nesterov)
         if rule != self._rule:
             self._rule, self._alpha = rule, SGDSettings(*rule).effective_lr if lr > 0 else 0.0
         alpha = self._alpha

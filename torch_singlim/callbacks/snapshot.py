@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from torch_singlim.callbacks.inject import transients
-from torch_singlim.callbacks.optimizer import StepRecorder, read_groups, read_optimizer, step_batch_size
-from torch_singlim.measure import Code, Snapshot
+from torch_singlim.callbacks.optimizer import StepRecorder, read_groups, read_metric, read_optimizer, step_batch_size
+from torch_singlim.measure import Code, Metric, Snapshot
 from torch_singlim.network import WeightSpace
 
 __all__ = ["Subject", "snapshot_of_checkpoint", "snapshot_of_trainer"]
@@ -55,13 +55,23 @@ def snapshot_of_trainer(
         space: the weights that are measured.
         recorder: of the optimizer's steps.
     """
-    settings = read_optimizer(trainer, module, space.names, step_batch_size(trainer))
+    batch_size = step_batch_size(trainer)
+    settings = read_optimizer(trainer, module, space.names, batch_size)
     perturbed = transients(trainer)
     parameters = space.parameters()
     perturbation = None
     if perturbed:
         perturbation = space.flatten([perturbed.get(p, torch.zeros_like(p)) for p in parameters])
-    velocity = None
+    velocity, metric, sgd, weight_decay, reasons = None, None, settings.sgd, settings.weight_decay, settings.reasons
+    if settings.adaptive and not reasons:
+        try:
+            found = read_metric(trainer.optimizers[0], space, batch_size)
+        except ValueError as error:
+            found, reasons = None, (Code.NO_METRIC(why=str(error)),)
+        if found is not None:
+            ratios = torch.cat([found.step_ratios[name].reshape(-1) for name in space.names])
+            metric = Metric(ratios.to(space.device, space.dtype), found.scale)
+            sgd, weight_decay = found.sgd, found.weight_decay
     if settings.sgd is not None:
         state = trainer.optimizers[0].state
         velocity = _velocity(space, [state.get(p, {}).get("momentum_buffer") for p in parameters])
@@ -70,11 +80,12 @@ def snapshot_of_trainer(
         weights=space.weights(),
         perturbation=perturbation,
         velocity=velocity,
-        sgd=settings.sgd,
-        weight_decay=settings.weight_decay,
+        sgd=sgd,
+        weight_decay=weight_decay,
         step_ratios=settings.step_ratios,
         sums=recorder.sums,
-        reasons=(*settings.reasons, *recorder.reasons),
+        reasons=(*reasons, *recorder.reasons),
+        metric=metric,
     )
 
 

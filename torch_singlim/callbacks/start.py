@@ -256,4 +256,5 @@ def _training(
         injected=injected_noise(trainer),
         reasons=(*settings.reasons, *([subset] if subset else [])),
         whole=whole,
+        adaptive=settings.adaptive,
     )

@@ -124,11 +124,12 @@ def settings(engine: Engine, snapshot: Snapshot, *, window: int | str) -> dict[s
         }
     if sgd is None:
         return found
-    found |= {"lr": sgd.lr, "momentum": sgd.momentum, "step size": sgd.effective_lr}
+    lr = sgd.lr if snapshot.metric is None else sgd.lr / snapshot.metric.scale
+    found |= {"lr": lr, "momentum": sgd.momentum, "step size": sgd.effective_lr}
     if problem is not None:
         found["batch"] = sgd.batch(problem.num_samples)
     if engine.supports(Scope.LIMIT) and Need.MOVES in engine.expects():
-        variance = engine.variance
+        variance = engine.variance_at(snapshot)
         found |= {"noise level": math.sqrt(variance), "order": noise.order or 0}
         found["steps per unit of slow time"] = time_scale(sgd, noise.order, variance)
     if engine.last_distance is not None:

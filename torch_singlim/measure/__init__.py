@@ -14,7 +14,7 @@ from torch_singlim.measure.reasons import Code, Kind, Reason, Scope
 from torch_singlim.measure.samples import TrainingSet
 from torch_singlim.measure.scaling import Exponents, Rate, Scaling, fit_exponents, scaling_table
 from torch_singlim.measure.schedule import Due, Schedule
-from torch_singlim.measure.snapshot import Snapshot, StepSums
+from torch_singlim.measure.snapshot import Metric, Snapshot, StepSums
 from torch_singlim.measure.tags import History, Need, Place, Tag, scalars
 from torch_singlim.measure.training import Training, training_of
 from torch_singlim.measure.verdict import Visibility, terminal_line, verdict, visibility
@@ -22,6 +22,7 @@ from torch_singlim.measure.window import Comparison, Model, NoiseInduced, Spread
 
 __all__ = [
     # one moment of a training
+    "Metric",
     "Snapshot",
     "StepSums",
     # how it is trained, and why something is not measured

@@ -15,7 +15,7 @@ from torch_singlim.measure.distance import DistanceMeasurement
 from torch_singlim.measure.full_batch_window import compare_window
 from torch_singlim.measure.geometry import Geometry
 from torch_singlim.measure.levels import Level, Levels
-from torch_singlim.measure.limit import against_limit
+from torch_singlim.measure.limit import against_limit, displacement_in_metric
 from torch_singlim.measure.measurement import Clock, Measurement
 from torch_singlim.measure.options import Options
 from torch_singlim.measure.reasons import Code, Reason, Scope
@@ -24,7 +24,7 @@ from torch_singlim.measure.snapshot import Snapshot
 from torch_singlim.measure.states import check_keys
 from torch_singlim.measure.steps import Recorded
 from torch_singlim.measure.tags import EXCESS_LOSS, Need, scalars
-from torch_singlim.measure.training import Training, checked, orders_known, with_orders
+from torch_singlim.measure.training import Training, checked, orders_known, with_decay, with_orders
 from torch_singlim.measure.verdict import Visibility, verdict, visibility
 from torch_singlim.measure.window import Window
 from torch_singlim.measure.windows import Windows
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # version of the state_dict; other versions cannot be loaded
-_VERSION = 4
+_VERSION = 5
 
 
 class Engine:
@@ -77,7 +77,7 @@ class Engine:
         self.full_batch, self.process_group = full_batch, process_group
         self.options, self.schedule, self.budget, self.generator = options, schedule, budget, generator
         self.noise: NoiseSystem = training.noise
-        self.whole = training.whole
+        self.whole, self.adaptive = training.whole, training.adaptive
         self.reasons: list[Reason] = list(training.reasons)
         """Why something was not measured or predicted, the oldest reason first."""
         self.history: dict[int, dict[str, float]] = {}
@@ -104,7 +104,7 @@ class Engine:
             training: with the noise of this problem.
         """
         self.problem = None if isinstance(problem, Reason) else problem
-        self.noise, self.whole = training.noise, training.whole
+        self.noise, self.whole, self.adaptive = training.noise, training.whole, training.adaptive
         self.note(*training.reasons)
         if not self.supports(Scope.GEOMETRY):
             self.budget.close(Account.GEOMETRY)
@@ -116,10 +116,13 @@ class Engine:
         there = scope is Scope.PATHS or self.problem is not None
         return there and not any(reason.code.scope in scope.blocked_by for reason in self.reasons)
 
-    @property
-    def variance(self) -> float:
+    def _noise_at(self, snapshot: Snapshot) -> NoiseSystem:
+        """All noise of the training, in the optimizer's metric at a snapshot."""
+        return self.noise if snapshot.metric is None else with_decay(self.noise, snapshot.weight_decay)
+
+    def variance_at(self, snapshot: Snapshot) -> float:
         """sigma^2 of the slow clock."""
-        return 0.0 if self.problem is None else self.noise.variance(self.problem)
+        return 0.0 if self.problem is None else self._noise_at(snapshot).variance(self.problem)
 
     @property
     def _has_part(self) -> bool:
@@ -138,6 +141,8 @@ class Engine:
             Need.PART: self._has_part,
             Need.LIMIT: limit,
             Need.MOVES: limit and known and self.noise.order is not None,
+            Need.METRIC: bool(self.adaptive),
+            Need.SUMS: not self.adaptive,
         }
         return frozenset(need for need, there in found.items() if there)
 
@@ -220,10 +225,10 @@ class Engine:
         at = self._at_weights(snapshot, prepared=bool(prepared))
         clock = None
         if self.supports(Scope.LIMIT) and orders_known(self.noise):
-            clock = Clock.at(snapshot, self.noise, self.variance)
+            clock = Clock.at(snapshot, self.noise, self.variance_at(snapshot))
         # nothing can fail from here on: the state may change
-        self.windows.turn(snapshot, before, ended, None if at.distance is None else at.distance.forecast)
-        self.last_distance = at.distance or self.last_distance
+        self.windows.turn(snapshot, before, ended, None if at.of_limit is None else at.of_limit.forecast)
+        self.last_distance = at.of_limit or self.last_distance
         return self._keep(
             replace(at, excess_loss=excess_loss, window=ended, clock=clock, overhead=self.budget.overhead)
         )
@@ -240,14 +245,25 @@ class Engine:
 
         self._contained(step, lambda: find(Level.HALF, Level.TENTH))
         stability = self._contained(step, lambda: geometry.stability(problem, snapshot))
-        distance = self._contained(step, lambda: self._distance(problem, snapshot)) if prepared else None
+        noise = self._noise_at(snapshot) if self.supports(Scope.LIMIT) else None
+        distance = self._contained(step, lambda: geometry.distance(problem, snapshot, noise)) if prepared else None
+        in_metric = self._contained(step, lambda: geometry.in_metric(problem, snapshot, noise, distance))
+        for found in (distance, in_metric):
+            if found is not None:
+                self.note(found.reason, found.of_nearest)
         self._contained(step, lambda: find(Level.HUNDREDTH))
         whole = self._contained(step, lambda: geometry.of_whole(problem, self.whole, snapshot, levels))
         fewer = None
         if distance is not None and self._has_part:
             fewer = self._contained(step, lambda: geometry.of_fewer(problem, snapshot, distance.nearest))
         return Measurement(
-            step, levels=levels, whole=whole or {}, stability=stability, distance=distance, of_samples=fewer or {}
+            step,
+            levels=levels,
+            whole=whole or {},
+            stability=stability,
+            distance=distance,
+            in_metric=in_metric,
+            of_samples=fewer or {},
         )
 
     def _contained(self, step: int, what: Callable[[], T | None]) -> T | None:
@@ -310,7 +326,7 @@ class Engine:
                 self.note(Code.NOT_MOVED(start=opened.start, stop=snapshot.step))
             if clipped or lr == 0:
                 return window
-            sgd = None if sgd is None else replace(sgd, lr=lr)
+            sgd = None if sgd is None else replace(sgd, lr=lr if opened.metric is None else opened.metric.scale * lr)
         if sgd is None or not self.supports(Scope.LIMIT) or not self._checked:
             return window
         if self.full_batch:
@@ -328,22 +344,20 @@ class Engine:
                 generator=self.generator,
             )
             self.note(window.reason)
-        if opened.forecast is not None:
-            assert self.problem is not None
-            forecast, start = opened.forecast, opened.start
-            flow = self.geometry.flow(self.problem, forecast, self.noise, sgd, start=start, steps=steps)
-            if isinstance(flow, Reason):
-                self.note(flow)
-                flow = None
-            window = against_limit(window, forecast, snapshot.iterate - opened.iterate, steps, flow=flow)
-        return window
-
-    def _distance(self, problem: ZeroLossProblem, snapshot: Snapshot) -> DistanceMeasurement | None:
-        """The distance and the limit's prediction, as far as there is time for them."""
-        distance = self.geometry.distance(problem, snapshot, self.noise if self.supports(Scope.LIMIT) else None)
-        if distance is not None:
-            self.note(distance.reason, distance.of_nearest)
-        return distance
+        if opened.forecast is None or self.problem is None:
+            return window
+        displacement = displacement_in_metric(opened, snapshot)
+        if isinstance(displacement, Reason):
+            self.note(displacement)
+            return window
+        problem, noise = self.problem, self._noise_at(snapshot)
+        if opened.metric is not None:
+            problem = problem.in_metric(opened.metric.ratios)
+        flow = self.geometry.flow(problem, opened.forecast, noise, sgd, start=opened.start, steps=steps)
+        if isinstance(flow, Reason):
+            self.note(flow)
+            flow = None
+        return against_limit(window, opened.forecast, displacement, steps, flow=flow)
 
     # --- what was found --------------------------------------------------------------------------------------------
 

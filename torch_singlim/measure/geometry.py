@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -99,10 +100,12 @@ class Geometry:
             return {level: whole.loss(problem, each.point) / present for level, each in levels.items()}
 
     def stability(self, problem: ZeroLossProblem, snapshot: Snapshot) -> float | None:
-        """lambda_1 over the largest curvature at which the optimizer is stable."""
+        """lambda_1 over the largest curvature at which the optimizer is stable, both in its metric."""
         sgd = snapshot.sgd
         if sgd is None or not self._affords("stability", 1.0):
             return None
+        if snapshot.metric is not None:
+            problem, snapshot = problem.in_metric(snapshot.metric.ratios), snapshot.in_metric()
         with self.budget.timed("stability"):
             found = largest_curvature(problem.at_precision(torch.float32), snapshot.weights, generator=self.generator)
         return None if found is None else found.item() / sgd.largest_stable_curvature
@@ -110,7 +113,12 @@ class Geometry:
     def distance(
         self, problem: ZeroLossProblem, snapshot: Snapshot, noise: NoiseSystem | None
     ) -> DistanceMeasurement | None:
-        """The distance from the zero-loss set, and the limit's prediction for this noise, if it is given."""
+        """The distance from the zero-loss set, and the limit's prediction for this noise, if it is given.
+
+        Under an adaptive optimizer the limit is predicted in its metric, by `in_metric`.
+        """
+        if snapshot.metric is not None:
+            snapshot, noise = replace(snapshot, sgd=None), None
         part = self._part(snapshot)
         if not self._affords("distance", part):
             return None
@@ -127,6 +135,37 @@ class Geometry:
             )
         self.levels.keep_nearest(distance.nearest)
         return distance
+
+    def in_metric(
+        self,
+        problem: ZeroLossProblem,
+        snapshot: Snapshot,
+        noise: NoiseSystem | None,
+        plain: DistanceMeasurement | None,
+    ) -> DistanceMeasurement | None:
+        """The distance in the metric of an adaptive optimizer, with the limit's prediction.
+
+        Args:
+            problem: loss and samples.
+            snapshot: of the training.
+            noise: all noise of the training, in this metric; None: the theory does not cover it.
+            plain: the distance without a metric; the search begins at its nearest point.
+        """
+        if snapshot.metric is None or noise is None or plain is None:
+            return None
+        if not self._affords("limit", self._part(snapshot)):
+            return None
+        nearest = plain.nearest
+        with self.budget.timed("limit"):
+            return measure_distance(
+                problem.in_metric(snapshot.metric.ratios),
+                snapshot.in_metric(),
+                noise=noise,
+                num_draws=self.options.num_draws,
+                relaxed_after=self.options.relaxed_after,
+                start=nearest.point / snapshot.metric.roots if nearest.converged else None,
+                generator=self.generator,
+            )
 
     def of_fewer(self, problem: ZeroLossProblem, snapshot: Snapshot, nearest: NearestPoint) -> dict[int, float] | None:
         """Number of samples -> distance of the nearest point for so many of them."""

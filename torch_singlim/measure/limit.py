@@ -11,15 +11,20 @@ from torch import Tensor
 from torch_singlim.linalg import Result
 from torch_singlim.measure.agreement import compare
 from torch_singlim.measure.distance import Forecast
+from torch_singlim.measure.open_window import OpenWindow
+from torch_singlim.measure.reasons import Code, Reason
+from torch_singlim.measure.snapshot import Snapshot
 from torch_singlim.measure.window import Comparison, Model, Spread, Window
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import NoiseSystem
 from torch_singlim.theory import SGDSettings, WindowPrediction, limit_flow
 
-__all__ = ["against_limit", "integrated"]
+__all__ = ["against_limit", "displacement_in_metric", "integrated"]
 
 # error of a sub-step, as a share of its length; number of sub-steps at most
 _RTOL, _SUBSTEPS = 5e-2, 30
+# change of an adaptive optimizer's step sizes within a window up to which the limit is compared in the first metric
+_CHANGE = 0.5
 
 
 def integrated(
@@ -45,6 +50,22 @@ def integrated(
         max_substeps=_SUBSTEPS,
         generator=generator,
     )
+
+
+def displacement_in_metric(opened: OpenWindow, snapshot: Snapshot) -> Tensor | Reason:
+    """The motion over a window in the metric of its beginning  ``[P]``; or why that is not the metric of the window.
+
+    Args:
+        opened: the window.
+        snapshot: its end.
+    """
+    displacement = snapshot.iterate - opened.iterate
+    if opened.metric is None:
+        return displacement
+    change = math.inf if snapshot.metric is None else opened.metric.change(snapshot.metric, displacement)
+    if change > _CHANGE:
+        return Code.METRIC_CHANGED(start=opened.start, stop=snapshot.step, share=change)
+    return displacement / opened.metric.roots
 
 
 def against_limit(

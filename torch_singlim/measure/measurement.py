@@ -41,7 +41,8 @@ class Clock:
             return None
         if order is None:
             return cls(sgd.effective_lr)
-        slow_time = None if sums is None else sums.slow_time(order, variance)
+        # the step size of an adaptive optimizer is known at snapshots alone
+        slow_time = None if sums is None or snapshot.metric is not None else sums.slow_time(order, variance)
         return cls(sgd.effective_lr, math.sqrt(variance), slow_time, time_scale(sgd, order, variance))
 
 
@@ -57,6 +58,7 @@ class Measurement:
             a part of the training set is measured.
         stability: lambda_1 over the largest curvature at which the optimizer is stable.
         distance: nearest point, relaxed part, the limit's prediction.
+        in_metric: the same in the metric of an adaptive optimizer: `distance` then has the nearest point alone.
         of_samples: number of samples -> distance of the nearest point for so many of them, nested, where a part of the
             training set is measured.
         window: the window that ends here.
@@ -70,7 +72,13 @@ class Measurement:
     whole: Mapping[Level, float] = field(default_factory=dict)
     stability: float | None = None
     distance: DistanceMeasurement | None = None
+    in_metric: DistanceMeasurement | None = None
     of_samples: Mapping[int, float] = field(default_factory=dict)
     window: Window | None = None
     clock: Clock | None = None
     overhead: float | None = None
+
+    @property
+    def of_limit(self) -> DistanceMeasurement | None:
+        """The measurement in the coordinates in which the descent is plain, of which the singular limit speaks."""
+        return self.in_metric or self.distance

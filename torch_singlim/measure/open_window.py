@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_singlim.measure.distance import Forecast, tangent_at
 from torch_singlim.measure.followed import FollowedWindow
-from torch_singlim.measure.snapshot import Snapshot, StepSums
+from torch_singlim.measure.snapshot import Metric, Snapshot, StepSums
 from torch_singlim.measure.window import Window
 from torch_singlim.network import ZeroLossProblem
 
@@ -29,6 +29,7 @@ class OpenWindow:
         velocity: the optimizer's momentum at the beginning  ``[P]``.
         sums: over the steps before the window.
         forecast: the motion that the limit predicts from the beginning.
+        metric: of an adaptive optimizer at the beginning, in whose coordinates the forecast is.
         followed: the part of the window with paths beside the training; None: there are none, or not yet.
         closed: whether there will be no paths any more.
         last: the last values that the paths gave.
@@ -41,6 +42,7 @@ class OpenWindow:
     sums: StepSums | None
     forecast: Forecast | None = field(repr=False)
     followed: FollowedWindow | None = field(default=None, repr=False)
+    metric: Metric | None = None
     closed: bool = False
     last: Window | None = field(default=None, repr=False)
 
@@ -66,14 +68,17 @@ class OpenWindow:
             "velocity": self.velocity,
             "sums": None if self.sums is None else vars(self.sums),
             "forecast": forecast,
+            "metric": None if self.metric is None else {"ratios": self.metric.ratios, "scale": self.metric.scale},
             "closed": self.closed or (self.followed is not None and self.followed.advanced),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], problem: ZeroLossProblem | None) -> OpenWindow:
         """The window with this state; if it had paths, they are gone, but can be opened again at its first step."""
-        f, sums = state["forecast"], state["sums"]
+        f, sums, metric = state["forecast"], state["sums"], state["metric"]
+        metric = None if metric is None else Metric(**metric)
         if f is not None and problem is not None:
+            problem = problem if metric is None else problem.in_metric(metric.ratios)
             f = Forecast(tangent=tangent_at(problem, f["point"]), **f)
         return cls(
             start=state["start"],
@@ -82,5 +87,6 @@ class OpenWindow:
             velocity=state["velocity"],
             sums=None if sums is None else StepSums(**sums),
             forecast=f,
+            metric=metric,
             closed=state["closed"],
         )

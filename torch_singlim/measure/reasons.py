@@ -85,7 +85,27 @@ class Code(Enum):
     OPTIMIZER = (
         _UNSUPPORTED,
         Scope.LIMIT,
-        "{optimizer} rescales or reshapes the gradient; the theory covers torch.optim.SGD",
+        "{optimizer} rescales or reshapes the gradient; the theory covers torch.optim.SGD, and Adam, AdamW, RMSprop and "
+        "Adagrad during training",
+    )
+    COUPLED_DECAY = (
+        _UNSUPPORTED,
+        Scope.LIMIT,
+        "{optimizer} divides its weight decay by its second moments; the theory covers the decoupled one of "
+        "torch.optim.AdamW",
+    )
+    ADAPTIVE_NOISE = (
+        _UNSUPPORTED,
+        Scope.LIMIT,
+        "under {optimizer} the drift of {noises} is not known: the theory covers noise of order 1 that does not depend "
+        "on the unit of a weight, such as dropout, DropConnect and input noise",
+    )
+    NO_METRIC = _INVALIDATED, Scope.PART, "the optimizer's metric cannot be read: {why}"
+    METRIC_CHANGED = (
+        _INVALIDATED,
+        Scope.PART,
+        "the optimizer's second moments changed its step sizes by {share:.0%} in the window {start}-{stop}: the limit, "
+        "in the metric of its beginning, is not compared with it",
     )
     GROUPS_DIFFER = _UNSUPPORTED, Scope.LIMIT, "parameter groups differ in {keys}; the learning rate alone may differ"
     RATIO_CHANGES = (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch_singlim.measure.reasons import Reason
 from torch_singlim.theory import SGDSettings
 
-__all__ = ["Snapshot", "StepSums"]
+__all__ = ["Metric", "Snapshot", "StepSums"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,37 @@ class StepSums:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """The frozen preconditioner S = s r of an adaptive optimizer: descent is plain in the coordinates u = w / sqrt(r).
+
+    Args:
+        ratios: r, of harmonic mean 1  ``[P]``.
+        scale: s.
+    """
+
+    ratios: Tensor = field(repr=False)
+    scale: float
+
+    @cached_property
+    def roots(self) -> Tensor:
+        """sqrt(r)  ``[P]``."""
+        return self.ratios.sqrt()
+
+    def change(self, later: Metric, displacement: Tensor) -> float:
+        """Root mean square of S'/S - 1 over the weights, each weighted by the square of its displacement.
+
+        >>> import torch
+        >>> metric = Metric(torch.tensor([1.0, 1.0]), 0.5)
+        >>> metric.change(Metric(torch.tensor([2.0, 9.0]), 0.5), torch.tensor([1.0, 0.0]))
+        1.0
+        """
+        relative = (later.scale / self.scale) * later.ratios / self.ratios - 1
+        squares = displacement.square()
+        total = squares.sum().item()
+        return math.sqrt((squares @ relative.square()).item() / total) if total else 0.0
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """One moment of a training, from a Trainer or a checkpoint.
 
@@ -48,11 +80,13 @@ class Snapshot:
         weights: the weights of the network ``[P]``.
         perturbation: the transient perturbation xi that they contain ``[P]``; None: there is none.
         velocity: the optimizer's momentum ``[P]``; None: there is none.
-        sgd: the optimizer's settings at the present learning rate; None: not SGD, or the learning rate is 0.
-        weight_decay: the optimizer's.
+        sgd: the optimizer's settings at the present learning rate, in its metric; None: they are not known, or the
+            learning rate is 0.
+        weight_decay: the optimizer's, in its metric.
         step_ratios: learning rate of each measured parameter over the first parameter group's: the optimizer's metric.
         sums: over the steps so far; None: unknown, as for a checkpoint.
         reasons: what of this training the theory does not cover.
+        metric: of an adaptive optimizer; None: of another one, or before its first step.
     """
 
     step: int
@@ -64,8 +98,17 @@ class Snapshot:
     step_ratios: Mapping[str, float] = field(default_factory=dict, repr=False)
     sums: StepSums | None = None
     reasons: tuple[Reason, ...] = ()
+    metric: Metric | None = None
 
     @cached_property
     def iterate(self) -> Tensor:
         """w - xi  ``[P]``: the weights in the recursion of the theory."""
         return self.weights if self.perturbation is None else self.weights - self.perturbation
+
+    def in_metric(self) -> Snapshot:
+        """The same moment in the coordinates in which the descent is plain."""
+        if self.metric is None:
+            return self
+        roots = self.metric.roots
+        perturbation = None if self.perturbation is None else self.perturbation / roots
+        return replace(self, weights=self.weights / roots, perturbation=perturbation, velocity=None, metric=None)

@@ -21,6 +21,7 @@ __all__ = [
     "orders_known",
     "training_of",
     "unsupported_noise",
+    "with_decay",
     "with_orders",
 ]
 
@@ -36,11 +37,13 @@ class Training:
         noise: all noise of the training.
         reasons: what of the training the theory does not cover.
         whole: all training samples, if a part of them is measured and all are in memory; else None.
+        adaptive: name of the optimizer, if it is an adaptive one whose metric is known; else empty.
     """
 
     noise: NoiseSystem
     reasons: tuple[Reason, ...] = ()
     whole: TrainingSet | None = None
+    adaptive: str = ""
 
 
 def detect_noise(problem: ZeroLossProblem, *, weight_decay: float, injected: NoiseSystem | None) -> NoiseSystem:
@@ -107,13 +110,36 @@ def checked(
     return Training(noise, tuple(reasons))
 
 
-def unsupported_noise(problem: ZeroLossProblem, noise: NoiseSystem) -> tuple[Reason, ...]:
-    """Reasons why the theory does not cover training mode, or the noise together with these step ratios."""
+def with_decay(noise: NoiseSystem, coefficient: float) -> NoiseSystem:
+    """The noise with weight decay of this coefficient in the place of its own, if it has any.
+
+    >>> with_decay(Dropout() + WeightDecay(0.1), 0.2)
+    Dropout() + WeightDecay(coefficient=0.2)
+    """
+    systems = tuple(WeightDecay(coefficient) if isinstance(part, WeightDecay) else part for part in parts(noise))
+    return Sum(systems) if isinstance(noise, Sum) else systems[0]
+
+
+def unsupported_noise(problem: ZeroLossProblem, noise: NoiseSystem, adaptive: str = "") -> tuple[Reason, ...]:
+    """Reasons why the theory does not cover training mode, or the noise together with these step ratios.
+
+    Args:
+        problem: loss and samples.
+        noise: all noise of the training.
+        adaptive: name of the optimizer, if it is an adaptive one.
+    """
     reasons = []
     if problem.function.normalises_over_batch:
         reasons.append(Code.BATCH_NORMALISATION())
     elif problem.function.is_random(problem.inputs[:2], training=True):
         reasons.append(Code.OTHER_RANDOMNESS())
+    if adaptive:
+        # an adaptive optimizer's weight decay is decoupled, and in its metric that of plain descent
+        other = [part for part in parts(noise) if not isinstance(part, WeightDecay)]
+        unknown = [type(part).__name__ for part in other if not part.scale_free or part.order == 2]
+        if unknown:
+            reasons.append(Code.ADAPTIVE_NOISE(optimizer=adaptive, noises=" and ".join(unknown)))
+        return tuple(reasons)
     fixed = [type(part).__name__ for part in parts(noise) if not part.scale_free]
     if fixed and set(problem.function.step_ratios.values()) != {1.0}:
         reasons.append(Code.RATIOS_UNDER_NOISE(noises=" and ".join(fixed)))
@@ -128,6 +154,7 @@ def training_of(
     injected: NoiseSystem | None,
     reasons: tuple[Reason, ...] = (),
     whole: TrainingSet | None = None,
+    adaptive: str = "",
 ) -> Training:
     """The noise that was given, or else that is detected, with every reason why its drift cannot be predicted.
 
@@ -138,6 +165,7 @@ def training_of(
         injected: noise that is injected.
         reasons: the reasons that are known already.
         whole: all training samples, if a part of them is measured and all are in memory.
+        adaptive: name of the optimizer, if it is an adaptive one.
 
     Raises:
         ValueError: a given noise that does not fit the problem.
@@ -147,4 +175,4 @@ def training_of(
     noise = given or detect_noise(problem, weight_decay=weight_decay, injected=injected)
     noise.check(problem)
     empty = () if problem.attained else (Code.NOT_ATTAINED(),)
-    return Training(noise, (*empty, *reasons, *unsupported_noise(problem, noise)), whole)
+    return Training(noise, (*empty, *reasons, *unsupported_noise(problem, noise, adaptive)), whole, adaptive)

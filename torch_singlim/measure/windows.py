@@ -55,13 +55,14 @@ class Windows:
             snapshot: of the training.
             before: the last step before this one, if steps were skipped; None: the step number minus one.
             ended: what was measured of the window that ends here.
-            forecast: the motion that the limit predicts from here.
+            forecast: the motion that the limit predicts from here, in the optimizer's metric.
         """
         step = snapshot.step
         begun = self.schedule.begins(step - 1 if before is None else before, step)
         if begun is not None:
             iterate, velocity = snapshot.iterate, snapshot.velocity
-            self.open = OpenWindow(step, step + begun, iterate, velocity, snapshot.sums, forecast)
+            metric, sums = snapshot.metric if forecast is not None else None, snapshot.sums
+            self.open = OpenWindow(step, step + begun, iterate, velocity, sums, forecast, metric=metric)
         elif ended is not None:
             self.open = None
         self.last = ended or self.last

@@ -149,6 +149,19 @@ class FunctionalModule(WeightSpace):
         other.refresh_constants()
         return other
 
+    def in_metric(self, ratios: Tensor) -> FunctionalModule:
+        """The same function in the coordinates in which each weight has a step size of its own, with the same copy.
+
+        Args:
+            ratios: of each coordinate's step size to its present one  ``[P]``.
+        """
+        other = copy.copy(self)
+        other._scale = ratios.sqrt() if self._scale is None else self._scale * ratios.sqrt()
+        parts = zip(self.names, self.shapes, ratios.split([shape.numel() for shape in self.shapes]), strict=True)
+        other.step_ratios = {name: self.step_ratios[name] * r.view(shape) for name, shape, r in parts}
+        other.uniform = False
+        return other
+
     @contextmanager
     def elementary(self) -> Iterator[None]:
         """Within it, fused functions that the module calls are evaluated by elementary operations."""

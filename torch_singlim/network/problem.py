@@ -191,6 +191,22 @@ class ZeroLossProblem:
         )
         return other
 
+    def in_metric(self, ratios: Tensor) -> ZeroLossProblem:
+        """The same problem in coordinates u = w / sqrt(r), in which a descent with step sizes alpha r_i is plain.
+
+        Args:
+            ratios: r, of each coordinate's step size to its present one  ``[P]``.
+
+        >>> problem = ZeroLossProblem(nn.Linear(1, 1, bias=False), "mse", torch.ones(1, 1), torch.ones(1, 1))
+        >>> u = torch.tensor([0.5], dtype=torch.float64)
+        >>> problem.in_metric(torch.tensor([4.0], dtype=torch.float64)).loss(u).item()
+        0.0
+        """
+        other = copy.copy(self)
+        other.function = self.function.in_metric(ratios)
+        vars(other).pop("linear_layers", None)  # they have one step size for each weight of a layer
+        return other
+
     def on(self, inputs: Tensor, targets: Tensor) -> ZeroLossProblem:
         """The same loss on other samples, such as a batch, evaluated by this process.
 

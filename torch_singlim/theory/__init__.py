@@ -1,6 +1,6 @@
 """The paper and its extensions, one function per formula."""
 
-from torch_singlim.theory.adaptive import frozen_metric
+from torch_singlim.theory.adaptive import ADAPTIVE, FrozenMetric, differing, frozen_metric, is_decoupled
 from torch_singlim.theory.derivatives import check_derivatives
 from torch_singlim.theory.distance import ExpectedDistance, expected_distance
 from torch_singlim.theory.effective import EffectiveLoss, WindowPrediction, has_effective_flow
@@ -26,7 +26,11 @@ __all__ = [
     "stationary_variance",
     "stationary_covariance",
     # adaptive optimizers
+    "ADAPTIVE",
+    "FrozenMetric",
+    "differing",
     "frozen_metric",
+    "is_decoupled",
     # whether torch's derivatives of the network are right
     "check_derivatives",
     # order 1: the effective potential

@@ -11,6 +11,7 @@ from torch_singlim.measure.tags.tag import (
     needs,
     of_clock,
     of_distance,
+    of_limit,
     of_quality,
     of_window,
     shown,
@@ -23,7 +24,7 @@ def _potential(error: bool) -> Reader:
             return None
         return d.limit.potential.stderr if error else d.limit.potential.mean
 
-    return of_distance(read)
+    return of_limit(read)
 
 
 POTENTIAL = Tag(
@@ -48,7 +49,7 @@ SLOW_TIME = Tag(
     group="Clock",
     chart="Slow time [sum of step size^order sigma^2]",
     value=of_clock(lambda c: c.slow_time),
-    needs=needs(Need.LIMIT, Need.MOVES),
+    needs=needs(Need.LIMIT, Need.MOVES, Need.SUMS),
 )
 TIME_SCALE = Tag(
     name="clock/time_scale",
@@ -65,7 +66,7 @@ STEP_SIZE = Tag(
     name="clock/step_size",
     label="step size α",
     unit="step size",
-    meaning="effective step size α at the present learning rate",
+    meaning="effective step size α at the present learning rate; of an adaptive optimizer, lr over the mean of √v + ε",
     advice="Follows the schedule",
     group="Clock",
     chart="Step size",
@@ -92,7 +93,7 @@ STABILITY = Tag(
     unit="share",
     meaning="λ₁/λ*, with the largest eigenvalue λ₁ of the Gauss-Newton matrix H at w and the curvature λ* above which "
     "full-batch descent diverges: 2(1+μ)/(lr(1−d)), Nesterov 2(1+μ)/(lr(1+2μ)); parameter groups count with their own "
-    "learning rates",
+    "learning rates, and an adaptive optimizer is plain descent in its metric",
     advice="Near 1 training is at the edge of stability, where theory for small steps is inaccurate; above 1 for "
     "long: the loss should grow",
     group="Clock",
@@ -145,7 +146,7 @@ TANGENT_STEPS = Tag(
     advice="Shorter than the window: the values for the limit are inaccurate",
     group="Quality and cost",
     chart="",
-    value=of_distance(lambda d: d.tangent_steps),
+    value=of_limit(lambda d: d.tangent_steps),
     needs=needs(Need.LIMIT, Need.MOVES),
 )
 PREDICTION_STDERR = Tag(

@@ -9,11 +9,15 @@ from torch_singlim.linalg import Estimate
 from torch_singlim.measure.distance import DistanceMeasurement
 from torch_singlim.measure.levels import Level
 from torch_singlim.measure.samples import growth
-from torch_singlim.measure.tags.tag import Need, Place, Tag, needs, of_distance, of_level, of_relaxed, of_window, shown
+from torch_singlim.measure.tags.tag import Need, Place, Tag, needs, of_distance, of_level, of_limit, of_relaxed, of_window, shown
 
 
 def _relaxed_share(d: DistanceMeasurement) -> float | None:
     return None if d.relaxed is None else d.relaxed.count / max(d.relaxed.num_modes, 1)
+
+
+def _certain(d: DistanceMeasurement) -> float | None:
+    return d.nearest.distance if math.isfinite(d.nearest.error) else None
 
 
 def _linearised(d: DistanceMeasurement) -> float | None:
@@ -111,7 +115,7 @@ NEAREST = Tag(
     advice="Falls fast at first, then changes slowly",
     group="Distance",
     chart=_TO_SET,
-    value=of_distance(lambda d: d.nearest.distance if math.isfinite(d.nearest.error) else None),
+    value=of_distance(_certain),
     shown=shown(Place.DISTANCES, Place.TERMINAL, Place.PROGRESS, Place.REPORT, Place.FINAL),
 )
 OF_SAMPLES = Tag(
@@ -152,6 +156,18 @@ LINEARISED = Tag(
     group="Distance",
     chart=_TO_SET,
     value=of_distance(_linearised),
+)
+IN_METRIC = Tag(
+    name="distance/in_metric",
+    label="nearest point in the metric",
+    unit="weight norm",
+    meaning="distance to the nearest point of Γ in the metric of an adaptive optimizer: \\|v − w\\| with each weight "
+    "divided by the root of its step size, relative to the harmonic mean of all. In it the training is plain descent",
+    advice="The relaxed part and the limit are measured in this metric",
+    group="Distance",
+    chart=_TO_SET,
+    value=lambda m: None if m.in_metric is None else _certain(m.in_metric),
+    needs=needs(Need.LIMIT, Need.METRIC),
 )
 RELAXED = Tag(
     name="distance/relaxed",
@@ -200,7 +216,7 @@ RELAXED_SHARE = Tag(
     advice="Low: the limit will not agree, but the averaged path may",
     group="Distance",
     chart="Relaxed modes [share]",
-    value=of_distance(_relaxed_share),
+    value=of_limit(_relaxed_share),
     needs=needs(Need.LIMIT),
     shown=shown(Place.DISTANCES),
 )

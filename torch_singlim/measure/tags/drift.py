@@ -12,8 +12,8 @@ from torch_singlim.measure.tags.tag import (
     Reader,
     Tag,
     needs,
-    of_distance,
     of_drift,
+    of_limit,
     of_model,
     of_noise,
     of_window,
@@ -31,8 +31,8 @@ def _of_expansion(which: int, read: Callable[[Expansion], float]) -> Reader:
     """Read from the distance measurement, or from the window if there is an expanded path."""
 
     def value(m: Measurement) -> float | None:
-        if m.distance is not None and m.distance.expansion is not None:
-            return read(m.distance.expansion)
+        if m.of_limit is not None and m.of_limit.expansion is not None:
+            return read(m.of_limit.expansion)
         return None if m.window is None or m.window.expansion is None else m.window.expansion[which]
 
     return value
@@ -245,7 +245,7 @@ EXPANSION_COSINE = Tag(
     group="Noise-induced drift",
     chart="",
     value=_of_expansion(0, lambda e: e.cosine),
-    stderr=of_distance(lambda d: None if d.expansion is None else d.expansion.stderr),
+    stderr=of_limit(lambda d: None if d.expansion is None else d.expansion.stderr),
     needs=needs(Need.LIMIT, Need.MOVES),
 )
 EXPANSION_RATIO = Tag(
@@ -258,7 +258,7 @@ EXPANSION_RATIO = Tag(
     group="Noise-induced drift",
     chart="",
     value=_of_expansion(1, lambda e: e.ratio),
-    stderr=of_distance(lambda d: None if d.expansion is None else d.expansion.stderr),
+    stderr=of_limit(lambda d: None if d.expansion is None else d.expansion.stderr),
     needs=needs(Need.LIMIT, Need.MOVES),
 )
 

@@ -23,6 +23,7 @@ __all__ = [
     "of_distance",
     "of_drift",
     "of_level",
+    "of_limit",
     "of_model",
     "of_noise",
     "of_quality",
@@ -43,6 +44,8 @@ class Need(Enum):
     PART = auto()  # a part of the training set is measured
     LIMIT = auto()  # the singular limit covers the training
     MOVES = auto()  # the noise causes a drift of order 1 or 2
+    METRIC = auto()  # an adaptive optimizer has a metric of its own
+    SUMS = auto()  # the step sizes of all steps are known
 
 
 class Place(Enum):
@@ -107,6 +110,11 @@ def of_distance(read: Callable[[DistanceMeasurement], float | None]) -> Reader:
     return lambda m: None if m.distance is None else read(m.distance)
 
 
+def of_limit(read: Callable[[DistanceMeasurement], float | None]) -> Reader:
+    """Read from the distance measurement in the optimizer's metric, of which the singular limit speaks."""
+    return lambda m: None if m.of_limit is None else read(m.of_limit)
+
+
 def of_level(level: Level, read: Callable[[LevelPoint], float | None]) -> Reader:
     """Read from the nearest point of a level."""
     return lambda m: read(m.levels[level]) if level in m.levels else None
@@ -114,7 +122,7 @@ def of_level(level: Level, read: Callable[[LevelPoint], float | None]) -> Reader
 
 def of_relaxed(read: Callable[[RelaxedPart], float | None]) -> Reader:
     """Read from the relaxed part, if at least one mode has relaxed."""
-    return of_distance(lambda d: None if d.relaxed is None or not d.relaxed.count else read(d.relaxed))
+    return of_limit(lambda d: None if d.relaxed is None or not d.relaxed.count else read(d.relaxed))
 
 
 def of_window(read: Callable[[Window], float | None]) -> Reader:

@@ -190,10 +190,10 @@ def thrown_alone(saboteur, site, folder, plain, *, shortest):
 
 @pytest.mark.slow
 def test_a_fault_at_any_call_of_a_measurement(saboteur, calls, tmp_path, caplog):
-    """One after another, in one training."""
-    again, _ = calls
+    """One after another, in one training. Every third of them, which takes some minutes; thirty windows are let alone."""
+    again = calls[0][::3]
     assert len(again) > 300
-    steps = 2 * len(again) + 12
+    steps = 2 * len(again) + 60
     plain, arming = trained(steps=steps), Arming(saboteur, again)
     with caplog.at_level("WARNING"):
         monitor, watched = monitored(tmp_path, arming, steps=steps)
@@ -206,7 +206,7 @@ def test_a_fault_at_any_call_of_a_measurement(saboteur, calls, tmp_path, caplog)
     # the last measurements were let alone, and see again; a window of two steps may not resolve its noise
     assert monitor.last_window.stop == steps
     assert {"drift/measured", "window/replay_error"} <= monitor.history[steps].keys()
-    assert any("drift/cosine" in scalars for step, scalars in monitor.history.items() if step > steps - 12)
+    assert any("drift/cosine" in scalars for step, scalars in monitor.history.items() if step > steps - 50)
     assert "cosine" in monitor.verdict
     # some depend on the weights
     for site in set(again) - set(arming.hit):

@@ -58,6 +58,34 @@ def test_the_noise_induced_part_alone():
     assert CoupledWindow.of(torch.ones(3), torch.ones(3), torch.ones(3)).noise is None
 
 
+def test_replicas_have_the_ratio_that_the_run_would_have_in_their_place():
+    generator = torch.Generator().manual_seed(3)
+    run, n, a1, a2, *replicas = torch.randn(7, P, generator=generator, dtype=torch.float64) + 1
+    (one,) = replicas[:1]
+    found = CoupledWindow.of(run, a1, a2, baseline=n, replicas=[one]).noise_of_replicas
+    exchanged = CoupledWindow.of(one, a1, a2, baseline=n, replicas=[run]).noise
+    assert (found.product, found.stderr) == (pytest.approx(exchanged.product), pytest.approx(exchanged.stderr))
+    several = CoupledWindow.of(run, a1, a2, baseline=n, replicas=replicas).noise_of_replicas
+    y = (a1 + a2) / 2 - n
+    each = [torch.dot(r - n, y).item() for r in replicas]
+    assert several.ratio.mean == pytest.approx(sum(each) / 3 / torch.dot(a1 - n, a2 - n).item())
+    assert CoupledWindow.of(run, a1, a2, baseline=n).noise_of_replicas is None
+    assert CoupledWindow.of(run, a1, a2, replicas=[one]).noise_of_replicas is None
+
+
+@pytest.mark.parametrize("ratio", [0.7, 1.0])
+def test_a_run_that_differs_from_its_replicas(ratio):
+    """Feedback of fluctuations is in both, what only the run does in one of them."""
+    generator, projections = torch.Generator().manual_seed(4), []
+    for _ in range(400):
+        drawn = draw(generator, speed=None, ratio=ratio, wobble=0.2, error=0.3, replicas=2)
+        projections.append(drawn.noise_of_replicas)
+    assert pooled(projections).mean == pytest.approx(ratio, abs=0.02)
+    spread = torch.tensor([p.ratio.mean for p in projections]).std().item()
+    typical = torch.tensor([p.stderr for p in projections]).square().mean().sqrt().item()
+    assert 0.8 <= typical / spread <= 1.5
+
+
 def test_the_ceiling_is_what_the_mean_run_reaches():
     found = windows(300, 2, speed=1.0, ratio=None, wobble=0.5, error=0.05, replicas=2)
     ceiling = noise_ceiling_of([c for w in found for c in w.cosines(relative=False)])

@@ -73,6 +73,20 @@ def test_the_ratio_of_all_windows_counts_if_its_error_is_known():
         assert "the noise-induced drift is 0.900 +- 0.1" in visibility(window(), None, unknown).words
 
 
+def test_what_replicas_say_of_a_ratio_that_is_not_one():
+    def words(ratio, replicas):
+        of = window()
+        return visibility(replace(of, noise=replace(of.noise, ratio=ratio, replicas=replicas)), None).words
+
+    too = words(Estimate(0.9, 0.01), Estimate(0.91, 0.01))
+    assert "that of the replicas is 0.910 +- 0.01 times, too: fluctuations feed back" in too
+    assert "something else makes the difference" in words(Estimate(0.9, 0.01), Estimate(1.0, 0.01))
+    assert "replicas" not in words(Estimate(0.99, 0.01), Estimate(0.9, 0.01))
+    assert "replicas" not in words(Estimate(0.9, 0.01), Estimate(math.nan, math.nan))
+    pooled = visibility(window(Estimate(0.9, 0.5)), None, Estimate(1.1, 0.02), Estimate(1.09, 0.02))
+    assert "that of the replicas is 1.090 +- 0.02 times, too" in pooled.words
+
+
 @pytest.mark.parametrize(
     ("of", "visible", "words"),
     [

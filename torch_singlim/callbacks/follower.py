@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_singlim.callbacks.detect import BatchToProblem, as_pair
 from torch_singlim.callbacks.inject import transients
 from torch_singlim.callbacks.optimizer import plain_optimizer
-from torch_singlim.callbacks.recording import SeveralCallsError, StepRecording, injections_of, unperturbed
+from torch_singlim.callbacks.recording import SeveralCallsError, StepRecording, clip_of, injections_of, unperturbed
 from torch_singlim.callbacks.twin import (
     MicroBatch,
     TrainingStepGradient,
@@ -101,7 +101,17 @@ class Follower:
         if isinstance(found, Reason):
             engine.give_up(found)
             return
-        engine.windows.follow(*found, step, stop)
+        paths, rehearsal = found
+        engine.note(self._form(paths))
+        engine.windows.follow(paths, rehearsal, step, stop)
+
+    def _form(self, paths: CoupledPaths) -> Reason | None:
+        """That the averaged path takes the mean of steps, and why; None: it takes the mean gradient."""
+        if paths.affine and clip_of(self._trainer) is None:
+            return None
+        name = type(self._optimizer()).__name__
+        why = "gradients are clipped" if paths.affine else f"a step of {name} is not linear in the gradient"
+        return Code.AVERAGED_STEPS(why=why)
 
     def _potential(self, engine: Engine) -> BatchPotential | None:
         """The potential of the noise that is known; None: paths do not need one. What they lack is noted."""

@@ -156,6 +156,28 @@ class CoupledWindow:
         return self._project(relative=True) if self.has_baseline else None
 
     @property
+    def noise_of_replicas(self) -> Projection | None:
+        """The mean noise-induced part of the replicas, mean_r (r - n), on y_i = a_i - n (None without either).
+
+        It contains what fluctuations feed back on the mean motion, which no deterministic path has, and nothing of what
+        only the run does. The error counts run and replicas as equally distributed.
+        """
+        R = self.num_replicas
+        if not (self.has_baseline and R):
+            return None
+        y1, y2 = (self._combination((i, 1.0), (1, -1.0)) for i in (2, 3))
+        runs = [self._combination((i, 1.0), (1, -1.0)) for i in (0, *range(4, 4 + R))]
+        y, d, square = (y1 + y2) / 2, (y1 - y2) / 2, self._inner(y1, y2)
+        products = torch.tensor([self._inner(z, y) for z in runs], dtype=torch.float64)
+        product, stderr = products[1:].mean().item(), math.nan
+        if square:
+            mean = torch.stack(runs[1:]).mean(0)
+            bias = self._inner(mean - 2 * (product / square) * y, d)
+            stderr = math.hypot(products.std().item() / math.sqrt(R), bias) / abs(square)
+        resolved = square > 0 and abs(2 * self._inner(y, d)) <= _UNRESOLVED * square
+        return Projection(product, square, math.nan, stderr, resolved)
+
+    @property
     def expansion(self) -> tuple[float, float] | None:
         """Cosine and ratio of norms of s - n with the averaged paths; None without an expanded path and a baseline."""
         if not (self.has_expanded and self.has_baseline):

@@ -364,7 +364,9 @@ class Engine:
     @property
     def visibility(self) -> Visibility:
         """Whether the effect of the noise is visible, in all windows together or in the last one."""
-        return visibility(self.windows.last, self.last_distance, self.windows.noise_ratio)
+        return visibility(
+            self.windows.last, self.last_distance, self.windows.noise_ratio, self.windows.noise_ratio_of_replicas
+        )
 
     def verdict(self) -> str:
         """The results in words."""

@@ -85,8 +85,8 @@ class Code(Enum):
     OPTIMIZER = (
         _UNSUPPORTED,
         Scope.LIMIT,
-        "{optimizer} rescales or reshapes the gradient; the theory covers torch.optim.SGD, and Adam, AdamW, RMSprop and "
-        "Adagrad during training",
+        "{optimizer} rescales or reshapes the gradient; the theory covers torch.optim.SGD, and Adam, AdamW, RMSprop "
+        "and Adagrad during training",
     )
     COUPLED_DECAY = (
         _UNSUPPORTED,
@@ -194,6 +194,12 @@ class Code(Enum):
         Scope.NOTHING,
         "given its batches, the training is not random, so that there is no noise-induced drift, and the baseline is "
         "the averaged path",
+    )
+    AVERAGED_STEPS = (
+        _NOTED,
+        Scope.NOTHING,
+        "{why}: the averaged path takes the mean of the steps of several optimizers, each with a draw of the noise of "
+        "its own, instead of one step with the mean gradient",
     )
     PENALTY = (
         _NOTED,

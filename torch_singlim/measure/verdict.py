@@ -92,6 +92,16 @@ def terminal_line(point: Mapping[str, float]) -> str:
     return ", ".join(found) + (f" over {steps:.0f} steps" if steps else "")
 
 
+def _feedback(ratio: Estimate, replicas: Estimate | None) -> str:
+    """Where the noise ratio is clearly not 1: whether the replicas have it, too, so that fluctuations explain it."""
+    if replicas is None or not math.isfinite(replicas.stderr) or abs(ratio.mean - 1) <= 2 * ratio.stderr:
+        return ""
+    theirs = f"that of the replicas is {replicas.mean:.3f} +- {replicas.stderr:.1g} times"
+    if abs(replicas.mean - ratio.mean) <= 2 * math.hypot(ratio.stderr, replicas.stderr):
+        return f"; {theirs}, too: fluctuations feed back on the mean motion, which no averaged path has"
+    return f"; {theirs}: not the noise that was found, but something else makes the difference in this run"
+
+
 @dataclass(frozen=True)
 class Visibility:
     """Whether the effect of the noise is visible in a window.
@@ -106,7 +116,10 @@ class Visibility:
 
 
 def visibility(
-    window: Window | None, distance: DistanceMeasurement | None, ratio: Estimate | None = None
+    window: Window | None,
+    distance: DistanceMeasurement | None,
+    ratio: Estimate | None = None,
+    replicas: Estimate | None = None,
 ) -> Visibility:
     """Whether the noise-induced drift is visible, and on which clock the noise moves the weights.
 
@@ -114,6 +127,7 @@ def visibility(
         window: the last window.
         distance: the last measurement of the distance, with the limit's prediction.
         ratio: the noise ratio of all windows together; it counts if its error is smaller than that of the last window.
+        replicas: the same of the replicas.
 
     >>> visibility(None, None)
     Visibility(visible=False, words='no window was compared with theory')
@@ -139,14 +153,14 @@ def visibility(
     if ratio is not None and (ratio.stderr < noise.ratio.stderr or not math.isfinite(noise.ratio.stderr)):
         over = " over all windows"
     else:
-        ratio = noise.ratio
+        ratio, replicas = noise.ratio, noise.replicas
     if not math.isfinite(ratio.stderr):
         return Visibility(False, f"{clock}; without replicas the error of the noise-induced drift is unknown")
     if ratio.stderr <= _VISIBLE:
         return Visibility(
             True,
             f"{clock}; the noise-induced drift{over} is {ratio.mean:.3f} +- {ratio.stderr:.1g} times the predicted "
-            f"one, whose norm is {noise.share:.0%} of that of the predicted motion",
+            f"one, whose norm is {noise.share:.0%} of that of the predicted motion{_feedback(ratio, replicas)}",
         )
     needed = steps * (ratio.stderr / _VISIBLE) ** 2
     return Visibility(

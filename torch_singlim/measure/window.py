@@ -47,6 +47,9 @@ class Comparison:
         return Result.SUCCESSFUL if self.prediction is None else self.prediction.status
 
 
+_UNKNOWN = Estimate(math.nan, math.nan)
+
+
 @dataclass(frozen=True)
 class NoiseInduced:
     """The noise-induced drift, run minus baseline, measured and predicted.
@@ -58,6 +61,7 @@ class NoiseInduced:
         ratio: <measured, predicted> / <predicted, predicted>, with its standard error.
         ceiling: the noise ceiling of the cosine (nan without replicas).
         share: norm of the predicted noise-induced drift over that of the predicted motion.
+        replicas: the ratio of the replicas' mean noise-induced drift to the predicted one (nan without replicas).
     """
 
     measured: float
@@ -66,6 +70,7 @@ class NoiseInduced:
     ratio: Estimate
     ceiling: float
     share: float
+    replicas: Estimate = _UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ class Window:
         if coupled.has_baseline and coupled.norm(1) > 0:
             comparisons[Model.BASELINE] = Comparison(coupled.baseline)
         if coupled.noise is not None and coupled.noise.resolved and coupled.speed.resolved:
-            p = coupled.noise
+            p, others = coupled.noise, coupled.noise_of_replicas
             noise = NoiseInduced(
                 measured=coupled.norm_of_noise,
                 predicted=math.sqrt(p.square),
@@ -146,6 +151,7 @@ class Window:
                 ratio=p.ratio,
                 ceiling=noise_ceiling_of(coupled.cosines(relative=True)),
                 share=math.sqrt(p.square / coupled.speed.square),
+                replicas=_UNKNOWN if others is None else others.ratio,
             )
         return cls(
             start,

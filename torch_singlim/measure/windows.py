@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch_singlim.linalg import Estimate
 from torch_singlim.measure.budget import Account, Budget
-from torch_singlim.measure.coupling import CoupledWindow, pooled
+from torch_singlim.measure.coupling import CoupledWindow, Projection, pooled
 from torch_singlim.measure.distance import Forecast
 from torch_singlim.measure.followed import FollowedWindow, unresolved
 from torch_singlim.measure.open_window import OpenWindow
@@ -21,6 +21,10 @@ from torch_singlim.measure.window import Window
 from torch_singlim.network import ZeroLossProblem
 
 __all__ = ["Windows"]
+
+
+def _pooled(parts: Sequence[Projection | None]) -> Estimate:
+    return pooled([each for each in parts if each is not None and each.resolved])
 
 
 class Windows:
@@ -151,8 +155,12 @@ class Windows:
     @property
     def noise_ratio(self) -> Estimate:
         """The noise-induced drift, measured over predicted, of all windows together."""
-        parts = [each.noise for each in self.projections.values()]
-        return pooled([each for each in parts if each is not None and each.resolved])
+        return _pooled([each.noise for each in self.projections.values()])
+
+    @property
+    def noise_ratio_of_replicas(self) -> Estimate:
+        """The same of the replicas."""
+        return _pooled([each.noise_of_replicas for each in self.projections.values()])
 
     # --- resuming --------------------------------------------------------------------------------------------------
 

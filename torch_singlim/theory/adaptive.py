@@ -105,7 +105,9 @@ def frozen_metric(
             "divided by its second moments: use torch.optim.AdamW, whose weight decay is not"
         )
     if first["weight_decay"] and any(group["lr"] != first["lr"] for group in groups):
-        raise ValueError("weight decay and groups with learning rates of their own: in the metric there is no such decay")
+        raise ValueError(
+            "weight decay and groups with learning rates of their own: in the metric there is no such decay"
+        )
     held = {id(p): group for group in groups for p in group["params"]}
     sizes: dict[str, Tensor] = {}
     for name, p in module.named_parameters():

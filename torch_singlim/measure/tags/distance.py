@@ -9,7 +9,18 @@ from torch_singlim.linalg import Estimate
 from torch_singlim.measure.distance import DistanceMeasurement
 from torch_singlim.measure.levels import Level
 from torch_singlim.measure.samples import growth
-from torch_singlim.measure.tags.tag import Need, Place, Tag, needs, of_distance, of_level, of_limit, of_relaxed, of_window, shown
+from torch_singlim.measure.tags.tag import (
+    Need,
+    Place,
+    Tag,
+    needs,
+    of_distance,
+    of_level,
+    of_limit,
+    of_relaxed,
+    of_window,
+    shown,
+)
 
 
 def _relaxed_share(d: DistanceMeasurement) -> float | None:

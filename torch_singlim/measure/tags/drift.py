@@ -221,6 +221,21 @@ NOISE_RATIO = Tag(
     needs=needs(Need.PATHS, Need.BASELINE),
     shown=shown(Place.WINDOWS, Place.REPORT, Place.FINAL),
 )
+NOISE_OF_REPLICAS = Tag(
+    name="noise/ratio_of_replicas",
+    label="noise ratio of the replicas",
+    unit="–",
+    meaning="the same ratio for the mean of the replicas, whose noise is independent of the run's. It contains what "
+    "fluctuations feed back on the mean motion, which the averaged path does not have",
+    advice="If `noise/ratio` is not 1: equal to it, the noise feeds back through its fluctuations; near 1, something "
+    "else moves this run",
+    group="Noise-induced drift",
+    chart="",
+    value=of_noise(lambda n: n.replicas.mean),
+    stderr=of_noise(lambda n: n.replicas.stderr),
+    needs=needs(Need.PATHS, Need.BASELINE, Need.REPLICAS),
+    shown=shown(Place.REPORT),
+)
 NOISE_SHARE = Tag(
     name="noise/share",
     label="noise share",

@@ -3,7 +3,7 @@
 Ensembles of noisy training run along the zero-loss set at several step sizes and noise levels. The drift of their
 nearest points along the limit (for Langevin noise also their spread) is fitted by a power law and held against the
 theorems of arXiv 2404.12293: (1, 2) for non-degenerate noise, (2, 2) for degenerate noise, no motion for minibatches
-alone.
+alone. Under Adam noise of order 1 divides itself by its own size, and the exponents are (1, 1).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from torch_singlim import (
     scaling_table,
     simulate,
     singular_limit,
+    tangent_space,
 )
 
 
@@ -56,6 +57,7 @@ class Sweep:
         spreads: the spread of the ensemble is measured, not its drift.
         antithetic: in pairs of runs with opposite noise, so that diffusion cancels to first order.
         runs: how many times the usual number of replicas that takes.
+        adam: the steps are those of torch.optim.Adam, at step sizes that are a part of the given ones.
     """
 
     name: str
@@ -65,7 +67,8 @@ class Sweep:
     expected: tuple[int, int]
     spreads: bool = False
     antithetic: bool = False
-    runs: int = 1
+    runs: float = 1
+    adam: bool = False
 
 
 # the normal modes have eigenvalues 1 to 4 (rate 1/(alpha lambda)): every run below is many times longer than that
@@ -77,7 +80,12 @@ SWEEPS = (
     Sweep("Langevin (spread)", Langevin, (0.15, 0.25, 0.45), 0.02, (2, 2), spreads=True, runs=4),
     # while the weights diffuse, their drift changes: a short time, whose error is the same share of the drift
     Sweep("Langevin (drift)", Langevin, (0.06, 0.1, 0.15), 0.005, (2, 2), antithetic=True, runs=16),
+    Sweep("Adam, DropConnect", DropConnect, (0.04, 0.08, 0.16), 0.12, (1, 1), runs=0.5, adam=True),
+    Sweep("Adam, dropout", lambda sigma: Dropout(), (0.04, 0.08, 0.16), 0.12, (1, 1), runs=0.5, adam=True),
 )
+# Adam's steps are alpha for each weight, whatever the gradient: in its metric the stiffest mode has lr lambda = 0.05 at
+# the largest of the default step sizes and the smallest noise. beta2 = 0.999: biases are of the order of 1 - beta2
+ADAM_SHARE, BETAS, EPS = 0.0025, (0.9, 0.999), 1e-10
 SMALLEST = 1.0  # eigenvalue of a normal mode
 
 
@@ -91,8 +99,65 @@ def tanh_problem(rate: float, seed: int) -> tuple[ZeroLossProblem, Tensor]:
     return problem, nearest_point(problem, problem.weights(), rtol=1e-8, max_steps=100).point
 
 
+def adam_ensemble(
+    problem: ZeroLossProblem, point: Tensor, sweep: Sweep, sigma: float, *, replicas: int, seed: int
+) -> tuple[nn.Parameter, torch.optim.Adam, Callable[[int], None]]:
+    """Replicas at a point, with second moments that are stationary there, and a function that makes steps of Adam.
+
+    Adam acts on each number alone: on a matrix of weights with a row for each replica it is as many optimizers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x, y, rate = problem.inputs, problem.targets, sigma**2 / (1 + sigma**2)
+    noisy = sweep.name.endswith("DropConnect")
+
+    def loss(w: Tensor, eta: Tensor) -> Tensor:
+        return problem.batch_loss(w * (1 + eta), x, y) if noisy else problem.batch_loss(w, x, y, activations=eta)
+
+    def draw() -> Tensor:
+        if noisy:
+            return sigma * torch.randn(replicas, len(point), generator=generator, dtype=point.dtype)
+        shape = replicas, len(x), sum(site.dimension for site in problem.sites)
+        return (torch.rand(shape, generator=generator, dtype=point.dtype) >= rate).to(point.dtype) / (1 - rate) - 1
+
+    weights, gradient = nn.Parameter(point.repeat(replicas, 1)), torch.func.vmap(torch.func.grad(loss))
+    adam = torch.optim.Adam([weights], lr=0.0, betas=BETAS, eps=EPS)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            weights.grad = gradient(weights.detach(), draw())
+            adam.step()
+
+    train(round(3 / (1 - BETAS[1])))
+    return weights, adam, train
+
+
+def measure_adam(sweep: Sweep, alpha: float, sigma: float, *, replicas: int, seed: int) -> Rate:
+    """The same under Adam: its limit is that of plain descent in the metric of its second moments."""
+    problem, point = tanh_problem(sigma**2 / (1 + sigma**2), seed)
+    weights, adam, train = adam_ensemble(problem, point, sweep, sigma, replicas=round(sweep.runs * replicas), seed=seed)
+    S = 1 / (adam.state[weights]["exp_avg_sq"].mean(0).sqrt() + EPS)
+    lr, scale = ADAM_SHARE * alpha, 1 / (1 / S).mean().item()
+    roots = (S / scale).sqrt()
+    plain, origin = problem.in_metric(S / scale), point / roots
+    sgd = SGDSettings(scale * lr, momentum=BETAS[0], dampening=BETAS[0])
+    limit = singular_limit(plain, origin, sweep.noise(sigma), sgd, num_draws=problem.num_weights)
+    adam.param_groups[0]["lr"] = lr
+    train(round(4 / (sgd.lr * tangent_space(plain, origin).spectrum()[-1].item())))
+
+    def nearest() -> Tensor:
+        return torch.stack([nearest_point(plain, w / roots, rtol=1e-4).point for w in weights.detach()])
+
+    start = nearest()
+    steps = round(sweep.slow_time / (lr * scale * sigma**2))
+    train(steps)
+    along = Estimate.from_draws((nearest() - start) @ limit.drift / limit.drift.norm())
+    return Rate(alpha, sigma, along.scaled(1 / steps), limit.drift.norm().item())
+
+
 def measure(sweep: Sweep, alpha: float, sigma: float, *, replicas: int, seed: int) -> Rate:
     """One ensemble: its normal modes relax first, then its motion along the zero-loss set is measured."""
+    if sweep.adam:
+        return measure_adam(sweep, alpha, sigma, replicas=replicas, seed=seed)
     problem, point = tanh_problem(sigma**2 / (1 + sigma**2), seed)
     noise, sgd = sweep.noise(sigma), SGDSettings(lr=alpha)
     limit = singular_limit(problem, point, noise, sgd, num_draws=problem.num_weights)
@@ -102,7 +167,7 @@ def measure(sweep: Sweep, alpha: float, sigma: float, *, replicas: int, seed: in
         problem,
         noise=noise,
         sgd=sgd,
-        replicas=sweep.runs * replicas,
+        replicas=round(sweep.runs * replicas),
         antithetic=sweep.antithetic,
         generator=generator,
     )

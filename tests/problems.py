@@ -137,6 +137,45 @@ def lyapunov_trace(H: Tensor, S: Tensor, alpha: float, rank: int) -> float:
     return torch.linalg.solve(operator, alpha * s.reshape(-1)).view(rank, rank).trace().item()
 
 
+class Lion(torch.optim.Optimizer):
+    """The sign of an average of gradients, with decoupled weight decay (arXiv 2302.06675)."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * torch.lerp(p.grad, m, first).sign())
+                m.lerp_(p.grad, 1 - second)
+        return loss
+
+
+class Muon(torch.optim.Optimizer):
+    """Heavy ball whose step is orthogonalised where it is a matrix, by Newton-Schulz iterations."""
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                v = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                v.mul_(group["momentum"]).add_(p.grad)
+                step = v / (v.norm() + 1e-7)
+                for a, b, c in 5 * [(3.4445, -4.7750, 2.0315)] if p.ndim == 2 else ():
+                    square = step @ step.T
+                    step = a * step + (b * square + c * square @ square) @ step
+                p.sub_(group["lr"] * step)
+        return loss
+
+
 def chain(sizes: list[int], activation: type[nn.Module], rates: list[float], *, bias: bool, seed: int) -> nn.Sequential:
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []

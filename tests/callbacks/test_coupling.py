@@ -29,6 +29,7 @@ from torch.utils.data import (
 )
 from torchmetrics import MeanSquaredError
 
+from tests.problems import Lion, Muon
 from tests.zoo import Trace, assert_identical
 from torch_singlim import AntiCorrelated, DropConnect, InjectNoise, InputNoise, SingularLimitMonitor
 from torch_singlim.callbacks.twin import MicroBatch, TrainingStepGradient, make_twin
@@ -397,6 +398,9 @@ FOLLOWED = {
     "parameter groups": {"make": changed(configure_optimizers=groups)},
     "adamw": {"make": changed(configure_optimizers=adamw)},
     "rmsprop": {"make": changed(configure_optimizers=rmsprop)},
+    "nadam": {"make": changed(configure_optimizers=lambda self: torch.optim.NAdam(self.parameters(), lr=1e-3))},
+    "lion": {"make": changed(configure_optimizers=lambda self: Lion(self.parameters(), lr=2e-4, weight_decay=0.1))},
+    "muon": {"make": changed(configure_optimizers=lambda self: Muon(self.parameters(), lr=5e-3))},
     "an optimizer of one's own": {"make": changed(configure_optimizers=sign_descent)},
     "an optimizer with attributes": {"make": changed(configure_optimizers=warmed_up)},
     "learning rates that are read": {

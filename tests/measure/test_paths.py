@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
+from tests.problems import Lion, Muon
 from torch_singlim.measure.coupling import noise_ceiling_of
 from torch_singlim.measure.paths import CoupledPaths, LossGradient, Path, is_affine
 from torch_singlim.measure.replay import replay
@@ -73,6 +74,8 @@ OPTIMIZERS = {
     "nesterov": lambda net: sgd(net, momentum=0.9, nesterov=True, weight_decay=1e-2),
     "adamw": lambda net: torch.optim.AdamW(net.parameters(), lr=1e-2),
     "rmsprop": lambda net: torch.optim.RMSprop(net.parameters(), lr=1e-3),
+    "lion": lambda net: Lion(net.parameters(), lr=1e-3, weight_decay=0.1),
+    "muon": lambda net: Muon(net.parameters(), lr=1e-2),
 }
 
 
@@ -203,6 +206,8 @@ class SignDescent(torch.optim.Optimizer):
         (lambda p: torch.optim.RMSprop(p), False),
         (lambda p: torch.optim.Adagrad(p), False),
         (SignDescent, False),
+        (lambda p: Lion(p, lr=1e-3), False),
+        (lambda p: Muon(p, lr=1e-2), False),
     ],
 )
 def test_which_rules_are_affine_in_the_gradient(make, affine):

@@ -37,6 +37,7 @@ from torch_singlim.measure import (
 )
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import (
+    SAM,
     AntiCorrelated,
     CustomNoise,
     DropConnect,
@@ -87,6 +88,7 @@ __all__ = [
     "SGDSettings",
     # and with which noise
     "NoiseSystem",
+    "SAM",
     "Dropout",
     "DropConnect",
     "AntiCorrelated",

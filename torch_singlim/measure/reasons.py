@@ -65,8 +65,8 @@ class Code(Enum):
     SHARDED = (
         _UNSUPPORTED,
         Scope.EVERYTHING,
-        '{strategy} shards the weights over several processes, and measurements need all of them: use strategy="ddp" '
-        "or one device, or measure the checkpoints afterwards",
+        "{strategy} shards the weights over several processes: distances need all of them, and torch does not copy "
+        'sharded modules, as paths require; use strategy="ddp" or one device, or measure the checkpoints afterwards',
     )
     NOT_STARTED = _SKIPPED, Scope.EVERYTHING, "what is trained could not be found out: {why}"
     DERIVATIVES = _UNSUPPORTED, Scope.SET, "the check of the derivatives failed: {why}"

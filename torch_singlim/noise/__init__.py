@@ -19,6 +19,7 @@ from torch_singlim.noise.base import (
 )
 from torch_singlim.noise.custom import CustomNoise, Minibatch
 from torch_singlim.noise.labels import LabelFlips, LabelNoise
+from torch_singlim.noise.sharpness import SAM
 from torch_singlim.noise.stratified import stratified_noise
 from torch_singlim.noise.weights import AntiCorrelated, DropConnect, Langevin, WeightDecay
 
@@ -44,6 +45,7 @@ __all__ = [
     "LabelNoise",
     "LabelFlips",
     "Langevin",
+    "SAM",
     "Minibatch",
     "CustomNoise",
 ]

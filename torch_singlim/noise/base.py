@@ -86,6 +86,7 @@ class NoiseSystem(ABC, Generic[Eta]):
             different learning rates require.
         transient: eta is added to the weights after a step and subtracted a step later; the recursion is written in the
             weights without eta.
+        ascends: the gradient is that at a distance sqrt(variance) up the gradient, instead of at the weights.
         relabels: acts on class labels, see `redraw`, rather than through the arguments of the loss.
         done_by: what applies this noise in a training already, so that it cannot be injected; None: it can be injected.
         checked_on_samples: samples of the training are needed to decide whether the noise fits, see `check_targets`.
@@ -96,6 +97,7 @@ class NoiseSystem(ABC, Generic[Eta]):
     moves_outputs: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True
     transient: ClassVar[bool] = False
+    ascends: ClassVar[bool] = False
     relabels: ClassVar[bool] = False
     done_by: ClassVar[str | None] = None
     checked_on_samples: ClassVar[bool] = False

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from torch_singlim.linalg import Estimate, VectorEstimate
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import NoiseSystem, draw_noise, noisy_loss, parts
+from torch_singlim.noise import NoiseSystem, Sum, draw_noise, noisy_loss, parts
 from torch_singlim.theory.sgd import SGDSettings
 
 __all__ = ["Ensemble", "simulate"]
@@ -74,6 +74,8 @@ def _bytes_per_replica(
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    # SAM's own gradient takes no more memory than the one that follows
+    noise = Sum(tuple(part for part in parts(noise) if not part.ascends))
     etas = draw_noise(noise, problem, batch, generator=generator)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         noisy_loss(

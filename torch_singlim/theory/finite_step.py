@@ -23,11 +23,12 @@ from torch import Tensor
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import AntiCorrelated, Covariance, NoiseSystem, parts
+from torch_singlim.theory.bouncing import bouncing
 from torch_singlim.theory.directions import directions_at_once
 from torch_singlim.theory.fluctuations import FEW_RESIDUALS, UnstableStepError, fluctuation_covariance
 from torch_singlim.theory.gradient_noise import gradient_noise
 from torch_singlim.theory.on_gamma import fluctuation_gradient, tangential_potential
-from torch_singlim.theory.potential import Potential, traced
+from torch_singlim.theory.potential import Potential, part_potential, traced
 from torch_singlim.theory.second_order import quadratic_gradients, residual_direction
 from torch_singlim.theory.sgd import SGDSettings, stationary_variance
 
@@ -46,6 +47,8 @@ def has_finite_step(noise: NoiseSystem, problem: ZeroLossProblem, sgd: SGDSettin
     few = problem.num_residuals <= FEW_RESIDUALS and (full or not sgd.momentum)
 
     def known(part: NoiseSystem) -> bool:
+        if part.ascends:
+            return full and not sgd.momentum
         if isinstance(part, AntiCorrelated):
             return full
         return few if part.moves_outputs else _of_hessian(part, problem, B) > 0 and (full or few)
@@ -145,6 +148,22 @@ def _of_fluctuations(
     return Potential(Estimate(0.0, 0.0), found.gradient.map(lambda g: g / 2), found.passes)
 
 
+def _of_ascent(
+    noise: NoiseSystem,
+    problem: ZeroLossProblem,
+    w: Tensor,
+    sgd: SGDSettings,
+    hessian: FactoredOperator,
+    **options: Any,
+) -> Potential:
+    """rho^2 -> (rho + x)^2 with the distance x at which w bounces, since the gradient is that so far from Gamma."""
+    bounce = bouncing(sgd, hessian.largest)
+    if math.isinf(bounce):
+        raise UnstableStepError(f"the step size {sgd.lr} is unstable: the largest eigenvalue is {hessian.largest:.3g}")
+    V, factor = part_potential(noise, problem, w, **options), (1 + bounce) ** 2
+    return Potential(V.value.scaled(factor), V.gradient.map(lambda g: factor * g), V.passes)
+
+
 def finite_step_potential(
     noise: NoiseSystem,
     problem: ZeroLossProblem,
@@ -160,6 +179,8 @@ def finite_step_potential(
         label noise, flips (Sigma = c H)    V = (c/4) sum_j int_0^{l_j} rho dl,       rho: `step_ratio`
         anti-correlated noise               V = (sigma^2/2) sum_j int_0^{l_j} rho dl,  for transient noise
         noise that moves the outputs        grad V + (1/2) T[X],    V of the limit, X: `fluctuation_covariance`
+
+        SAM                                 V of the limit times (2/(2 - alpha lambda_1))^2: w itself bounces, too
 
     Without momentum the first two are -(c/(2 alpha)) tr log(1 - alpha H/2) and -(sigma^2/alpha) tr log(1 - alpha H/2).
     With batches smaller than the data the Hessian is random, and label noise has (1/(2 alpha)) T[X] instead of grad V.
@@ -181,6 +202,8 @@ def finite_step_potential(
     """
     N, B, transient = problem.num_samples, sgd.batch(problem.num_samples), isinstance(noise, AntiCorrelated)
     c = _of_hessian(noise, problem, B)
+    if noise.ascends:
+        return _of_ascent(noise, problem, w, sgd, hessian, num_draws=num_draws, generator=generator)
     if len(parts(noise)) > 1 or not (transient or c > 0 or noise.moves_outputs):
         raise ValueError(
             "drifts at finite step size are known for noise on outputs and labels (dropout, DropConnect, input noise, "

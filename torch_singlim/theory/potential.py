@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value
 
+from torch_singlim.geometry import gauss_newton
 from torch_singlim.linalg import Estimate, VectorEstimate, rademacher
 from torch_singlim.network import ZeroLossProblem, jvp
-from torch_singlim.noise import NoiseSystem, noisy_loss, parts, stratified_noise
+from torch_singlim.noise import AntiCorrelated, NoiseSystem, noisy_loss, parts, stratified_noise
 from torch_singlim.theory.directions import directions_at_once, for_directions, mean_at
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 
+_EQUAL = 1e-9  # relative difference of eigenvalues that count as one
 _GROUPS = 4  # number of independent averages from which the standard error of a sampled gradient is computed
 
 
@@ -186,10 +188,27 @@ def _penalty(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> tuple[Te
     )(w)
 
 
+def _of_sharpness(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Potential:
+    """(sigma^2/2) lambda_1(H), and (sigma^2/2) grad of u^T D^2 L u with the eigenvector u of lambda_1 held fixed.
+
+    Since u maximises u^T H u, its own derivative does not contribute. Of D^2 L, the part with the curvature of the
+    outputs has a gradient normal to Gamma, on Gamma.
+    """
+    hessian, generator = gauss_newton(problem, w), torch.Generator().manual_seed(0)
+    stiffest = (1 - _EQUAL) * hessian.largest
+    start = torch.randn(len(w), generator=generator, dtype=w.dtype).to(w.device)
+    u = hessian.normal_function(lambda values: (values >= stiffest).to(values), start)
+    gradient, value = second_order_gradient(AntiCorrelated(1.0), problem, w, (u / torch.linalg.vector_norm(u),))
+    half = 0.5 * part.variance(problem)
+    return Potential(Estimate(half * value.item(), 0.0), VectorEstimate((half * gradient)[None]), 1)
+
+
 def part_potential(
     part: NoiseSystem, problem: ZeroLossProblem, w: Tensor, *, num_draws: int, generator: torch.Generator | None
 ) -> Potential:
     """`potential` of a single system, which is not checked."""
+    if part.ascends:
+        return _of_sharpness(part, problem, w)
     scale = part.scale(problem)
 
     def direction(i: int | None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch_singlim.geometry import MAX_DENSE, gauss_newton
 from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import NoiseSystem, Sum, leading
+from torch_singlim.noise import NoiseSystem, Sum, leading, parts
+from torch_singlim.theory.bouncing import bouncing, bouncing_offset
 from torch_singlim.theory.distance import expected_distance
 from torch_singlim.theory.gradient_noise import gradient_noise
 from torch_singlim.theory.limit_drift import limit_drift
@@ -120,6 +121,9 @@ def singular_limit(
         raise ValueError(f"expected {problem.num_weights} weights in one vector, got shape {tuple(point.shape)}")
     problem.check_attained()
     noise.check(problem)
+    plain = not sgd.momentum and sgd.batch(problem.num_samples) == problem.num_samples
+    if any(part.ascends for part in parts(noise)) and not plain:
+        raise ValueError(f"SAM's limit is known for full batches without momentum, got {sgd}")
     hessian = gauss_newton(problem, point) if hessian is None else hessian
     noise = with_measured_order(noise, problem, point, num_draws=num_draws, hessian=hessian, generator=generator)
     order, alpha, batch_size = noise.order, sgd.effective_lr, sgd.batch(problem.num_samples)
@@ -145,6 +149,11 @@ def singular_limit(
             gradient, passes = V.gradient, passes + V.passes
         expected = expected_distance(hessian, gradient, Sigma, sgd=sgd, random_batches=finite_step, generator=generator)
         offset, variance = expected.offset.norm, expected.variance
+        ascending = [part for part in leading(noise) if part.ascends]
+        if ascending:
+            bounce = bouncing(sgd, hessian.largest)
+            variance = variance + Estimate(bounce**2 * ascending[0].variance(problem), 0.0)
+            offset = torch.linalg.vector_norm(bouncing_offset(hessian, gradient.mean, bounce)).item()
     return LimitPrediction(
         order=order,
         time_scale=time_scale(sgd, order, noise.variance(problem)),

@@ -1,9 +1,9 @@
 """Seven networks, two optimizers: the drift of each training beside theory, in one table.
 
 Each network is trained without dropout first, until its loss is small: it is then near its zero-loss set. Dropout is
-switched on, and the drift is compared with paths beside the training, which make steps on the same batches: the averaged
-path, descent on the effective loss, and the baseline, the same descent with the noise switched off. Nothing but the
-monitor's arguments tells it what is trained. --quick runs two small networks in about two minutes on two cores.
+switched on, and the drift is compared with paths beside the training, which make steps on the same batches: the
+averaged path, descent on the effective loss, and the baseline, the same descent with the noise switched off. Nothing but
+the training itself tells the monitor what is trained. --quick: two small networks, about two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,17 @@ from transformer import Transformer
 
 from torch_singlim import Model, SingularLimitMonitor
 
+Network = Literal["mlp", "cnn", "resnet18", "vit", "lstm", "transformer", "language"]
 Optimizer = Literal["sgd", "adamw"]
 DROPOUT = 0.1  # of every dropout layer, after a phase without it
 SMOOTHING = 0.1  # of the labels, under cross-entropy
 RATE, DECAY = 5e-4, 1e-2  # of AdamW: step size and weight decay
-NEAR, ASKED = 0.01, 50  # the phase without dropout ends at this share of the first excess loss, asked every so many steps
+NEAR, ASKED = (
+    0.01,
+    50,
+)  # the phase without dropout ends at this share of the first excess loss, asked every so many steps
 MEASURED = 32  # samples on which the distance to the zero-loss set is measured
+OVERHEAD = 16.0  # time for measurements, as a share of that of training: half of it lasts for the paths of a window
 CONTEXT = 32  # characters that the language model reads at once; it predicts those that follow the second half
 CHARACTERS = sorted(set(BEGINNING))
 
@@ -76,20 +81,22 @@ class Entry:
     data: Callable[[], TensorDataset]
     lr: float
     batch_size: int = 50
-    window: int = 300
+    window: int = 200
 
 
+# mse on one-hot targets, cross-entropy on class labels; a ResNet-18 learns fewer images by heart in the time
 labelled, few = partial(digits, 500, one_hot=False), partial(digits, 64, one_hot=False)
-NETWORKS = {
-    "mlp": Entry(lambda: digits_mlp(256, DROPOUT), partial(digits, 500, one_hot=True), 0.2),
-    "cnn": Entry(lambda: digits_cnn(DROPOUT), labelled, 0.1),
-    "resnet18": Entry(lambda: digits_resnet18(DROPOUT), few, 0.05, batch_size=16, window=100),
+NETWORKS: dict[Network, Entry] = {
+    "mlp": Entry(lambda: digits_mlp(256, DROPOUT), partial(digits, 500, one_hot=True), 0.2, window=300),
+    "cnn": Entry(lambda: digits_cnn(DROPOUT), labelled, 0.1, window=300),
+    "resnet18": Entry(lambda: digits_resnet18(DROPOUT), few, 0.05, batch_size=16, window=60),
     "vit": Entry(lambda: DigitsViT(32, 4, 2, DROPOUT), labelled, 0.1),
-    "lstm": Entry(lambda: DigitsLSTM(64, DROPOUT), labelled, 0.5),
+    "lstm": Entry(lambda: DigitsLSTM(64, DROPOUT), labelled, 0.5, window=300),
     "transformer": Entry(lambda: Transformer(32, 4, 2, DROPOUT), labelled, 0.1),
     "language": Entry(lambda: LanguageModel(len(CHARACTERS), CONTEXT, 64, 4, 2, DROPOUT), text, 0.3, batch_size=16),
 }
-QUICK = {"mlp": 100, "transformer": 100}  # --quick: networks and their windows
+QUICK: dict[Network, int] = {"mlp": 200, "transformer": 100}  # --quick: networks and their windows
+MOST = 5_000  # steps without dropout
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -172,7 +179,7 @@ class Clock(L.Callback):
 
     def per_step(self, start: int, stop: int) -> float:
         """Mean time of a step, without what happens at the first and at the last of them."""
-        return (self.times[stop - 1] - self.times[start]) / max(stop - 1 - start, 1)
+        return (self.times[stop - 1] - self.times[start + 1]) / max(stop - start - 2, 1)
 
 
 # --- result --------------------------------------------------------------------------------------------------------
@@ -198,12 +205,13 @@ class Row:
         replay: error of a step of the training that is repeated on a copy; nan: the window was not followed.
         cost: time of a measured step over that of a plain one.
         steps: without dropout, and in a window.
-        reasons: all that the monitor says.
         seconds: of the whole row.
+        reasons: all that the monitor says.
+        tags: all that it has measured at the end.
     """
 
-    network: str
-    optimizer: str
+    network: Network
+    optimizer: Optimizer
     weights: int
     excess: float
     half: float
@@ -217,8 +225,9 @@ class Row:
     replay: float
     cost: float
     steps: tuple[int, int]
-    reasons: tuple[str, ...] = ()
     seconds: float = math.nan
+    reasons: tuple[str, ...] = ()
+    tags: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def misses(self) -> list[str]:
@@ -289,17 +298,15 @@ def promises(rows: Sequence[Row]) -> dict[str, bool]:
 # --- one row -------------------------------------------------------------------------------------------------------
 
 
-def train(network: str, optimizer: Optimizer, window: int, most: int, seed: int) -> Row:
-    """Train one network near its zero-loss set, then with dropout over three windows, and compare the last one.
+def train(network: Network, optimizer: Optimizer, window: int, seed: int) -> Row:
+    """Train one network near its zero-loss set, then with dropout, and compare a window that ends with the run.
 
-    The first window begins when dropout is switched on; over the second one nothing is measured, which gives the time
-    of a plain step.
+    The steps with dropout before the window, one fewer than it has, give the time of a plain step.
 
     Args:
         network: its name.
         optimizer: its name.
-        window: steps of each window.
-        most: steps without dropout at most.
+        window: steps of the window.
         seed: of weights, batches and noise.
     """
     began, entry = time.perf_counter(), NETWORKS[network]
@@ -325,14 +332,15 @@ def train(network: str, optimizer: Optimizer, window: int, most: int, seed: int)
     # onto the zero-loss set
     near = StopNear(data)
     set_dropout(module, 0.0)
-    clean = fit(most, near)
+    clean = fit(MOST, near)
     # along it
     set_dropout(module, DROPOUT)
-    monitor, clock = SingularLimitMonitor(window=window, every_n_steps=2 * window, num_samples=MEASURED), Clock()
-    stop = fit(3 * window, monitor, clock)
+    monitor, clock = SingularLimitMonitor(window=window, num_samples=MEASURED, max_overhead=OVERHEAD), Clock()
+    stop = fit(2 * window - 1, monitor, clock)
 
     # result
     last, point = monitor.last_window, monitor.history[stop]
+    start = stop - window if last is None else last.start
     drift = last.drift.agreement if last is not None and last.drift is not None else None
     baseline = None if last is None or drift is None else last.comparisons.get(Model.BASELINE)
     noise = None if last is None or drift is None else last.noise
@@ -350,8 +358,70 @@ def train(network: str, optimizer: Optimizer, window: int, most: int, seed: int)
         noise=math.nan if noise is None else noise.ratio.mean,
         noise_error=math.nan if noise is None else noise.ratio.stderr,
         replay=math.nan if last is None or last.replay_error is None else last.replay_error,
-        cost=clock.per_step(2 * window, stop) / clock.per_step(window, 2 * window),
-        steps=(clean, window),
-        reasons=tuple(reason.sentence for reason in monitor.reasons),
+        cost=clock.per_step(start, stop) / clock.per_step(0, stop - window),
+        steps=(clean, stop - start),
         seconds=time.perf_counter() - began,
+        reasons=tuple(reason.sentence for reason in monitor.reasons),
+        tags=point,
     )
+
+
+def write(rows: Sequence[Row], out: Path) -> None:
+    """The rows as JSON and as a Markdown table."""
+    out.mkdir(parents=True, exist_ok=True)
+    values = [
+        {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in asdict(row).items()}
+        | {"agrees": row.agrees, "misses": row.misses}
+        for row in rows
+    ]
+    (out / "zoo.json").write_text(json.dumps(values, indent=1))
+    (out / "zoo.md").write_text(markdown(rows))
+
+
+def main(
+    networks: list[Network] | None = None,
+    optimizers: tuple[Optimizer, ...] = ("sgd", "adamw"),
+    seed: int = 0,
+    quick: bool = False,
+    out: Path = Path("runs/zoo"),
+    check: bool = True,
+) -> None:
+    """Train seven networks by two optimizers with dropout; compare the drift of each with theory, in one table.
+
+    Args:
+        networks: which ones; default: all, quick: an MLP and a transformer.
+        optimizers: which ones.
+        seed: of weights, batches and noise.
+        quick: fewer networks, shorter windows.
+        out: folder for the table, as zoo.json and zoo.md.
+        check: fail unless at least 10 of all 14 trainings agree with theory.
+    """
+    # settings
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data are in memory
+    for name in ("torch_singlim", "lightning.pytorch"):  # the table says it
+        logging.getLogger(name).setLevel(logging.ERROR)
+    windows = QUICK if quick else {network: entry.window for network, entry in NETWORKS.items()}
+    chosen = networks or list(windows)
+
+    # training
+    rows: list[Row] = []
+    print(aligned(HEAD))
+    for network in chosen:
+        for optimizer in optimizers:
+            window = windows.get(network, min(windows.values()))
+            rows.append(train(network, optimizer, window, seed))
+            print(aligned(cells(rows[-1])), flush=True)
+            write(rows, out)
+
+    # result
+    print(f"{sum(row.seconds for row in rows) / 60:.1f} minutes\ntable: {out / 'zoo.md'}")
+    for network in chosen:
+        missing = [row for row in rows if row.network == network and math.isnan(row.half)]
+        for row in missing:
+            print(f"{network}, {row.optimizer}: no distance to half of the excess loss: {' '.join(row.reasons)}")
+    if check and len(rows) == 2 * len(NETWORKS):
+        require(promises(rows))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,5 +1,10 @@
 """A text that a language model can learn by heart: how *Moby-Dick* begins (Herman Melville, 1851, public domain)."""
 
+from __future__ import annotations
+
+import torch
+from torch.utils.data import TensorDataset
+
 BEGINNING = """\
 Call me Ishmael. Some years ago--never mind how long precisely--having little or no money in my purse, and nothing \
 particular to interest me on shore, I thought I would sail about a little and see the watery part of the world. It is \
@@ -24,3 +29,17 @@ some looking over the bulwarks of ships from China; some high aloft in the riggi
 better seaward peep. But these are all landsmen; of week days pent up in lath and plaster--tied to counters, nailed \
 to benches, clinched to desks. How then is this? Are the green fields gone? What do they here?
 """
+CHARACTERS = sorted(set(BEGINNING))
+
+
+def next_characters(context: int) -> TensorDataset:
+    """Windows of the text ``[n, context]``, each half a context after the last one, and the next characters as targets.
+
+    The characters of the first half of a window, before which little has been read, are not to be predicted: their
+    targets are -100, which cross-entropy ignores.
+    """
+    codes = torch.tensor([CHARACTERS.index(character) for character in BEGINNING])
+    windows = codes.unfold(0, context + 1, context // 2)  # [n, context + 1]
+    targets = windows[:, 1:].clone()
+    targets[:, : context // 2 - 1] = -100
+    return TensorDataset(windows[:, :-1].clone(), targets)

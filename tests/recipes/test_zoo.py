@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from recipes import zoo
+from recipes.networks import digits_resnet18, set_dropout
 from recipes.text import BEGINNING, next_characters
 from recipes.zoo import Row, train
 from torch_singlim.measure import budget
@@ -20,6 +22,14 @@ ROW = Row(
 )  # fmt: skip
 
 
+def half_resnet():
+    """The ResNet-18 without its last two stages, which have nearly all of its 11 million weights."""
+    net = digits_resnet18(zoo.DROPOUT)
+    net[1].layer3 = net[1].layer4 = nn.Identity()
+    net[1].fc = nn.Sequential(nn.Dropout(zoo.DROPOUT), nn.Linear(128, 10))
+    return net
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """A row takes seconds."""
@@ -27,6 +37,7 @@ def small(monkeypatch):
     for name, value in {"MOST": 4, "ASKED": 2, "MEASURED": 2}.items():
         monkeypatch.setattr(zoo, name, value)
     entries = {name: dataclasses.replace(each, batch_size=4, window=12) for name, each in zoo.NETWORKS.items()}
+    entries["resnet18"] = dataclasses.replace(entries["resnet18"], make=half_resnet)
     monkeypatch.setattr(zoo, "NETWORKS", entries)
 
 
@@ -42,6 +53,14 @@ def test_each_network_gives_a_row(network):
     assert "excess_loss" in row.tags or any("was not recognised" in reason for reason in row.reasons)
 
 
+def test_the_resnet_has_group_normalisation_and_dropout():
+    net = digits_resnet18(0.1)
+    assert net(torch.zeros(2, 64)).shape == (2, 10)
+    kinds = {type(module) for module in net.modules()}
+    assert {nn.GroupNorm, nn.Dropout} <= kinds
+    assert not kinds & {nn.BatchNorm2d, nn.MaxPool2d}
+
+
 def test_text_is_predicted_where_half_a_context_was_read():
     x, y = next_characters(zoo.CONTEXT).tensors
     assert x.shape == y.shape
@@ -52,11 +71,20 @@ def test_text_is_predicted_where_half_a_context_was_read():
     assert windows * zoo.CONTEXT // 2 > len(BEGINNING) - 2 * zoo.CONTEXT  # nearly all of it
 
 
+@pytest.mark.parametrize("network", zoo.NETWORKS)
+def test_all_dropout_can_be_switched_off(network):
+    entry = zoo.NETWORKS[network]
+    net, x = entry.make(), entry.data().tensors[0][:8]
+    assert not torch.equal(net(x), net(x))
+    set_dropout(net, 0.0)
+    assert torch.equal(net(x), net(x))
+
+
 def test_excess_loss_is_zero_on_the_zero_loss_set():
     data = zoo.NETWORKS["transformer"].data()
     labels = data.tensors[1]
 
-    class Solution(torch.nn.Module):
+    class Solution(nn.Module):
         def forward(self, x):
             scores = torch.full((len(x), 10), zoo.SMOOTHING / 10)
             scores[range(len(x)), labels[: len(x)]] += 1 - zoo.SMOOTHING

@@ -3,7 +3,7 @@
 Each network is trained without dropout first, until its loss is small: it is then near its zero-loss set. Dropout is
 switched on, and the drift is compared with paths beside the training, which make steps on the same batches: the
 averaged path, descent on the effective loss, and the baseline, the same descent with the noise switched off. Nothing
-but the training itself tells the monitor what is trained. --quick: two small networks, about two minutes on two cores.
+but the training itself tells the monitor what is trained. --quick: two small networks, about three minutes on one core.
 """
 
 from __future__ import annotations
@@ -276,19 +276,25 @@ def aligned(values: Sequence[str]) -> str:
     return "  ".join(value.ljust(width) for value, width in zip(values, widths, strict=True)).rstrip()
 
 
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Where no distance was measured, with what the monitor says."""
+    return [
+        f"{row.network}, {row.optimizer}: no distance to half of the excess loss. {' '.join(row.reasons)}"
+        for row in rows
+        if math.isnan(row.half)
+    ]
+
+
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table, and below it why a distance, or a drift, was not measured."""
+    """The rows as a table, and the notes below it."""
     lines = [HEAD, ["---"] * len(HEAD), *map(cells, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *(f"\n{note}" for note in notes(rows))]) + "\n"
 
 
 def promises(rows: Sequence[Row]) -> dict[str, bool]:
     """What is required of the whole table."""
     agree = sum(row.agrees for row in rows)
     return {f"at least 10 of {len(rows)} trainings agree ({agree} do)": agree >= 10}
-
-
-# --- one row -------------------------------------------------------------------------------------------------------
 
 
 def train(network: Network, optimizer: Optimizer, window: int, seed: int) -> Row:
@@ -405,10 +411,7 @@ def main(
             write(rows, out)
 
     # result
-    print(f"{sum(row.seconds for row in rows) / 60:.1f} minutes\ntable: {out / 'zoo.md'}")
-    for row in rows:
-        if math.isnan(row.half):
-            print(f"{row.network}, {row.optimizer}: no distance: {' '.join(row.reasons)}")
+    print(*notes(rows), f"{sum(row.seconds for row in rows) / 60:.1f} minutes", f"table: {out / 'zoo.md'}", sep="\n")
     if check and len(rows) == 2 * len(NETWORKS):
         require(promises(rows))
 

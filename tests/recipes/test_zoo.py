@@ -103,6 +103,9 @@ def test_agreement_and_what_misses_it():
     assert len(dataclasses.replace(slow, cosine=0.8).misses) == 2
     unknown = dataclasses.replace(ROW, cosine=math.nan)
     assert unknown.misses == ["the drift was not predicted", "Note: as it is."]
+    far = dataclasses.replace(ROW, half=math.nan)
+    assert zoo.notes([ROW, far]) == ["mlp, sgd: no distance to half of the excess loss. Note: as it is."]
+    assert zoo.markdown([ROW, far]).endswith("Note: as it is.\n")
     assert zoo.promises([ROW] * 10 + [slow] * 4) == {"at least 10 of 14 trainings agree (10 do)": True}
     assert not any(zoo.promises([ROW] * 9 + [slow] * 5).values())
 

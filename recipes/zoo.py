@@ -37,10 +37,7 @@ Optimizer = Literal["sgd", "adamw"]
 DROPOUT = 0.1  # of every dropout layer, after a phase without it
 SMOOTHING = 0.1  # of the labels, under cross-entropy
 RATE, DECAY = 5e-4, 1e-2  # of AdamW: step size and weight decay
-NEAR, ASKED = (
-    0.01,
-    50,
-)  # the phase without dropout ends at this share of the first excess loss, asked every so many steps
+NEAR, ASKED = 0.01, 50  # the phase without dropout ends at this share of the first loss, asked every so many steps
 MEASURED = 32  # samples on which the distance to the zero-loss set is measured
 OVERHEAD = 16.0  # time for measurements, as a share of that of training: half of it lasts for the paths of a window
 CONTEXT = 32  # characters that the language model reads at once

@@ -133,10 +133,9 @@ class Engine:
         """The conditions of series that are fulfilled, so that these will be logged if there is time."""
         limit = self.problem is not None and self.supports(Scope.LIMIT)
         paths, known = self.supports(Scope.PATHS), orders_known(self.noise)
-        baseline = not any(reason.code is Code.NO_BASELINE for reason in self.reasons)
         found = {
             Need.PATHS: paths,
-            Need.BASELINE: paths and baseline,
+            Need.BASELINE: paths and not any(reason.code is Code.NO_BASELINE for reason in self.reasons),
             Need.REPLICAS: paths and self.options.replicas > 0,
             Need.PART: self._has_part,
             Need.LIMIT: limit,
@@ -350,10 +349,7 @@ class Engine:
         if isinstance(displacement, Reason):
             self.note(displacement)
             return window
-        problem, noise = self.problem, self._noise_at(snapshot)
-        if opened.metric is not None:
-            problem = problem.in_metric(opened.metric.ratios)
-        flow = self.geometry.flow(problem, opened.forecast, noise, sgd, start=opened.start, steps=steps)
+        flow = self.geometry.flow(self.problem, opened, self._noise_at(snapshot), sgd, steps=steps)
         if isinstance(flow, Reason):
             self.note(flow)
             flow = None

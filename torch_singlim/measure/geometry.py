@@ -10,9 +10,10 @@ import torch
 from torch_singlim.geometry import LevelPoint, NearestPoint, largest_curvature
 from torch_singlim.linalg import Result
 from torch_singlim.measure.budget import Budget
-from torch_singlim.measure.distance import DistanceMeasurement, Forecast, measure_distance
+from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
 from torch_singlim.measure.levels import Level, Levels
 from torch_singlim.measure.limit import integrated
+from torch_singlim.measure.open_window import OpenWindow
 from torch_singlim.measure.options import Options
 from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.measure.samples import TrainingSet, distances_of_subsets
@@ -177,16 +178,23 @@ class Geometry:
     def flow(
         self,
         problem: ZeroLossProblem,
-        forecast: Forecast,
+        opened: OpenWindow,
         noise: NoiseSystem,
         sgd: SGDSettings,
         *,
-        start: int,
         steps: int,
     ) -> WindowPrediction | Reason | None:
-        """The limit integrated over the window from this step; None: it cannot hold, diffuses, or there is no time."""
-        if not forecast.relaxed or forecast.diffusion > 0 or not self._affords("flow", self.schedule.part(start)):
+        """The limit integrated over a window, in its metric; None: it cannot hold, diffuses, or there is no time."""
+        forecast, start = opened.forecast, opened.start
+        if (
+            forecast is None
+            or not forecast.relaxed
+            or forecast.diffusion > 0
+            or not self._affords("flow", self.schedule.part(start))
+        ):
             return None
+        if opened.metric is not None:
+            problem = problem.in_metric(opened.metric.ratios)
         with self.budget.timed("flow"):
             draws = self.options.num_draws
             flow = integrated(problem, forecast, noise, sgd, steps=steps, num_draws=draws, generator=self.generator)

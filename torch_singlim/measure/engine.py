@@ -247,9 +247,8 @@ class Engine:
         noise = self._noise_at(snapshot) if self.supports(Scope.LIMIT) else None
         distance = self._contained(step, lambda: geometry.distance(problem, snapshot, noise)) if prepared else None
         in_metric = self._contained(step, lambda: geometry.in_metric(problem, snapshot, noise, distance))
-        for found in (distance, in_metric):
-            if found is not None:
-                self.note(found.reason, found.of_nearest)
+        for found in filter(None, (distance, in_metric)):
+            self.note(found.reason, found.of_nearest)
         self._contained(step, lambda: find(Level.HUNDREDTH))
         whole = self._contained(step, lambda: geometry.of_whole(problem, self.whole, snapshot, levels))
         fewer = None

@@ -186,12 +186,9 @@ class Geometry:
     ) -> WindowPrediction | Reason | None:
         """The limit integrated over a window, in its metric; None: it cannot hold, diffuses, or there is no time."""
         forecast, start = opened.forecast, opened.start
-        if (
-            forecast is None
-            or not forecast.relaxed
-            or forecast.diffusion > 0
-            or not self._affords("flow", self.schedule.part(start))
-        ):
+        if forecast is None or not forecast.relaxed or forecast.diffusion > 0:
+            return None
+        if not self._affords("flow", self.schedule.part(start)):
             return None
         if opened.metric is not None:
             problem = problem.in_metric(opened.metric.ratios)

@@ -127,7 +127,7 @@ def test_nothing_is_predicted_before_the_first_step(run):
 def test_decoupled_weight_decay_moves_the_weights_along_the_set():
     """AdamW without noise, on Gamma: the drift by its weight decay alone, in the metric."""
     make = with_optimizer(lambda module: adam(module, lr=5e-3, eps=0.05, weight_decay=0.2))
-    states, monitor = States(), monitor_of(window=50, every_n_steps=50, relaxed_after=0.5)
+    states, monitor = States(), monitor_of(window=200, every_n_steps=200, relaxed_after=0.5)
     fit(seeded(lambda: make(dropout=0.0)), monitor, states, steps=600, dataset=data(n=5), batch_size=5)
     assert monitor.engine.noise == WeightDecay(0.2)
     last = monitor.history[600]
@@ -139,7 +139,7 @@ def test_a_metric_that_changes_is_a_reason():
     """Second moments that forget within a window, in a training that begins far from the set."""
     make = with_optimizer(lambda module: torch.optim.RMSprop(module.parameters(), lr=1e-3, alpha=0.5))
     monitor = monitor_of(window=10, every_n_steps=10)
-    fit(seeded(make), monitor, steps=30, shuffle=False)
+    fit(seeded(make), monitor, steps=20, shuffle=False)
     found = [reason for reason in monitor.reasons if reason.code is Code.METRIC_CHANGED]
     assert found
     assert "second moments changed its step sizes by" in str(found[0])

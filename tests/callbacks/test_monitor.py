@@ -49,7 +49,7 @@ EVERYTHING = {
     *("drift/measured", "drift/predicted", "drift/cosine", "drift/cosine_stderr", "drift/ceiling"),
     *("drift/speed", "drift/speed_stderr", "drift/baseline_cosine", "drift/residual"),
     *("noise/measured", "noise/predicted", "noise/cosine", "noise/ceiling"),
-    *("noise/ratio", "noise/ratio_stderr", "noise/share"),
+    *("noise/ratio", "noise/ratio_stderr", "noise/share", "noise/ratio_of_replicas", "noise/ratio_of_replicas_stderr"),
     *("expansion/cosine", "expansion/cosine_stderr", "expansion/ratio", "expansion/ratio_stderr"),
     *("limit/cosine", "limit/speed"),
     *("limit/frozen_cosine", "limit/frozen_speed", "limit/spread_measured", "limit/spread_predicted"),

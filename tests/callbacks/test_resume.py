@@ -164,7 +164,7 @@ FOREIGN = {
     "steps that are none": (lambda own: own.update(steps=None), "AttributeError"),
     "no history": (lambda own: own["engine"].pop("history"), "missing: history"),
     "more": (lambda own: own["engine"].update(extra=1), "unknown: extra"),
-    "another version": (lambda own: own["engine"].update(version=0), "version 4 was expected, got version 0"),
+    "another version": (lambda own: own["engine"].update(version=0), "version 5 was expected, got version 0"),
     "a window of another network": (
         lambda own: own["engine"]["windows"]["open"].update(iterate=torch.zeros(3)),
         "a window of 3 weights for 323 weights",

@@ -174,7 +174,7 @@ def test_everything_is_measured(followed):
     assert [step for step, point in engine.history.items() if "distance/nearest" in point] == [0, 8, 16, 24]
     last = engine.history[STEPS]
     assert {"drift/cosine", "drift/ceiling", "noise/ratio", "limit/frozen_cosine", "potential_stderr"} <= last.keys()
-    assert engine.expects() == frozenset(Need) - {Need.PART}
+    assert engine.expects() == frozenset(Need) - {Need.PART, Need.METRIC}
     assert last["clock/slow_time"] == pytest.approx(STEPS * LR * 0.25)
     assert last["clock/time_scale"] == pytest.approx(1 / (LR * 0.25))
     assert not any(tag.startswith("singlim") for tag in last)
@@ -712,7 +712,7 @@ def test_a_state_holds_tensors_and_plain_values(tmp_path):
         (lambda s: s.pop("windows"), "missing: windows"),
         (lambda s: s["windows"].pop("open"), "missing: open"),
         (lambda s: s.update(extra=1), "unknown: extra"),
-        (lambda s: s.update(version=1), "a state of version 4 was expected, got version 1"),
+        (lambda s: s.update(version=1), "a state of version 5 was expected, got version 1"),
         (lambda s: s["windows"]["open"].update(iterate=torch.zeros(3)), r"a window of 3 weights for \d+ weights"),
     ],
 )

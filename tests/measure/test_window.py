@@ -75,7 +75,7 @@ def test_what_is_logged_of_a_followed_window():
     every |= {"drift/baseline_cosine", "window/replay_error", "distance/baseline_moved", "cost/gradients"}
     every |= {"window/steps", "window/status"}
     ceilings = {"drift/ceiling", "noise/ceiling", *(f"{tag}_stderr" for tag in ("drift/cosine", "drift/speed"))}
-    ceilings.add("noise/ratio_stderr")
+    ceilings |= {"noise/ratio_stderr", "noise/ratio_of_replicas", "noise/ratio_of_replicas_stderr"}
     assert whole.keys() == every | ceilings
     assert whole["window/status"] == 1
     assert scalars(Measurement(30, window=of_paths(*draw()[:4]))).keys() == every  # without replicas

@@ -19,7 +19,7 @@ def test_an_image_is_a_row_of_tokens():
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_transformer(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(transformer, "MEASURED", 8)
+    monkeypatch.setattr(transformer, "MEASURED", 2)
     # in the fast phase the loss alone explains the motion: the baseline must catch that
     with pytest.raises(SystemExit, match=r"baseline cosine at least 0\.1 lower"):
         main(**SMALL, out=tmp_path / "transformer")

@@ -140,8 +140,8 @@ class Engine:
             Need.PART: self._has_part,
             Need.LIMIT: limit,
             Need.MOVES: limit and known and self.noise.order is not None,
-            Need.METRIC: bool(self.adaptive),
-            Need.SUMS: not self.adaptive,
+            Need.METRIC: limit and bool(self.adaptive),
+            Need.SUMS: limit and not self.adaptive,
         }
         return frozenset(need for need, there in found.items() if there)
 

@@ -50,6 +50,9 @@ class Reseed(L.Callback):
 Heavy = with_optimizer(lambda module: scheduled(torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.5)))
 
 
+Adaptive = with_optimizer(lambda module: scheduled(torch.optim.AdamW(module.parameters(), lr=0.01)))
+
+
 def nudge(loss, w, x, y, eta):
     return loss(w + eta, x, y)
 
@@ -58,6 +61,7 @@ NOISES = {
     "dropout": lambda: [],
     "anti-correlated": lambda: [InjectNoise(AntiCorrelated(std=0.01))],
     "custom": lambda: [InjectNoise(CustomNoise(nudge, std=0.01))],
+    "dropout under AdamW": lambda: [],
 }
 
 
@@ -74,7 +78,8 @@ def run(folder, *monitors, noise, checkpoint=None, stop=STEPS):
     recorder, saver = Recorder(), ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     callbacks = [Reseed(), *NOISES[noise](), *monitors, saver, Stop(stop)]
     # the order of a custom noise takes draws for every weight
-    net = seeded(lambda: Heavy(hidden=12 if noise == "custom" else 32))
+    make = Adaptive if "AdamW" in noise else Heavy
+    net = seeded(lambda: make(hidden=12 if noise == "custom" else 32))
     # one batch an epoch: Lightning does not put a loader back to where it was within one
     model, _ = fit(net, *callbacks, steps=STEPS, batch_size=20, shuffle=False, logger=recorder, ckpt_path=checkpoint)
     return weights(model), dict(recorder.of_monitor())

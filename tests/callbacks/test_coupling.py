@@ -398,7 +398,9 @@ FOLLOWED = {
     "parameter groups": {"make": changed(configure_optimizers=groups)},
     "adamw": {"make": changed(configure_optimizers=adamw)},
     "rmsprop": {"make": changed(configure_optimizers=rmsprop)},
-    "nadam": {"make": changed(configure_optimizers=lambda self: torch.optim.NAdam(self.parameters(), lr=1e-3))},
+    "nadam": {
+        "make": changed(configure_optimizers=lambda self: torch.optim.NAdam(self.parameters(), lr=1e-3, foreach=False))
+    },
     "lion": {"make": changed(configure_optimizers=lambda self: Lion(self.parameters(), lr=2e-4, weight_decay=0.1))},
     "muon": {"make": changed(configure_optimizers=lambda self: Muon(self.parameters(), lr=5e-3))},
     "an optimizer of one's own": {"make": changed(configure_optimizers=sign_descent)},

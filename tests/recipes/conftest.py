@@ -1,6 +1,7 @@
 """Images made on the fly, and experiments of a size that a test can run."""
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -28,3 +29,13 @@ def small(monkeypatch):
     size = {"samples": 12, "clean": 20, "steps": 16, "window": 8, "batch_size": 4, "num_draws": 4}
     quick = {key: dataclasses.replace(experiment, **size) for key, experiment in images.QUICK.items()}
     monkeypatch.setattr(images, "QUICK", quick)
+
+
+@pytest.fixture(autouse=True)
+def levels():
+    """What a recipe does not want to be logged is logged again in the tests that follow."""
+    loggers = [logging.getLogger(name) for name in ("torch_singlim", "lightning.pytorch")]
+    before = [each.level for each in loggers]
+    yield
+    for each, level in zip(loggers, before, strict=True):
+        each.setLevel(level)

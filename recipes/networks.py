@@ -161,6 +161,14 @@ class DigitsLSTM(nn.Module):
         return self.head(states[:, -1])
 
 
+def encoder(width: int, heads: int, layers: int, dropout: float) -> nn.TransformerEncoder:
+    """torch's encoder, with layer normalisation first and two times as many hidden units as a token has."""
+    layer = nn.TransformerEncoderLayer(
+        width, heads, 2 * width, dropout, activation=F.gelu, batch_first=True, norm_first=True
+    )
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
 class LanguageModel(nn.Module):
     """Characters -> encoder layers in which each one attends to those before it -> scores of the next character.
 
@@ -178,10 +186,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(context, width))
         self.dropout = nn.Dropout(dropout)
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 2 * width, dropout, activation=F.gelu, batch_first=True, norm_first=True
-        )
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.encoder = encoder(width, heads, layers, dropout)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context), persistent=False)
 

@@ -100,24 +100,20 @@ def tanh_problem(rate: float, seed: int) -> tuple[ZeroLossProblem, Tensor]:
 
 
 def adam_ensemble(
-    problem: ZeroLossProblem, point: Tensor, sweep: Sweep, sigma: float, *, replicas: int, seed: int
+    problem: ZeroLossProblem, point: Tensor, noise: NoiseSystem, *, replicas: int, seed: int
 ) -> tuple[nn.Parameter, torch.optim.Adam, Callable[[int], None]]:
     """Replicas at a point, with second moments that are stationary there, and a function that makes steps of Adam.
 
     Adam acts on each number alone: on a matrix of weights with a row for each replica it is as many optimizers.
     """
-    generator = torch.Generator().manual_seed(seed)
-    x, y, rate = problem.inputs, problem.targets, sigma**2 / (1 + sigma**2)
-    noisy = sweep.name.endswith("DropConnect")
+    generator, x, y = torch.Generator().manual_seed(seed), problem.inputs, problem.targets
+    rows = len(x) if noise.per_sample else 1
 
     def loss(w: Tensor, eta: Tensor) -> Tensor:
-        return problem.batch_loss(w * (1 + eta), x, y) if noisy else problem.batch_loss(w, x, y, activations=eta)
+        return noise.noisy_loss(problem.batch_loss, w, x, y, eta if noise.per_sample else eta[0])
 
     def draw() -> Tensor:
-        if noisy:
-            return sigma * torch.randn(replicas, len(point), generator=generator, dtype=point.dtype)
-        shape = replicas, len(x), sum(site.dimension for site in problem.sites)
-        return (torch.rand(shape, generator=generator, dtype=point.dtype) >= rate).to(point.dtype) / (1 - rate) - 1
+        return noise.draw(problem, replicas * rows, generator=generator).view(replicas, rows, -1)
 
     weights, gradient = nn.Parameter(point.repeat(replicas, 1)), torch.func.vmap(torch.func.grad(loss))
     adam = torch.optim.Adam([weights], lr=0.0, betas=BETAS, eps=EPS)
@@ -133,14 +129,14 @@ def adam_ensemble(
 
 def measure_adam(sweep: Sweep, alpha: float, sigma: float, *, replicas: int, seed: int) -> Rate:
     """The same under Adam: its limit is that of plain descent in the metric of its second moments."""
-    problem, point = tanh_problem(sigma**2 / (1 + sigma**2), seed)
-    weights, adam, train = adam_ensemble(problem, point, sweep, sigma, replicas=round(sweep.runs * replicas), seed=seed)
+    (problem, point), noise = tanh_problem(sigma**2 / (1 + sigma**2), seed), sweep.noise(sigma)
+    weights, adam, train = adam_ensemble(problem, point, noise, replicas=round(sweep.runs * replicas), seed=seed)
     S = 1 / (adam.state[weights]["exp_avg_sq"].mean(0).sqrt() + EPS)
     lr, scale = ADAM_SHARE * alpha, 1 / (1 / S).mean().item()
     roots = (S / scale).sqrt()
     plain, origin = problem.in_metric(S / scale), point / roots
     sgd = SGDSettings(scale * lr, momentum=BETAS[0], dampening=BETAS[0])
-    limit = singular_limit(plain, origin, sweep.noise(sigma), sgd, num_draws=problem.num_weights)
+    limit = singular_limit(plain, origin, noise, sgd, num_draws=problem.num_weights)
     adam.param_groups[0]["lr"] = lr
     train(round(4 / (sgd.lr * tangent_space(plain, origin).spectrum()[-1].item())))
 

@@ -16,10 +16,9 @@ import torch
 from data import digits
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from networks import Classifier
+from networks import Classifier, encoder
 from shell import command, compared_window, require
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler
 
 from torch_singlim import Model, SingularLimitMonitor, Window, drift_figure
@@ -44,10 +43,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Linear(PIXELS, width)
         self.position = nn.Parameter(0.02 * torch.randn(TOKENS, width))
         self.dropout = nn.Dropout(dropout)
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 2 * width, dropout, activation=F.gelu, batch_first=True, norm_first=True
-        )
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.encoder = encoder(width, heads, layers, dropout)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
 
     def forward(self, x: Tensor) -> Tensor:

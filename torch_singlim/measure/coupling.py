@@ -120,12 +120,18 @@ class CoupledWindow:
             c[index] += weight
         return c
 
+    def _halves(self, shift: float) -> tuple[Tensor, Tensor, float, bool]:
+        """y = (y_1 + y_2)/2, d = (y_1 - y_2)/2, <y_1, y_2>, and whether the halves agree; y_i = a_i - shift n."""
+        y1, y2 = (self._combination((i, 1.0), (1, -shift)) for i in (2, 3))
+        y, d, square = (y1 + y2) / 2, (y1 - y2) / 2, self._inner(y1, y2)
+        return y, d, square, square > 0 and abs(2 * self._inner(y, d)) <= _UNRESOLVED * square
+
     def _project(self, *, relative: bool) -> Projection:
         """The projection of the run on the averaged paths; `relative`: all displacements relative to the baseline."""
         shift = 1.0 if relative else 0.0
-        x, y1, y2 = (self._combination((i, 1.0), (1, -shift)) for i in (0, 2, 3))
-        y, d = (y1 + y2) / 2, (y1 - y2) / 2
-        product, square = self._inner(x, y), self._inner(y1, y2)
+        x = self._combination((0, 1.0), (1, -shift))
+        y, d, square, resolved = self._halves(shift)
+        product = self._inner(x, y)
         size = self._inner(x, x)
         cosine = product / math.sqrt(size * square) if square > 0 and size > 0 else math.nan
         stderr = cosine_stderr = math.nan
@@ -142,7 +148,6 @@ class CoupledWindow:
                 # an error d of y changes both <x, y> and D
                 bias = self._inner(x, d) / math.sqrt(size * square) - cosine * self._inner(y, d) / square
                 cosine_stderr = math.hypot(cosines.std().item(), bias)
-        resolved = square > 0 and abs(2 * self._inner(y, d)) <= _UNRESOLVED * square
         return Projection(product, square, cosine, stderr, resolved, cosine_stderr)
 
     @property
@@ -165,16 +170,14 @@ class CoupledWindow:
         R = self.num_replicas
         if not (self.has_baseline and R):
             return None
-        y1, y2 = (self._combination((i, 1.0), (1, -1.0)) for i in (2, 3))
+        y, d, square, resolved = self._halves(1.0)
         runs = [self._combination((i, 1.0), (1, -1.0)) for i in (0, *range(4, 4 + R))]
-        y, d, square = (y1 + y2) / 2, (y1 - y2) / 2, self._inner(y1, y2)
         products = torch.tensor([self._inner(z, y) for z in runs], dtype=torch.float64)
         product, stderr = products[1:].mean().item(), math.nan
         if square:
             mean = torch.stack(runs[1:]).mean(0)
             bias = self._inner(mean - 2 * (product / square) * y, d)
             stderr = math.hypot(products.std().item() / math.sqrt(R), bias) / abs(square)
-        resolved = square > 0 and abs(2 * self._inner(y, d)) <= _UNRESOLVED * square
         return Projection(product, square, math.nan, stderr, resolved)
 
     @property

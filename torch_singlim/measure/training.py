@@ -11,7 +11,7 @@ from torch_singlim.geometry import nearest_point
 from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.measure.samples import TrainingSet
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import CustomNoise, Dropout, Minibatch, NoiseSystem, Sum, WeightDecay, parts
+from torch_singlim.noise import CustomNoise, Dropout, Minibatch, NoiseSystem, Sum, WeightDecay, map_parts, parts
 from torch_singlim.theory import check_derivatives, with_measured_order
 
 __all__ = [
@@ -67,9 +67,13 @@ def with_orders(noise: NoiseSystem, orders: Sequence[int | None] | None) -> Nois
     """The noise with custom parts of these orders, as they were measured before; None: they were not."""
     if orders is None or len(orders) != len(parts(noise)):
         return noise
-    known = zip(parts(noise), orders, strict=True)
-    systems = tuple(replace(n, claimed_order=k) if isinstance(n, CustomNoise) else n for n, k in known)
-    return Sum(systems) if isinstance(noise, Sum) else systems[0]
+    known = iter(orders)
+
+    def with_order(part: NoiseSystem) -> NoiseSystem:
+        order = next(known)
+        return replace(part, claimed_order=order) if isinstance(part, CustomNoise) else part
+
+    return map_parts(noise, with_order)
 
 
 def orders_known(noise: NoiseSystem) -> bool:
@@ -116,8 +120,7 @@ def with_decay(noise: NoiseSystem, coefficient: float) -> NoiseSystem:
     >>> with_decay(Dropout() + WeightDecay(0.1), 0.2)
     Dropout() + WeightDecay(coefficient=0.2)
     """
-    systems = tuple(WeightDecay(coefficient) if isinstance(part, WeightDecay) else part for part in parts(noise))
-    return Sum(systems) if isinstance(noise, Sum) else systems[0]
+    return map_parts(noise, lambda part: WeightDecay(coefficient) if isinstance(part, WeightDecay) else part)
 
 
 def unsupported_noise(problem: ZeroLossProblem, noise: NoiseSystem, adaptive: str = "") -> tuple[Reason, ...]:

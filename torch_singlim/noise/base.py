@@ -29,6 +29,7 @@ __all__ = [
     "Sum",
     "draw_noise",
     "leading",
+    "map_parts",
     "noisy_loss",
     "noisy_outputs",
     "parts",
@@ -251,6 +252,11 @@ class Sum(NoiseSystem[tuple[Tensor, ...]]):
 def parts(system: NoiseSystem) -> tuple[NoiseSystem[Tensor], ...]:
     """The systems that a sum consists of; a single system is its only part."""
     return system.systems if isinstance(system, Sum) else (system,)
+
+
+def map_parts(system: NoiseSystem, change: Callable[[NoiseSystem], NoiseSystem]) -> NoiseSystem:
+    """The system with each of its parts changed, in order."""
+    return Sum(tuple(map(change, system.systems))) if isinstance(system, Sum) else change(system)
 
 
 def leading(system: NoiseSystem) -> tuple[NoiseSystem[Tensor], ...]:

@@ -10,9 +10,22 @@ from torch import Tensor
 from torch_singlim.linalg import FactoredOperator
 from torch_singlim.theory.sgd import SGDSettings
 
-__all__ = ["bouncing", "bouncing_offset"]
+__all__ = ["bouncing", "bouncing_offset", "stiffest_mode"]
 
 _EQUAL = 1e-9  # relative difference of eigenvalues that count as one
+
+
+def stiffest_mode(hessian: FactoredOperator, *, like: Tensor) -> Tensor:
+    """u, the eigenvector of H with the largest eigenvalue, of norm 1  ``[P]``; one of them if there are several.
+
+    Args:
+        hessian: H.
+        like: a vector ``[P]`` with the dtype and device of u.
+    """
+    generator, least = torch.Generator().manual_seed(0), (1 - _EQUAL) * hessian.largest
+    start = torch.randn(len(like), generator=generator, dtype=like.dtype).to(like.device)
+    u = hessian.normal_function(lambda values: (values >= least).to(values), start)
+    return u / torch.linalg.vector_norm(u)
 
 
 def bouncing(sgd: SGDSettings, curvature: float) -> float:

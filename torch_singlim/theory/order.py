@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_singlim.geometry import gauss_newton
 from torch_singlim.linalg import Estimate, FactoredOperator
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import CustomNoise, NoiseSystem, Sum, draw_noise, parts
+from torch_singlim.noise import CustomNoise, NoiseSystem, draw_noise, map_parts, parts
 from torch_singlim.theory.gradient_noise import noise_products
 from torch_singlim.theory.potential import potential
 
@@ -140,6 +140,4 @@ def with_measured_order(
             )
         return replace(part, claimed_order=found.order)
 
-    if isinstance(noise, Sum):
-        return Sum(tuple(measured(part) for part in noise.systems))
-    return measured(noise)
+    return map_parts(noise, measured)

@@ -16,6 +16,7 @@ from torch_singlim.geometry import gauss_newton
 from torch_singlim.linalg import Estimate, VectorEstimate, rademacher
 from torch_singlim.network import ZeroLossProblem, jvp
 from torch_singlim.noise import AntiCorrelated, NoiseSystem, noisy_loss, parts, stratified_noise
+from torch_singlim.theory.bouncing import stiffest_mode
 from torch_singlim.theory.directions import directions_at_once, for_directions, mean_at
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
 ]
 
 
-_EQUAL = 1e-9  # relative difference of eigenvalues that count as one
 _GROUPS = 4  # number of independent averages from which the standard error of a sampled gradient is computed
 
 
@@ -194,11 +194,8 @@ def _of_sharpness(part: NoiseSystem, problem: ZeroLossProblem, w: Tensor) -> Pot
     Since u maximises u^T H u, its own derivative does not contribute. Of D^2 L, the part with the curvature of the
     outputs has a gradient normal to Gamma, on Gamma.
     """
-    hessian, generator = gauss_newton(problem, w), torch.Generator().manual_seed(0)
-    stiffest = (1 - _EQUAL) * hessian.largest
-    start = torch.randn(len(w), generator=generator, dtype=w.dtype).to(w.device)
-    u = hessian.normal_function(lambda values: (values >= stiffest).to(values), start)
-    gradient, value = second_order_gradient(AntiCorrelated(1.0), problem, w, (u / torch.linalg.vector_norm(u),))
+    u = stiffest_mode(gauss_newton(problem, w), like=w)
+    gradient, value = second_order_gradient(AntiCorrelated(1.0), problem, w, (u,))
     half = 0.5 * part.variance(problem)
     return Potential(Estimate(half * value.item(), 0.0), VectorEstimate((half * gradient)[None]), 1)
 

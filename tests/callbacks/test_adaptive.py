@@ -6,10 +6,13 @@ import lightning as L
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from tests.zoo import Net, data, fit, monitor_of, reasons_of, seeded, with_optimizer
 from torch_singlim import (
     Dropout,
+    InjectNoise,
+    LabelNoise,
     SGDSettings,
     WeightDecay,
     ZeroLossProblem,
@@ -120,6 +123,7 @@ def test_nothing_is_predicted_before_the_first_step(run):
     assert {"distance/half", "distance/nearest"} <= start
     assert not {"distance/in_metric", "stability", "clock/step_size", "potential"} & start
     assert {tag.name for tag in tags.TAGS if tags.Need.METRIC in tag.needs} == {"distance/in_metric"}
+    assert not any(name.startswith("moments") for point in monitor.history.values() for name in point)
     (form,) = reasons_of(monitor)
     assert str(form).startswith("a step of AdamW is not linear in the gradient: the averaged path takes the mean of")
 
@@ -157,3 +161,73 @@ def test_a_parameter_without_a_step_is_a_reason():
     assert {r.code for r in reasons_of(monitor)} == {Code.NO_METRIC, Code.AVERAGED_STEPS}
     assert "AdamW has made no step with idle yet" in monitor.verdict
     assert all(math.isfinite(v) for p in monitor.history.values() for v in p.values())
+
+
+class Shifted(with_optimizer(adam)):
+    """Targets that noise can be added to."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self(x), y)
+
+
+def test_second_moments_are_compared_with_the_curvature_under_noise_on_the_labels():
+    states, monitor, std = States(), monitor_of(window=20, every_n_steps=20, replicas=0), 0.1
+    fit(
+        seeded(lambda: Shifted(dropout=0.0)),
+        monitor,
+        states,
+        InjectNoise(LabelNoise(std)),
+        steps=40,
+        dataset=TensorDataset(*data_of()),
+        batch_size=5,
+    )
+    assert Code.ADAPTIVE_NOISE not in {reason.code for reason in monitor.reasons}
+    module = seeded(lambda: Shifted(dropout=0.0)).double().eval()
+    module.load_state_dict(states.weights[40])
+    named = {name: p.detach() for name, p in module.named_parameters()}
+    x, y = data_of()
+    J = torch.func.jacrev(lambda named: torch.func.functional_call(module, named, (x.double(),)))(named)
+    J = torch.cat([each.flatten(2) for each in J.values()], -1).flatten(0, 1)
+    expected = 2 * std**2 / y.numel() * (2 / y.numel()) * J.square().sum(0)
+    found = compare((flat(states.roots[40]) - EPS).square(), expected)
+    logged = monitor.history[40]
+    assert logged["moments/ratio"] == pytest.approx(found.speed, rel=1e-4)
+    assert logged["moments/cosine"] == pytest.approx(found.cosine, rel=1e-4)
+    assert {"potential", "limit/frozen_cosine", "distance/relaxed_expected"} <= logged.keys()
+
+
+def test_noise_on_the_labels_beside_other_noise_is_a_reason():
+    monitor = monitor_of(window=5)
+    fit(
+        seeded(Shifted),
+        monitor,
+        InjectNoise(LabelNoise(0.1)),
+        steps=5,
+        dataset=TensorDataset(*data_of()),
+        batch_size=5,
+    )
+    (reason,) = [each for each in monitor.reasons if each.code is Code.ADAPTIVE_NOISE]
+    assert "under AdamW the drift of LabelNoise is not known" in str(reason)
+    assert not any("potential" in point for point in monitor.history.values())
+
+
+@pytest.mark.slow
+def test_a_run_of_adam_under_noise_on_the_labels_follows_the_limit():
+    """One run, alpha lambda_1 = .27, beta_2 = .999, against the limit with the excursions of the step sizes."""
+
+    class Slower(Shifted):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.0)
+
+    module = seeded(lambda: Slower(dropout=0.0, hidden=16))
+    monitor = monitor_of(window=2_000, every_n_steps=2_000, num_draws=32, relaxed_after=0.5, draws=2, replicas=0)
+    fit(module, monitor, InjectNoise(LabelNoise(0.1)), steps=8_000, dataset=TensorDataset(*data_of()), batch_size=5)
+    for step in (6_000, 8_000):
+        point = monitor.history[step]
+        print({name: round(value, 3) for name, value in point.items() if name.startswith(("limit", "moments"))})
+        assert point["limit/cosine"] >= 0.97
+        assert point["limit/speed"] == pytest.approx(1, abs=0.15)
+        assert point["moments/ratio"] == pytest.approx(1, abs=0.2)
+        assert point["moments/cosine"] >= 0.99
+        assert point["distance/relaxed"] == pytest.approx(point["distance/relaxed_expected"], rel=0.5)

@@ -70,7 +70,7 @@ def snapshot_of_trainer(
             found, reasons = None, (Code.NO_METRIC(why=str(error)),)
         if found is not None:
             ratios = torch.cat([found.step_ratios[name].reshape(-1) for name in space.names])
-            metric = Metric(ratios.to(space.device, space.dtype), found.scale)
+            metric = Metric(ratios.to(space.device, space.dtype), found.scale, found.moments)
             sgd, weight_decay = found.sgd, found.weight_decay
     if settings.sgd is not None:
         state = trainer.optimizers[0].state

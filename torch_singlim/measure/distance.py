@@ -23,7 +23,7 @@ from torch_singlim.geometry import (
     tangent_space,
 )
 from torch_singlim.linalg import CholeskyFactor, FactoredOperator, VectorEstimate
-from torch_singlim.measure.agreement import compare
+from torch_singlim.measure.agreement import Agreement, compare
 from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.measure.snapshot import Snapshot
 from torch_singlim.network import ZeroLossProblem
@@ -31,13 +31,16 @@ from torch_singlim.noise import NoiseSystem
 from torch_singlim.theory import (
     EffectiveLoss,
     LimitPrediction,
+    SecondMoments,
     SGDSettings,
     UnstableStepError,
     averaged_gradient,
+    diagonal,
     expected_distance,
     gradient_noise,
     has_effective_flow,
     has_finite_step,
+    of_hessian,
     potential,
     sampled_potential,
     singular_limit,
@@ -51,6 +54,7 @@ __all__ = [
     "Forecast",
     "RelaxedPart",
     "compare_expansion",
+    "compare_moments",
     "measure_distance",
     "tangent_at",
 ]
@@ -149,6 +153,7 @@ class DistanceMeasurement:
         tangent_steps: 1 / (alpha d^T H d / d^T d) for the limit's drift d. Over fewer steps d is practically tangent,
             although Lanczos does not remove all normal directions from it (nan if H was decomposed, or without drift).
         expansion: how well the expansion of the noise holds at these weights (at order 1 only).
+        moments: the second moments of an adaptive optimizer, compared with c diag H for noise of order 2, Sigma = c H.
     """
 
     step: int
@@ -159,6 +164,7 @@ class DistanceMeasurement:
     limit: LimitPrediction | None = field(repr=False)
     tangent_steps: float
     expansion: Expansion | None
+    moments: Agreement | None = None
 
     @property
     def forecast(self) -> Forecast | None:
@@ -190,6 +196,23 @@ class DistanceMeasurement:
             return None
         cosine = min(max(self.expansion.cosine, -1.0), 1.0)  # corrected for sampling errors, it may lie outside
         return Code.EXPANSION_FAILS(step=self.step, cosine=cosine, ratio=self.expansion.ratio)
+
+
+def compare_moments(problem: ZeroLossProblem, snapshot: Snapshot, noise: NoiseSystem) -> Agreement | None:
+    """The second moments of an adaptive optimizer against c diag H, as which noise with Sigma = c H builds them up.
+
+    Args:
+        problem: loss and samples, in the weights themselves.
+        snapshot: of the training.
+        noise: the system; None is returned for other noise.
+    """
+    metric, sgd = snapshot.metric, snapshot.sgd
+    if metric is None or metric.moments is None or sgd is None:
+        return None
+    c = of_hessian(noise, problem, sgd.batch(problem.num_samples))
+    if not c:
+        return None
+    return compare(metric.moments.values.to(metric.ratios) / metric.ratios, c * diagonal(problem, snapshot.iterate))
 
 
 def tangent_at(
@@ -277,11 +300,12 @@ def _limit(
     sgd: SGDSettings,
     hessian: FactoredOperator,
     *,
+    moments: SecondMoments | None,
     num_draws: int,
     generator: torch.Generator | None,
 ) -> LimitPrediction:
     """The singular limit's prediction, with the drift at this step size where it is known and the step is stable."""
-    options: dict[str, Any] = {"num_draws": num_draws, "hessian": hessian, "generator": generator}
+    options: dict[str, Any] = {"moments": moments, "num_draws": num_draws, "hessian": hessian, "generator": generator}
     predicted = functools.partial(singular_limit, problem, point, noise, sgd, **options)
     # small problems take all eigenvectors
     known = has_finite_step(noise, problem, sgd) and (hessian.decomposed or problem.num_residuals > MAX_DENSE)
@@ -296,6 +320,7 @@ def measure_distance(
     snapshot: Snapshot,
     *,
     noise: NoiseSystem | None = None,
+    moments: SecondMoments | None = None,
     num_draws: int = 32,
     relaxed_after: float = 3.0,
     max_dense: int = MAX_DENSE,
@@ -308,6 +333,7 @@ def measure_distance(
         problem: loss and samples.
         snapshot: of the training.
         noise: the system; None if the theory does not cover the training: no prediction then.
+        moments: of an adaptive optimizer, in whose metric problem and snapshot are.
         num_draws: for the trace in V, see `singular_limit`.
         relaxed_after: a mode counts as relaxed once alpha lambda step reaches this.
         max_dense: up to this many residuals the geometry is exact. Above, Lanczos is used, and unless B B^T is cheap to
@@ -347,7 +373,16 @@ def measure_distance(
     )
     limit, tangent_steps, sgd = None, math.nan, snapshot.sgd
     if noise is not None and sgd is not None and not (expansion is not None and expansion.fails):
-        limit = _limit(problem, nearest.point, noise, sgd, tangent.hessian, num_draws=num_draws, generator=generator)
+        limit = _limit(
+            problem,
+            nearest.point,
+            noise,
+            sgd,
+            tangent.hessian,
+            moments=moments,
+            num_draws=num_draws,
+            generator=generator,
+        )
         if not tangent.hessian.decomposed and limit.drift.any():
             tangent_steps = 1 / (sgd.effective_lr * tangent.curvature(limit.drift))
     weight_norm = torch.linalg.vector_norm(w).item()

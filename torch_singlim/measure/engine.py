@@ -142,6 +142,7 @@ class Engine:
             Need.MOVES: limit and known and self.noise.order is not None,
             Need.METRIC: limit and bool(self.adaptive),
             Need.SUMS: limit and not self.adaptive,
+            Need.MOMENTS: limit and bool(self.adaptive) and any(part.order == 2 for part in parts(self.noise)),
         }
         return frozenset(need for need, there in found.items() if there)
 
@@ -365,12 +366,11 @@ class Engine:
 
     def verdict(self) -> str:
         """The results in words."""
-        skipped = self.budget.reason
-        compared = self.windows.last is not None and self.windows.last.comparisons
+        skipped, last = self.budget.reason, self.windows.last
         return verdict(
             self.history,
             reasons=[*self.reasons, *([skipped] if skipped else [])],
-            noise=self.visibility.words if compared else None,
+            noise=self.visibility.words if last is not None and last.comparisons else None,
         )
 
     # --- resuming --------------------------------------------------------------------------------------------------

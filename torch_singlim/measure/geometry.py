@@ -10,7 +10,7 @@ import torch
 from torch_singlim.geometry import LevelPoint, NearestPoint, largest_curvature
 from torch_singlim.linalg import Result
 from torch_singlim.measure.budget import Budget
-from torch_singlim.measure.distance import DistanceMeasurement, measure_distance
+from torch_singlim.measure.distance import DistanceMeasurement, compare_moments, measure_distance
 from torch_singlim.measure.levels import Level, Levels
 from torch_singlim.measure.limit import integrated
 from torch_singlim.measure.open_window import OpenWindow
@@ -156,17 +156,19 @@ class Geometry:
             return None
         if not self._affords("limit", self._part(snapshot)):
             return None
-        nearest = plain.nearest
+        nearest, metric = plain.nearest, snapshot.metric
         with self.budget.timed("limit"):
-            return measure_distance(
-                problem.in_metric(snapshot.metric.ratios),
+            found = measure_distance(
+                problem.in_metric(metric.ratios),
                 snapshot.in_metric(),
                 noise=noise,
+                moments=metric.moments,
                 num_draws=self.options.num_draws,
                 relaxed_after=self.options.relaxed_after,
-                start=nearest.point / snapshot.metric.roots if nearest.converged else None,
+                start=nearest.point / metric.roots if nearest.converged else None,
                 generator=self.generator,
             )
+            return replace(found, moments=compare_moments(problem, snapshot, noise))
 
     def of_fewer(self, problem: ZeroLossProblem, snapshot: Snapshot, nearest: NearestPoint) -> dict[int, float] | None:
         """Number of samples -> distance of the nearest point for so many of them."""
@@ -194,7 +196,16 @@ class Geometry:
             problem = problem.in_metric(opened.metric.ratios)
         with self.budget.timed("flow"):
             draws = self.options.num_draws
-            flow = integrated(problem, forecast, noise, sgd, steps=steps, num_draws=draws, generator=self.generator)
+            flow = integrated(
+                problem,
+                forecast,
+                noise,
+                sgd,
+                steps=steps,
+                moments=None if opened.metric is None else opened.metric.moments,
+                num_draws=draws,
+                generator=self.generator,
+            )
         if flow.status is Result.SUCCESSFUL:
             return flow
         return Code.LIMIT_STOPPED(start=start, stop=start + steps, status=flow.status.message)

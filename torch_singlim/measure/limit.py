@@ -17,7 +17,7 @@ from torch_singlim.measure.snapshot import Snapshot
 from torch_singlim.measure.window import Comparison, Model, Spread, Window
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import NoiseSystem
-from torch_singlim.theory import SGDSettings, WindowPrediction, limit_flow
+from torch_singlim.theory import SecondMoments, SGDSettings, WindowPrediction, limit_flow
 
 __all__ = ["against_limit", "displacement_in_metric", "integrated"]
 
@@ -34,6 +34,7 @@ def integrated(
     sgd: SGDSettings,
     *,
     steps: int,
+    moments: SecondMoments | None = None,
     num_draws: int,
     generator: torch.Generator | None,
 ) -> WindowPrediction:
@@ -47,6 +48,7 @@ def integrated(
         rtol=_RTOL,
         num_draws=num_draws,
         finite_step=forecast.finite_step,
+        moments=moments,
         max_substeps=_SUBSTEPS,
         generator=generator,
     )

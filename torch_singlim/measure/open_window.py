@@ -14,8 +14,19 @@ from torch_singlim.measure.followed import FollowedWindow
 from torch_singlim.measure.snapshot import Metric, Snapshot, StepSums
 from torch_singlim.measure.window import Window
 from torch_singlim.network import ZeroLossProblem
+from torch_singlim.theory import SecondMoments
 
 __all__ = ["OpenWindow"]
+
+
+def _state_of(metric: Metric) -> dict[str, Any]:
+    moments = None if metric.moments is None else vars(metric.moments)
+    return {"ratios": metric.ratios, "scale": metric.scale, "moments": moments}
+
+
+def _metric_of(state: Mapping[str, Any]) -> Metric:
+    moments = state["moments"]
+    return Metric(state["ratios"], state["scale"], None if moments is None else SecondMoments(**moments))
 
 
 @dataclass
@@ -68,7 +79,7 @@ class OpenWindow:
             "velocity": self.velocity,
             "sums": None if self.sums is None else vars(self.sums),
             "forecast": forecast,
-            "metric": None if self.metric is None else {"ratios": self.metric.ratios, "scale": self.metric.scale},
+            "metric": None if self.metric is None else _state_of(self.metric),
             "closed": self.closed or (self.followed is not None and self.followed.advanced),
         }
 
@@ -76,7 +87,7 @@ class OpenWindow:
     def from_state(cls, state: Mapping[str, Any], problem: ZeroLossProblem | None) -> OpenWindow:
         """The window with this state; if it had paths, they are gone, but can be opened again at its first step."""
         f, sums, metric = state["forecast"], state["sums"], state["metric"]
-        metric = None if metric is None else Metric(**metric)
+        metric = None if metric is None else _metric_of(metric)
         if f is not None and problem is not None:
             problem = problem if metric is None else problem.in_metric(metric.ratios)
             f = Forecast(tangent=tangent_at(problem, f["point"]), **f)

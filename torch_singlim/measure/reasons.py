@@ -98,7 +98,7 @@ class Code(Enum):
         _UNSUPPORTED,
         Scope.LIMIT,
         "under {optimizer} the drift of {noises} is not known: the theory covers noise of order 1 that does not depend "
-        "on the unit of a weight, such as dropout, DropConnect and input noise",
+        "on the unit of a weight, such as dropout, DropConnect and input noise, and noise on the labels alone",
     )
     NO_METRIC = _INVALIDATED, Scope.PART, "the optimizer's metric cannot be read: {why}"
     METRIC_CHANGED = (

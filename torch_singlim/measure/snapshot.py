@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import Tensor
 
 from torch_singlim.measure.reasons import Reason
-from torch_singlim.theory import SGDSettings
+from torch_singlim.theory import SecondMoments, SGDSettings
 
 __all__ = ["Metric", "Snapshot", "StepSums"]
 
@@ -47,10 +47,12 @@ class Metric:
     Args:
         ratios: r, of harmonic mean 1  ``[P]``.
         scale: s.
+        moments: the second moments in these coordinates.
     """
 
     ratios: Tensor = field(repr=False)
     scale: float
+    moments: SecondMoments | None = field(default=None, repr=False)
 
     @cached_property
     def roots(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.measure.samples import TrainingSet
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import CustomNoise, Dropout, Minibatch, NoiseSystem, Sum, WeightDecay, map_parts, parts
-from torch_singlim.theory import check_derivatives, with_measured_order
+from torch_singlim.theory import check_derivatives, of_hessian, with_measured_order
 
 __all__ = [
     "Training",
@@ -139,7 +139,10 @@ def unsupported_noise(problem: ZeroLossProblem, noise: NoiseSystem, adaptive: st
     if adaptive:
         # an adaptive optimizer's weight decay is decoupled, and in its metric that of plain descent
         other = [part for part in parts(noise) if not isinstance(part, WeightDecay)]
-        unknown = [type(part).__name__ for part in other if not part.scale_free or part.order == 2]
+        second = [part for part in other if part.scale_free and part.order == 2]
+        # of order 2, the step sizes' own fluctuations are known where there is no other noise
+        alone = len(second) == len(other) and of_hessian(Sum(tuple(second)), problem, 1) > 0
+        unknown = [type(part).__name__ for part in other if not part.scale_free or (part in second and not alone)]
         if unknown:
             reasons.append(Code.ADAPTIVE_NOISE(optimizer=adaptive, noises=" and ".join(unknown)))
         return tuple(reasons)

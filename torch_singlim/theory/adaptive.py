@@ -9,28 +9,64 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_singlim.theory.second_moments import SecondMoments
 from torch_singlim.theory.sgd import SGDSettings
 
 __all__ = ["ADAPTIVE", "FrozenMetric", "differing", "frozen_metric", "is_decoupled"]
 
 
-def _adam(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    corrected = second / (1 - group["betas"][1] ** float(state["step"]))
-    return 1 / (corrected.sqrt() + group["eps"])
+@dataclass(frozen=True)
+class _Second:
+    """S = 1/(factor (sqrt(v) + eps)) of one parameter, with a v that is a mean over about 1/rate steps.
+
+    Args:
+        v: mean of the squared gradient.
+        held: what stands in the place of v in S, if it does not follow v.
+        eps: is added to the root.
+        factor: of the whole.
+        rate: of the mean.
+    """
+
+    v: Tensor
+    eps: float
+    rate: float
+    factor: float = 1.0
+    held: Tensor | None = None
+
+    @property
+    def step_size(self) -> Tensor:
+        return 1 / (self.factor * ((self.v if self.held is None else self.held).sqrt() + self.eps))
+
+    @property
+    def response(self) -> Tensor:
+        """-d log S/dv = 1/(2 sqrt(v) (sqrt(v) + eps)); 0 where v is 0, or does not matter."""
+        if self.held is not None:
+            return torch.zeros_like(self.v)
+        root = self.v.sqrt()
+        return torch.where(root > 0, 1 / (2 * root * (root + self.eps)), 0.0)
 
 
-def _rmsprop(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def _adam(state: dict[str, Any], group: dict[str, Any]) -> _Second:
+    beta = group["betas"][1]
+    corrected = 1 - beta ** float(state["step"])
+    # the largest mean so far stays where it is
+    held = state["max_exp_avg_sq"] / corrected if group["amsgrad"] else None
+    return _Second(state["exp_avg_sq"] / corrected, group["eps"], 1 - beta, held=held)
+
+
+def _rmsprop(state: dict[str, Any], group: dict[str, Any]) -> _Second:
     second = state["square_avg"] - state["grad_avg"] ** 2 if group["centered"] else state["square_avg"]
-    return 1 / (second.sqrt() + group["eps"])
+    return _Second(second, group["eps"], 1 - group["alpha"])
 
 
-def _adagrad(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    decay = 1 + (float(state["step"]) - 1) * group["lr_decay"]
-    return 1 / (decay * (state["sum"].sqrt() + group["eps"]))
+def _adagrad(state: dict[str, Any], group: dict[str, Any]) -> _Second:
+    steps = float(state["step"])
+    root = steps**0.5  # of the sum over the mean
+    decay = 1 + (steps - 1) * group["lr_decay"]
+    return _Second(state["sum"] / steps, group["eps"] / root, 1 / steps, decay * root)
 
 
-# S of one parameter, from its state and the settings of its group
+# second moments of one parameter, from its state and the settings of its group
 ADAPTIVE = {
     torch.optim.Adam: _adam,
     torch.optim.AdamW: _adam,
@@ -48,12 +84,14 @@ class FrozenMetric:
         step_ratios: r of each parameter, for ``ZeroLossProblem(..., step_ratios=...)``.
         scale: s, the inverse of the mean of 1/S over all weights.
         weight_decay: the coefficient of `WeightDecay` in this metric that is the optimizer's decoupled weight decay.
+        moments: v in this metric, for drifts of order 2; the parameters in the order of ``module.parameters()``.
     """
 
     sgd: SGDSettings
     step_ratios: Mapping[str, Tensor] = field(repr=False)
     scale: float
     weight_decay: float
+    moments: SecondMoments = field(repr=False)
 
 
 def frozen_metric(
@@ -65,10 +103,10 @@ def frozen_metric(
                                                          RMSprop: m <- mu m + g;  Adagrad: m = g
 
     S is that of the optimizer's present state; bias correction of v is part of it, and so is the ratio of a group's
-    learning rate to that of the first. With a problem in this metric, distances, the singular limit of order 1 and
-    `limit_flow` are those of the optimizer, for as long as v does not change much. A drift of order 2 is not: its noise
-    and S are correlated. Decoupled weight decay, w <- w - alpha lambda w, is lambda/(2 s) |u|^2 in the coordinates
-    u = w/sqrt(r).
+    learning rate to that of the first. With a problem in this metric, distances, the singular limit and `limit_flow`
+    are those of the optimizer, for as long as v does not change much; for a drift of order 2 pass the moments, too,
+    because noise and S are correlated. Decoupled weight decay, w <- w - alpha lambda w, is lambda/(2 s) |u|^2 in the
+    coordinates u = w/sqrt(r).
 
     Args:
         optimizer: Adam, AdamW, RMSprop or Adagrad, after its first step; its groups may differ in the learning rate.
@@ -110,23 +148,30 @@ def frozen_metric(
         )
     held = {id(p): group for group in groups for p in group["params"]}
     sizes: dict[str, Tensor] = {}
+    moments: list[_Second] = []
     for name, p in module.named_parameters():
         if id(p) in held:
             state, group = optimizer.state.get(p), held[id(p)]
             if not state:
                 raise ValueError(f"{type(optimizer).__name__} has made no step with {name} yet: make one before")
             wide = {key: value.double() if isinstance(value, Tensor) else value for key, value in state.items()}
-            sizes[name] = metric(wide, group) * (float(group["lr"]) / float(first["lr"]))
+            moments.append(metric(wide, group))
+            sizes[name] = moments[-1].step_size * (float(group["lr"]) / float(first["lr"]))
     scale = 1 / torch.cat([1 / S.reshape(-1) for S in sizes.values()]).mean().item()
     if "betas" in first:
         momentum = dampening = float(first["betas"][0])
     else:
         momentum, dampening = float(first.get("momentum", 0.0)), 0.0
+    ratios = torch.cat([S.reshape(-1) for S in sizes.values()]) / scale
+    # the gradient in the coordinates of the metric is sqrt(r) times that in the weights
+    values = torch.cat([each.v.reshape(-1) for each in moments])
+    response = torch.cat([each.response.reshape(-1) for each in moments])
     return FrozenMetric(
         SGDSettings(scale * float(first["lr"]), momentum, dampening, batch_size=batch_size),
         {name: S / scale for name, S in sizes.items()},
         scale,
         float(first["weight_decay"]) / scale,
+        SecondMoments(ratios * values, response / ratios, moments[0].rate),
     )
 
 

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from torch_singlim.linalg import DenseFactored, Estimate, FactoredOperator
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import AntiCorrelated, Covariance, NoiseSystem, parts
+from torch_singlim.noise import AntiCorrelated, NoiseSystem, parts
 from torch_singlim.theory.bouncing import bouncing
 from torch_singlim.theory.directions import directions_at_once
 from torch_singlim.theory.fluctuations import FEW_RESIDUALS, UnstableStepError, fluctuation_covariance
-from torch_singlim.theory.gradient_noise import gradient_noise
+from torch_singlim.theory.gradient_noise import gradient_noise, of_hessian
 from torch_singlim.theory.on_gamma import fluctuation_gradient, tangential_potential
 from torch_singlim.theory.potential import Potential, part_potential, traced
 from torch_singlim.theory.second_order import quadratic_gradients, residual_direction
@@ -47,19 +47,15 @@ def has_finite_step(noise: NoiseSystem, problem: ZeroLossProblem, sgd: SGDSettin
     few = problem.num_residuals <= FEW_RESIDUALS and (full or not sgd.momentum)
 
     def known(part: NoiseSystem) -> bool:
+        if not part.scale(problem).numel():
+            return True
         if part.ascends:
             return full and not sgd.momentum
         if isinstance(part, AntiCorrelated):
             return full
-        return few if part.moves_outputs else _of_hessian(part, problem, B) > 0 and (full or few)
+        return few if part.moves_outputs else of_hessian(part, problem, B) > 0 and (full or few)
 
     return noise.order is not None and all(known(part) for part in parts(noise) if part.order is not None)
-
-
-def _of_hessian(noise: NoiseSystem, problem: ZeroLossProblem, batch_size: int) -> float:
-    """c where Sigma = c H; 0 for any other noise."""
-    known = noise.covariance(problem, batch_size) or Covariance()
-    return known.hessian if known.identity == 0 else 0.0
 
 
 def step_ratio(sgd: SGDSettings, curvature: Tensor, *, transient: bool = False) -> Tensor:
@@ -161,7 +157,7 @@ def _of_ascent(
     if math.isinf(bounce):
         raise UnstableStepError(f"the step size {sgd.lr} is unstable: the largest eigenvalue is {hessian.largest:.3g}")
     V, factor = part_potential(noise, problem, w, **options), (1 + bounce) ** 2
-    return Potential(V.value.scaled(factor), V.gradient.map(lambda g: factor * g), V.passes)
+    return V.scaled(factor)
 
 
 def finite_step_potential(
@@ -179,7 +175,7 @@ def finite_step_potential(
         label noise, flips (Sigma = c H)    V = (c/4) sum_j int_0^{l_j} rho dl,       rho: `step_ratio`
         anti-correlated noise               V = (sigma^2/2) sum_j int_0^{l_j} rho dl,  for transient noise
         noise that moves the outputs        grad V + (1/2) T[X],    V of the limit, X: `fluctuation_covariance`
-
+        no noise, as weight decay           V of the limit
         SAM                                 V of the limit times (2/(2 - alpha lambda_1))^2: w itself bounces, too
 
     Without momentum the first two are -(c/(2 alpha)) tr log(1 - alpha H/2) and -(sigma^2/alpha) tr log(1 - alpha H/2).
@@ -201,10 +197,14 @@ def finite_step_potential(
             too many residuals for T[X].
     """
     N, B, transient = problem.num_samples, sgd.batch(problem.num_samples), isinstance(noise, AntiCorrelated)
-    c = _of_hessian(noise, problem, B)
+    c = of_hessian(noise, problem, B)
+    options: dict[str, Any] = {"num_draws": num_draws, "generator": generator}
+    alone = len(parts(noise)) == 1
     if noise.ascends:
-        return _of_ascent(noise, problem, w, sgd, hessian, num_draws=num_draws, generator=generator)
-    if len(parts(noise)) > 1 or not (transient or c > 0 or noise.moves_outputs):
+        return _of_ascent(noise, problem, w, sgd, hessian, **options)
+    if alone and not noise.scale(problem).numel():
+        return tangential_potential(noise, problem, w, **options)
+    if not alone or not (transient or c > 0 or noise.moves_outputs):
         raise ValueError(
             "drifts at finite step size are known for noise on outputs and labels (dropout, DropConnect, input noise, "
             f"label noise, flips) and for anti-correlated noise, got {noise}: use finite_step=False"
@@ -214,7 +214,6 @@ def finite_step_potential(
             f"at finite step size, anti-correlated noise is covered on full batches, got batches of {B} of {N} "
             "samples: use the full batch, or finite_step=False"
         )
-    options: dict[str, Any] = {"num_draws": num_draws, "generator": generator}
     if noise.moves_outputs and not transient:
         sigma = gradient_noise(noise, problem, w, batch_size=B, **options)
         V = tangential_potential(noise, problem, w, **options)
@@ -230,4 +229,4 @@ def finite_step_potential(
         raise UnstableStepError(f"the step size {sgd.lr} is unstable: the largest eigenvalue is {hessian.largest:.3g}")
     value = hessian.trace(lambda values: _integral(rho, values))
     found = _of_modes(problem, w, hessian, rho, **options)
-    return Potential(value.scaled(scale), found.gradient.map(lambda g: scale * g), found.passes)
+    return Potential(value, found.gradient, found.passes).scaled(scale)

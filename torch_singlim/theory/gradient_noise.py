@@ -35,7 +35,13 @@ from torch_singlim.theory.sgd import SGDSettings, stationary_variance
 
 _SAMPLES = 32  # draws of the gradient noise if its basis is too large: the variance is then accurate to about 25 %
 
-__all__ = ["GradientNoise", "gradient_noise", "noise_factor", "noise_products", "output_noise"]
+__all__ = ["GradientNoise", "gradient_noise", "noise_factor", "noise_products", "of_hessian", "output_noise"]
+
+
+def of_hessian(noise: NoiseSystem, problem: ZeroLossProblem, batch_size: int) -> float:
+    """c where Sigma = c H for all noise together; 0 for any other noise, or none."""
+    known = noise.covariance(problem, batch_size) or Covariance()
+    return known.hessian if known.identity == 0 else 0.0
 
 
 def noise_products(

@@ -13,9 +13,10 @@ from torch_singlim.linalg import Estimate, FactoredOperator, VectorEstimate
 from torch_singlim.network import ZeroLossProblem
 from torch_singlim.noise import Covariance, NoiseSystem, Sum, leading, parts
 from torch_singlim.theory.finite_step import finite_step_potential
-from torch_singlim.theory.gradient_noise import noise_factor
+from torch_singlim.theory.gradient_noise import noise_factor, of_hessian
 from torch_singlim.theory.on_gamma import tangential_potential
 from torch_singlim.theory.potential import Potential, total
+from torch_singlim.theory.second_moments import SecondMoments, excursion_potential
 from torch_singlim.theory.second_order import covariance_potential, ito_drift
 from torch_singlim.theory.sgd import SGDSettings
 
@@ -68,9 +69,27 @@ def _at_finite_step(
     for part in parts(noise):
         if part.order is not None and lowest is not None:
             V = finite_step_potential(part, problem, point, sgd, hessian, **options)
-            factor = sgd.effective_lr ** (part.order - lowest)
-            terms.append(Potential(V.value.scaled(factor), V.gradient.map(lambda g, c=factor: c * g), V.passes))
+            terms.append(V.scaled(sgd.effective_lr ** (part.order - lowest)))
     return total(terms)
+
+
+def _of_excursions(
+    noises: tuple[NoiseSystem, ...],
+    problem: ZeroLossProblem,
+    point: Tensor,
+    sgd: SGDSettings,
+    hessian: FactoredOperator,
+    moments: SecondMoments,
+    **options: Any,
+) -> Potential:
+    """What correlation of the step sizes with the gradient adds to grad V of noises of order 2, in their units."""
+    c = of_hessian(Sum(noises), problem, sgd.batch(problem.num_samples))
+    if not c:
+        raise ValueError(
+            "under an adaptive optimizer a drift of order 2 is known for noise with Sigma = c H, got "
+            f"{' + '.join(map(str, noises))}: use LabelNoise or LabelFlips, or torch.optim.SGD"
+        )
+    return excursion_potential(problem, point, hessian, c, sgd, moments, **options)
 
 
 def limit_drift(
@@ -82,6 +101,7 @@ def limit_drift(
     *,
     num_draws: int,
     finite_step: bool = False,
+    moments: SecondMoments | None = None,
     generator: torch.Generator | None = None,
 ) -> LimitDrift:
     """V and the drift of `singular_limit`, without the rest of its prediction.
@@ -94,17 +114,23 @@ def limit_drift(
         hessian: H at the point.
         num_draws: see `singular_limit`.
         finite_step: see `singular_limit`.
+        moments: see `singular_limit`.
         generator: of random directions.
     """
     order, batch_size = noise.order, sgd.batch(problem.num_samples)
+    options: dict[str, Any] = {"num_draws": num_draws, "generator": generator}
     if order is None:
         return LimitDrift(Estimate(0.0, 0.0), VectorEstimate(torch.zeros_like(point)[None]), 0)
     if finite_step:
-        V = _at_finite_step(noise, problem, point, sgd, hessian, num_draws=num_draws, generator=generator)
+        V = _at_finite_step(noise, problem, point, sgd, hessian, **options)
     elif order == 1:
-        V = tangential_potential(Sum(leading(noise)), problem, point, num_draws=num_draws, generator=generator)
+        V = tangential_potential(Sum(leading(noise)), problem, point, **options)
     else:
         V = _order_two(problem, point, leading(noise), batch_size, hessian, num_draws, generator)
+    second = tuple(part for part in parts(noise) if part.order == 2)
+    if moments is not None and second and (finite_step or order == 2):
+        found = _of_excursions(second, problem, point, sgd, hessian, moments, **options)
+        V = V + found.scaled(sgd.effective_lr ** (2 - order))
     sampled = V.gradient if hessian.decomposed else V.gradient.halves()  # projections are expensive in the second case
     factor = -(sgd.effective_lr**order)
     return LimitDrift(V.value, sampled.map(lambda g: factor * hessian.project_kernel(g)), V.passes)

@@ -16,6 +16,7 @@ from torch_singlim.noise import NoiseSystem
 from torch_singlim.theory.effective import WindowPrediction, check_marks
 from torch_singlim.theory.limit_drift import LimitDrift, limit_drift
 from torch_singlim.theory.order import with_measured_order
+from torch_singlim.theory.second_moments import SecondMoments
 from torch_singlim.theory.sgd import SGDSettings
 
 __all__ = ["limit_flow"]
@@ -116,6 +117,7 @@ def limit_flow(
     rtol: float = 1e-3,
     num_draws: int = 64,
     finite_step: bool = False,
+    moments: SecondMoments | None = None,
     max_substeps: int = 1_000,
     generator: torch.Generator | None = None,
 ) -> WindowPrediction:
@@ -137,6 +139,7 @@ def limit_flow(
         rtol: largest error of a sub-step, as a share of its length.
         num_draws: for each drift, see `singular_limit`.
         finite_step: the drift at this step size, see `singular_limit`.
+        moments: of an adaptive optimizer, see `singular_limit`.
         max_substeps: maximum number of sub-steps, rejected ones included.
         generator: of random directions.
 
@@ -171,6 +174,7 @@ def limit_flow(
             base.hessian,
             num_draws=num_draws,
             finite_step=finite_step,
+            moments=moments,
             generator=torch.Generator(device).manual_seed(seed),
         )
 

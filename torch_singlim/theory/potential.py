@@ -50,6 +50,10 @@ class Potential:
     def __add__(self, other: Potential) -> Potential:
         return Potential(self.value + other.value, self.gradient + other.gradient, self.passes + other.passes)
 
+    def scaled(self, factor: float) -> Potential:
+        """Its multiple."""
+        return Potential(self.value.scaled(factor), self.gradient.map(lambda g: factor * g), self.passes)
+
 
 def total(terms: Iterable[Potential]) -> Potential:
     """The sum of one or more potentials."""

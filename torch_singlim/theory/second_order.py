@@ -152,13 +152,9 @@ def covariance_potential(
     """
     terms = []
     if covariance.hessian:
-        terms.append(_times(trace(problem, w, num_draws=num_draws, generator=generator), covariance.hessian / 4))
+        terms.append(trace(problem, w, num_draws=num_draws, generator=generator).scaled(covariance.hessian / 4))
     if covariance.identity:
         logs = log_pseudo_determinant(problem, w, hessian, num_draws=num_draws, generator=generator)
-        terms.append(_times(logs, covariance.identity / 4))
+        terms.append(logs.scaled(covariance.identity / 4))
     nothing = Potential(Estimate(0.0, 0.0), VectorEstimate(torch.zeros_like(w)[None]), 0)
     return sum(terms, start=nothing)
-
-
-def _times(p: Potential, factor: float) -> Potential:
-    return Potential(p.value.scaled(factor), p.gradient.map(lambda g: factor * g), p.passes)

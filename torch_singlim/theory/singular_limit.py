@@ -18,6 +18,7 @@ from torch_singlim.theory.gradient_noise import gradient_noise
 from torch_singlim.theory.limit_drift import limit_drift
 from torch_singlim.theory.order import with_measured_order
 from torch_singlim.theory.potential import potential
+from torch_singlim.theory.second_moments import SecondMoments
 from torch_singlim.theory.sgd import SGDSettings, time_scale
 
 __all__ = ["LimitPrediction", "singular_limit"]
@@ -77,6 +78,7 @@ def singular_limit(
     *,
     num_draws: int = 64,
     finite_step: bool = False,
+    moments: SecondMoments | None = None,
     hessian: FactoredOperator | None = None,
     generator: torch.Generator | None = None,
 ) -> LimitPrediction:
@@ -100,12 +102,14 @@ def singular_limit(
             components of eta.
         finite_step: the drift at this step size, exactly in alpha, instead of that as alpha -> 0, see
             `finite_step_potential`. The variance then has the random Hessians of batches, too.
+        moments: of an adaptive optimizer, if the problem and `sgd` are those of its metric, see `frozen_metric`: drifts
+            of order 2 then have what its step sizes add by following the excursions of the weights from Gamma.
         hessian: ``gauss_newton(problem, point)``, if it was computed already.
         generator: of the draws.
 
     Raises:
         ValueError: the noise does not fit the problem, its loss never reaches its infimum, or its drift at finite step
-            size is not known.
+            size, or under an adaptive optimizer, is not known.
 
     Source: arXiv 2404.12293, theorems on non-degenerate and degenerate noise; second order: arXiv 2110.06914.
 
@@ -135,6 +139,7 @@ def singular_limit(
         hessian,
         num_draws=num_draws,
         finite_step=finite_step,
+        moments=moments,
         generator=generator,
     )
     Sigma = gradient_noise(noise, problem, point, batch_size=batch_size, num_draws=num_draws, generator=generator)

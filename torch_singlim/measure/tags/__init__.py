@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from torch_singlim.measure.measurement import Measurement
 from torch_singlim.measure.tags.clock import (
     GRADIENTS,
+    MOMENTS_COSINE,
+    MOMENTS_RATIO,
     NEAREST_ERROR,
     NOISE_LEVEL,
     OVERHEAD,
@@ -112,6 +114,8 @@ __all__ = [
     "LIMIT_FROZEN_SPEED",
     "LIMIT_SPEED",
     "LINEARISED",
+    "MOMENTS_COSINE",
+    "MOMENTS_RATIO",
     "NEAREST",
     "NEAREST_ERROR",
     "NOISE_LEVEL",
@@ -202,6 +206,8 @@ TAGS: tuple[Tag, ...] = (
     TIME_SCALE,
     STEP_SIZE,
     NOISE_LEVEL,
+    MOMENTS_RATIO,
+    MOMENTS_COSINE,
     STABILITY,
     NEAREST_ERROR,
     RESIDUAL,

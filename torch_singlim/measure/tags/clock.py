@@ -86,6 +86,29 @@ NOISE_LEVEL = Tag(
     needs=needs(Need.LIMIT, Need.MOVES),
     shown=shown(Place.REPORT),
 )
+MOMENTS_RATIO = Tag(
+    name="moments/ratio",
+    label="second moments over c diag H",
+    unit="–",
+    meaning="⟨v, c h⟩/\\|c h\\|² for the second moments v of an adaptive optimizer and h = diag H at w; c H is the "
+    "covariance of the gradient under noise on the labels: near the zero-loss set v should be c h",
+    advice="Far above 1: minibatches or a loss that is not yet small dominate the step sizes",
+    group="Clock",
+    chart="Second moments of the optimizer, measured / predicted",
+    value=of_limit(lambda d: None if d.moments is None else d.moments.speed),
+    needs=needs(Need.LIMIT, Need.MOMENTS),
+)
+MOMENTS_COSINE = Tag(
+    name="moments/cosine",
+    label="cosine of the second moments",
+    unit="–",
+    meaning="the cosine of v and h",
+    advice="Near 1: each weight's step size is that of its curvature",
+    group="Clock",
+    chart="",
+    value=of_limit(lambda d: None if d.moments is None else d.moments.cosine),
+    needs=needs(Need.LIMIT, Need.MOMENTS),
+)
 
 STABILITY = Tag(
     name="stability",

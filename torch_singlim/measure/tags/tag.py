@@ -46,6 +46,7 @@ class Need(Enum):
     MOVES = auto()  # the noise causes a drift of order 1 or 2
     METRIC = auto()  # an adaptive optimizer has a metric of its own
     SUMS = auto()  # the step sizes of all steps are known
+    MOMENTS = auto()  # an adaptive optimizer, and noise of order 2
 
 
 class Place(Enum):

@@ -174,7 +174,7 @@ def test_everything_is_measured(followed):
     assert [step for step, point in engine.history.items() if "distance/nearest" in point] == [0, 8, 16, 24]
     last = engine.history[STEPS]
     assert {"drift/cosine", "drift/ceiling", "noise/ratio", "limit/frozen_cosine", "potential_stderr"} <= last.keys()
-    assert engine.expects() == frozenset(Need) - {Need.PART, Need.METRIC}
+    assert engine.expects() == frozenset(Need) - {Need.PART, Need.METRIC, Need.MOMENTS}
     assert last["clock/slow_time"] == pytest.approx(STEPS * LR * 0.25)
     assert last["clock/time_scale"] == pytest.approx(1 / (LR * 0.25))
     assert not any(tag.startswith("singlim") for tag in last)

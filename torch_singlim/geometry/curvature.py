@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -149,7 +150,8 @@ def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
         return problem.whiten(f, problem.sample_loss.deviation(problem.outputs(v), problem.targets))
 
     def second(u: Tensor) -> Callable[[Tensor], Tensor]:
-        return _second(problem, w, scale * problem.sample_loss.unwhiten(f, problem.targets, u.reshape(N, -1)))
+        g = scale * problem.sample_loss.unwhiten(f, problem.targets, u.reshape(N, -1))
+        return _second(problem, w, g, own if whole else None)
 
     def gram(way: Way | None = None, dtype: torch.dtype = problem.dtype) -> Tensor:
         if dtype != problem.dtype:
@@ -159,17 +161,39 @@ def linearize(problem: ZeroLossProblem, w: Tensor) -> Linearization:
     return Linearization(operator, residual, residual_at, second, newton, gram, worth_factoring(problem))
 
 
-def _second(problem: ZeroLossProblem, w: Tensor, g: Tensor) -> Callable[[Tensor], Tensor]:
-    """The product v -> (D^2 sum_i g_i . f_i) v  ``[P]`` for g ``[N, C]``, forward over reverse."""
+def _second(problem: ZeroLossProblem, w: Tensor, g: Tensor, whole: slice | None) -> Callable[[Tensor], Tensor]:
+    """The product v -> (D^2 sum_i g_i . f_i) v  ``[P]`` for g ``[N, C]``.
+
+    If all samples of this process, `whole`, fit into memory, it is the derivative of a gradient whose graph is kept: a
+    product then takes a half to a tenth of the time of forward over reverse mode, which repeats all of it.
+    """
+
+    def weighted(q: Tensor, part: slice) -> Tensor:
+        return (problem.function(q, problem.inputs[part]) * g[part]).sum()
 
     def along(part: slice, v: Tensor) -> Tensor:
-        def gradient(q: Tensor) -> Tensor:
-            return grad(lambda each: (problem.function(each, problem.inputs[part]) * g[part]).sum())(q)
+        return jvp(grad(lambda q: weighted(q, part)), (w,), (v,))[1]
 
-        return jvp(gradient, (w,), (v,))[1]
+    @functools.cache
+    def recorded() -> tuple[Tensor, Tensor] | None:
+        """The weights and the gradient, with its graph; None if it has none, or torch cannot make it."""
+        if whole is None:
+            return None
+        q = w.detach().requires_grad_()
+        try:
+            with torch.enable_grad():
+                gradient = torch.autograd.grad(weighted(q, whole), q, create_graph=True)[0]
+        except RuntimeError:  # an operation that is differentiable once
+            return None
+        return (q, gradient) if gradient.requires_grad else None
 
     def product(v: Tensor) -> Tensor:
-        return problem.process_group.all_reduce(torch.stack([along(part, v) for part in problem.chunks()]).sum(0))
+        kept = recorded()
+        if kept is None:
+            found = torch.stack([along(part, v) for part in problem.chunks()]).sum(0)
+        else:
+            found = torch.autograd.grad(kept[1], kept[0], v, retain_graph=True)[0]
+        return problem.process_group.all_reduce(found)
 
     return product
 

@@ -5,13 +5,12 @@ from torch_singlim.report.figures import (
     agreement_figure,
     drift_figure,
     layers_figure,
-    scaling_figure,
     spectrum_figure,
     speed_figure,
-    sweep_figure,
     time_scales_figure,
 )
 from torch_singlim.report.page import report
+from torch_singlim.report.rates import scaling_figure, sweep_figure
 from torch_singlim.report.runs import Run, find_runs, read_run
 
 __all__ = [

@@ -7,66 +7,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, StrMethodFormatter
 from torch import Tensor
 
-from torch_singlim.measure import History, Rate, Scaling, Window, tags
+from torch_singlim.measure import History, Window, tags
 from torch_singlim.measure.tags import Tag
+from torch_singlim.report.style import CEILING, COLUMN, CONTROL, CYCLE, LIMIT, MEASURED, THEORY, stacked_panels
 
 __all__ = [
     "Figure",
     "agreement_figure",
     "drift_figure",
     "layers_figure",
-    "scaling_figure",
     "spectrum_figure",
     "speed_figure",
-    "sweep_figure",
     "time_scales_figure",
 ]
 
-# the colours of Okabe and Ito, which can be distinguished with any kind of colour vision
-_MEASURED, _THEORY, _CONTROL, _LIMIT, _CEILING = "#0072B2", "#D55E00", "#999999", "#009E73", "#000000"
-_CYCLE = (_MEASURED, _THEORY, _LIMIT, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 # parameters that a figure by layer shows
 _LAYERS = 12
-# a panel as wide as a column of a paper, in inches, with letters that are readable at this size
-_PANEL = (3.5, 2.9)
-# its margins, in inches: tick labels and the axis label; the same below; a title. Fixed ones, since finding them by
-# drawing takes two thirds of the time of a figure, during a training
-_LEFT, _RIGHT, _BELOW, _ABOVE = 0.7, 0.1, 0.46, 0.32
 # width of a letter of a tick label, and how many of a parameter's name are shown
 _LETTER, _LETTERS = 0.06, 22
-_COLUMN = rc_context(
-    {
-        "font.size": 8,
-        "axes.titlesize": 8.5,
-        "legend.fontsize": 7,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "lines.markersize": 4,
-        "axes.prop_cycle": f"cycler('color', {list(_CYCLE)})",
-    }
-)
-
-
-def _panels(rows: int, *, left: float = _LEFT, above: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """Panels below each other; the margin to their left and the room above the first one, in inches."""
-    width, height = _PANEL
-    total, between = rows * height + above, _BELOW + _ABOVE
-    figure = Figure(figsize=(width, total), dpi=160)
-    margins = {
-        "left": left / width,
-        "right": 1 - _RIGHT / width,
-        "bottom": _BELOW / total,
-        "top": 1 - (_ABOVE + above) / total,
-        "hspace": between / (height - between),
-    }
-    return figure, list(figure.subplots(rows, 1, squeeze=False, gridspec_kw=margins).flat)
 
 
 def _series(history: History, tag: Tag) -> tuple[list[int], list[float]]:
@@ -100,7 +62,7 @@ def _empty(axes: Axes, words: str) -> None:
     axes.set(xticks=[], yticks=[])
 
 
-@_COLUMN
+@COLUMN
 def time_scales_figure(history: History) -> Figure:
     """The fast fall and the slow drift: excess loss and distance over the steps.
 
@@ -109,14 +71,14 @@ def time_scales_figure(history: History) -> Figure:
     Args:
         history: what was logged, step -> tag -> value.
     """
-    figure, (fall, drift) = _panels(2)
+    figure, (fall, drift) = stacked_panels(2)
     lines = [
-        (tags.EXCESS_LOSS, _CEILING, ".", "excess loss"),
-        (tags.HALF, _MEASURED, "v", "distance to half of it"),
-        (tags.TENTH, _MEASURED, "1", "distance to a tenth"),
-        (tags.NEAREST, _MEASURED, "s", "nearest point"),
-        (tags.RELAXED, _LIMIT, "o", "relaxed part"),
-        (tags.RELAXED_EXPECTED, _THEORY, "^", "the same, expected"),
+        (tags.EXCESS_LOSS, CEILING, ".", "excess loss"),
+        (tags.HALF, MEASURED, "v", "distance to half of it"),
+        (tags.TENTH, MEASURED, "1", "distance to a tenth"),
+        (tags.NEAREST, MEASURED, "s", "nearest point"),
+        (tags.RELAXED, LIMIT, "o", "relaxed part"),
+        (tags.RELAXED_EXPECTED, THEORY, "^", "the same, expected"),
     ]
     for tag, color, marker, label in lines:
         steps, values = _series(history, tag)
@@ -130,9 +92,9 @@ def time_scales_figure(history: History) -> Figure:
         _empty(drift, "the drift was not measured")
         return figure
     for tag, color, marker, style, label in (
-        (tags.DRIFT_MEASURED, _MEASURED, "o", "-", "measured"),
-        (tags.DRIFT_PREDICTED, _THEORY, "^", "--", "predicted"),
-        (tags.BASELINE_MOVED, _CONTROL, "s", "-", "baseline (noise off)"),
+        (tags.DRIFT_MEASURED, MEASURED, "o", "-", "measured"),
+        (tags.DRIFT_PREDICTED, THEORY, "^", "--", "predicted"),
+        (tags.BASELINE_MOVED, CONTROL, "s", "-", "baseline (noise off)"),
     ):
         _plot_curves(drift, history, tag, color=color, marker=marker, ls=style, label=label)
     drift.set_ylim(bottom=0)
@@ -141,30 +103,30 @@ def time_scales_figure(history: History) -> Figure:
     return figure
 
 
-@_COLUMN
+@COLUMN
 def agreement_figure(history: History) -> Figure:
     """Direction and speed of the drift and of its noise-induced part, with standard errors, ceilings and baseline.
 
     Args:
         history: what was logged, step -> tag -> value.
     """
-    figure, (direction, speed, noise) = _panels(3)
+    figure, (direction, speed, noise) = stacked_panels(3)
     for tag, color, marker, label in (
-        (tags.DRIFT_COSINE, _THEORY, "o", "predicted"),
-        (tags.LIMIT_COSINE, _LIMIT, "D", "singular limit"),
-        (tags.DRIFT_BASELINE_COSINE, _CONTROL, "s", "baseline (noise off)"),
-        (tags.DRIFT_CEILING, _CEILING, "_", "noise ceiling"),
+        (tags.DRIFT_COSINE, THEORY, "o", "predicted"),
+        (tags.LIMIT_COSINE, LIMIT, "D", "singular limit"),
+        (tags.DRIFT_BASELINE_COSINE, CONTROL, "s", "baseline (noise off)"),
+        (tags.DRIFT_CEILING, CEILING, "_", "noise ceiling"),
     ):
         _plot_curves(direction, history, tag, color=color, marker=marker, label=label)
     for tag, color, marker, label in (
-        (tags.DRIFT_SPEED, _THEORY, "o", "predicted"),
-        (tags.LIMIT_SPEED, _LIMIT, "D", "singular limit"),
+        (tags.DRIFT_SPEED, THEORY, "o", "predicted"),
+        (tags.LIMIT_SPEED, LIMIT, "D", "singular limit"),
     ):
         _plot_curves(speed, history, tag, color=color, marker=marker, label=label)
     for tag, color, marker, label in (
-        (tags.NOISE_RATIO, _MEASURED, "o", "measured / predicted"),
-        (tags.NOISE_COSINE, _THEORY, "^", "cosine"),
-        (tags.NOISE_CEILING, _CEILING, "_", "noise ceiling"),
+        (tags.NOISE_RATIO, MEASURED, "o", "measured / predicted"),
+        (tags.NOISE_COSINE, THEORY, "^", "cosine"),
+        (tags.NOISE_CEILING, CEILING, "_", "noise ceiling"),
     ):
         _plot_curves(noise, history, tag, color=color, marker=marker, label=label)
     direction.axhline(0, color="0.8", lw=0.5, zorder=0)
@@ -185,7 +147,7 @@ def agreement_figure(history: History) -> Figure:
     return figure
 
 
-@_COLUMN
+@COLUMN
 def speed_figure(runs: Mapping[str, History]) -> Figure:
     """Measured against predicted speed, with a point for each window of each run; they agree on the diagonal.
 
@@ -194,9 +156,9 @@ def speed_figure(runs: Mapping[str, History]) -> Figure:
     Args:
         runs: name -> what was logged.
     """
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = stacked_panels(1)
     largest = 0.0
-    for color, (name, history) in zip(_CYCLE * (1 + len(runs) // len(_CYCLE)), runs.items(), strict=False):
+    for color, (name, history) in zip(CYCLE * (1 + len(runs) // len(CYCLE)), runs.items(), strict=False):
         ends = [steps[-1] for steps in tags.windows(history).values()]
         points = [history[end] for end in ends if tags.DRIFT_SPEED.name in history[end]]
         if not points:
@@ -221,7 +183,7 @@ def speed_figure(runs: Mapping[str, History]) -> Figure:
     return figure
 
 
-@_COLUMN
+@COLUMN
 def spectrum_figure(eigenvalues: Tensor, *, level: float | None, step: int) -> Figure:
     """The nonzero eigenvalues of H, descending, and which of them have relaxed.
 
@@ -230,16 +192,16 @@ def spectrum_figure(eigenvalues: Tensor, *, level: float | None, step: int) -> F
         level: eigenvalue from which on a mode counts as relaxed, c / (α steps); None: unknown.
         step: at which the spectrum was computed.
     """
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = stacked_panels(1)
     values = eigenvalues[eigenvalues > 0].sort(descending=True).values.double().cpu()
     index = torch.arange(1, len(values) + 1)
     relaxed = values >= (math.inf if level is None else level)
-    for chosen, color, label in ((relaxed, _MEASURED, "relaxed"), (~relaxed, _CONTROL, "not relaxed")):
+    for chosen, color, label in ((relaxed, MEASURED, "relaxed"), (~relaxed, CONTROL, "not relaxed")):
         if chosen.any():
             name = f"{label}: {int(chosen.sum())}" if level is not None else None
             axes.plot(index[chosen].tolist(), values[chosen].tolist(), ".", color=color, label=name, ms=3)
     if level is not None and math.isfinite(level):
-        axes.axhline(level, color=_THEORY, lw=0.8, ls="--", label="c / (α steps)")
+        axes.axhline(level, color=THEORY, lw=0.8, ls="--", label="c / (α steps)")
     axes.set(xscale="log", yscale="log", xlabel="normal mode", ylabel="eigenvalue λ of H, loss / norm²")
     axes.set_title(f"Spectrum at step {step}")
     if level is not None:
@@ -247,54 +209,21 @@ def spectrum_figure(eigenvalues: Tensor, *, level: float | None, step: int) -> F
     return figure
 
 
-@_COLUMN
+@COLUMN
 def layers_figure(shares: Sequence[tuple[str, Mapping[str, float]]]) -> Figure:
     """The parameters with the largest shares of |v|^2, for each pair of a label and the shares of v by name."""
     largest = {name: max(found[name] for _, found in shares) for name in shares[0][1]}
     names = [name for name in largest if name in sorted(largest, key=lambda each: -largest[each])[:_LAYERS]]
     labels = [name if len(name) <= _LETTERS else f"…{name[1 - _LETTERS :]}" for name in names]
-    figure, (axes,) = _panels(1, left=0.15 + _LETTER * max(map(len, labels)))
+    figure, (axes,) = stacked_panels(1, left=0.15 + _LETTER * max(map(len, labels)))
     height = 0.8 / len(shares)
     for i, (label, found) in enumerate(shares):
         at = [k + (i - (len(shares) - 1) / 2) * height for k in range(len(names))]
-        axes.barh(at, [found[name] for name in names], height=height, color=_CYCLE[i], label=label)
+        axes.barh(at, [found[name] for name in names], height=height, color=CYCLE[i], label=label)
     axes.set_yticks(range(len(names)), labels)
     axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="share of the squared norm", title="By layer")
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes.legend()
-    return figure
-
-
-@_COLUMN
-def sweep_figure(rates: Sequence[Rate], *, title: str) -> Figure:
-    """Speed of the drift in the last window of several runs, over step size and over noise level.
-
-    Args:
-        rates: one for each run; runs that have the other parameter in common are joined by a line.
-        title: the fitted exponents, or why there are none.
-    """
-    figure, panels = _panels(2, above=0.35)
-    figure.suptitle(title, wrap=True)
-    for axes, which, other, symbol, label in (
-        (panels[0], "alpha", "sigma", "σ", "step size α"),
-        (panels[1], "sigma", "alpha", "α", "noise level σ"),
-    ):
-        for color, value in zip(_CYCLE, sorted({getattr(r, other) for r in rates}), strict=False):
-            chosen = sorted((r for r in rates if getattr(r, other) == value), key=lambda r: getattr(r, which))
-            x = [getattr(r, which) for r in chosen]
-            measured = [r.measured.mean for r in chosen]
-            errors = [0.0 if math.isnan(r.measured.stderr) else r.measured.stderr for r in chosen]
-            axes.errorbar(x, measured, yerr=errors, color=color, marker="o", lw=1, label=f"{symbol} = {value:.3g}")
-            axes.plot(x, [r.predicted for r in chosen], color=color, ls="--", marker="^", mfc="none", lw=1)
-        axes.plot([], [], color="0.4", ls="--", marker="^", mfc="none", lw=1, label="predicted")
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="weight norm per step")
-        ticks = sorted({getattr(r, which) for r in rates})
-        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-        axes.minorticks_off()
-        # the rates of one study usually lie within a decade, in which there would be a single tick
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.2g}"))
-        axes.legend()
     return figure
 
 
@@ -334,9 +263,9 @@ def _windows(history: History) -> list[tuple[int, int]]:
 
 
 def _loss(axes: Axes, history: History) -> None:
-    _line(axes, history, tags.EXCESS_LOSS, color=_MEASURED, marker=".", label="excess loss L(w)")
+    _line(axes, history, tags.EXCESS_LOSS, color=MEASURED, marker=".", label="excess loss L(w)")
     for i, (start, stop) in enumerate(_windows(history)):
-        axes.axvspan(max(start, 1), stop, color=_CONTROL, alpha=0.12 + 0.1 * (i % 2), lw=0)
+        axes.axvspan(max(start, 1), stop, color=CONTROL, alpha=0.12 + 0.1 * (i % 2), lw=0)
     axes.set(
         xscale="log", yscale="log", xlabel="optimizer steps", ylabel="loss", title="Fast, then slow (windows shaded)"
     )
@@ -344,10 +273,10 @@ def _loss(axes: Axes, history: History) -> None:
 
 
 def _distance(axes: Axes, history: History) -> None:
-    _line(axes, history, tags.NEAREST, color=_CONTROL, marker="s", label="nearest point (no prediction)")
-    _line(axes, history, tags.HALF, color=_CONTROL, marker="v", label="half of the loss (no prediction)")
-    _line(axes, history, tags.RELAXED, color=_MEASURED, marker="o", label="relaxed modes, measured")
-    _line(axes, history, tags.RELAXED_EXPECTED, color=_THEORY, marker="^", ls="--", label="relaxed modes, expected")
+    _line(axes, history, tags.NEAREST, color=CONTROL, marker="s", label="nearest point (no prediction)")
+    _line(axes, history, tags.HALF, color=CONTROL, marker="v", label="half of the loss (no prediction)")
+    _line(axes, history, tags.RELAXED, color=MEASURED, marker="o", label="relaxed modes, measured")
+    _line(axes, history, tags.RELAXED_EXPECTED, color=THEORY, marker="^", ls="--", label="relaxed modes, expected")
     axes.set(xlabel="optimizer steps", ylabel="weight norm", title="Distance to the zero-loss set")
     axes.set_ylim(bottom=0)
     if axes.lines:
@@ -355,12 +284,12 @@ def _distance(axes: Axes, history: History) -> None:
 
 
 def _agreement(axes: Axes, history: History) -> None:
-    axes.axhline(0, color=_CONTROL, lw=0.5)
+    axes.axhline(0, color=CONTROL, lw=0.5)
     for tag, color, marker, label in (
-        (tags.DRIFT_CEILING, _CEILING, "_", "noise ceiling"),
-        (tags.DRIFT_COSINE, _THEORY, "o", "predicted"),
-        (tags.LIMIT_COSINE, _LIMIT, "D", "singular limit"),
-        (tags.DRIFT_BASELINE_COSINE, _CONTROL, "s", "baseline (noise off)"),
+        (tags.DRIFT_CEILING, CEILING, "_", "noise ceiling"),
+        (tags.DRIFT_COSINE, THEORY, "o", "predicted"),
+        (tags.LIMIT_COSINE, LIMIT, "D", "singular limit"),
+        (tags.DRIFT_BASELINE_COSINE, CONTROL, "s", "baseline (noise off)"),
     ):
         _plot_curves(axes, history, tag, color=color, marker=marker, label=label)
     axes.set(ylim=(-0.3, 1.05), xlabel="optimizer steps", ylabel="cosine with the measured drift")
@@ -379,56 +308,15 @@ def _parity(axes: Axes, last: Window | None) -> None:
     extent = (-reach, reach, -reach, reach)
     cells = axes.hexbin(q, m, gridsize=60, extent=extent, bins="log", cmap="cividis", mincnt=1)
     axes.figure.colorbar(cells, ax=axes, label="weights per cell")
-    axes.plot([-reach, reach], [-reach, reach], color=_THEORY, lw=1, ls="--", label="measured = predicted")
+    axes.plot([-reach, reach], [-reach, reach], color=THEORY, lw=1, ls="--", label="measured = predicted")
     axes.set_title(f"Drift, weight by weight (steps {last.start}-{last.stop})")
     axes.set_aspect("equal")
     axes.legend(frameon=False, loc="upper left")
 
 
 def _length(axes: Axes, history: History) -> None:
-    _line(axes, history, tags.SPREAD_MEASURED, color=_MEASURED, marker="o", label="measured")
-    _line(axes, history, tags.SPREAD_PREDICTED, color=_LIMIT, marker="D", ls="--", label="singular limit (diffusion)")
+    _line(axes, history, tags.SPREAD_MEASURED, color=MEASURED, marker="o", label="measured")
+    _line(axes, history, tags.SPREAD_PREDICTED, color=LIMIT, marker="D", ls="--", label="singular limit (diffusion)")
     axes.set(xlabel="end of the window, optimizer steps", ylabel="weight norm", title="Length of the motion along Γ")
     axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.legend(frameon=False, loc="lower left")
-
-
-def scaling_figure(scalings: Sequence[Scaling], *, title: str) -> Figure:
-    """A panel for each system: measured and predicted rate over the step size, with one line for each noise level.
-
-    Args:
-        scalings: measured rates and fitted exponents.
-        title: of the figure.
-    """
-    columns = min(len(scalings), 3)
-    rows = -(-len(scalings) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.3 * rows + 0.4), layout="constrained", dpi=150)
-    figure.suptitle(title)
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, scaling in zip(panels, scalings, strict=False):
-        _scaling(axes, scaling)
-    for axes in panels[len(scalings) :]:
-        axes.set_axis_off()
-    return figure
-
-
-def _scaling(axes: Axes, scaling: Scaling) -> None:
-    levels = sorted({r.sigma for r in scaling.rates}, reverse=True)
-    for sigma, color in zip(levels, (_THEORY, _MEASURED, _LIMIT, _CEILING), strict=False):
-        rates = sorted((r for r in scaling.rates if r.sigma == sigma), key=lambda r: r.alpha)
-        alphas = [r.alpha for r in rates]
-        axes.plot(alphas, [r.predicted for r in rates], color=color, lw=1, ls="--")
-        measured, errors = [r.measured.mean for r in rates], [r.measured.stderr for r in rates]
-        axes.errorbar(alphas, measured, yerr=errors, color=color, fmt="o", ms=4, label=f"σ = {sigma:g}")
-    a, b = scaling.expected
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="step size α",
-        ylabel="motion along Γ per step",
-        title=f"{scaling.name}\n$\\alpha^{{{scaling.fit.alpha.mean:.2f}}}\\sigma^{{{scaling.fit.sigma.mean:.2f}}}$, "
-        f"theory $\\alpha^{{{a}}}\\sigma^{{{b}}}$",
-    )
-    axes.set_xticks(alphas := sorted({r.alpha for r in scaling.rates}), [f"{alpha:g}" for alpha in alphas], minor=False)
-    axes.minorticks_off()
-    axes.legend(frameon=False, fontsize="small")

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from torch_singlim.linalg import Estimate
 from torch_singlim.measure import History, Place, Rate, fit_exponents, tags, verdict
-from torch_singlim.report.figures import agreement_figure, speed_figure, sweep_figure, time_scales_figure
+from torch_singlim.report.figures import agreement_figure, speed_figure, time_scales_figure
+from torch_singlim.report.rates import sweep_figure
 from torch_singlim.report.runs import Run, find_runs, read_run
 
 __all__ = ["report"]

@@ -13,6 +13,7 @@ from torchvision.ops import StochasticDepth
 from torch_singlim import Dropout, LabelNoise, ZeroLossProblem, linearize
 from torch_singlim.network import FunctionalModule, RandomState
 from torch_singlim.network.elementary import ElementaryMode
+from torch_singlim.network.layers import gaussian_std
 from torch_singlim.network.sites import Tape
 from torch_singlim.noise import draw_noise
 from torch_singlim.theory import check_derivatives
@@ -230,6 +231,25 @@ class DropPath(nn.Module):
         return x * x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(keep) / keep
 
 
+class GaussianDropout(nn.Module):
+    """Multiplicative Gaussian noise with the variance of dropout."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.std = (p / (1 - p)) ** 0.5
+
+    def forward(self, x):
+        return x * torch.normal(1.0, self.std, x.shape, device=x.device, dtype=x.dtype) if self.training else x
+
+
+class GaussianNoise(nn.Module):
+    """The same in another form, on images alone."""
+
+    def forward(self, x):
+        assert x.ndim == 4
+        return x if not self.training else x + x * torch.randn_like(x) * 0.3
+
+
 class Residual(nn.Module):
     def __init__(self, drop):
         super().__init__()
@@ -268,6 +288,19 @@ NETWORKS = {
     "checkpointed, reentrant": (lambda: Checkpointed(reentrant=True), []),
     "stochastic depth": (lambda: Residual(StochasticDepth(0.3, "row")), [(1, 1)]),
     "DropPath": (lambda: Residual(DropPath(0.3)), [(1, 1)]),
+    "Gaussian dropout": (lambda: Residual(GaussianDropout(0.1)), [(5, 8)]),
+    "Gaussian noise beside dropout": (
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 5)),
+            nn.Conv2d(1, 3, 3),
+            nn.Tanh(),
+            GaussianNoise(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(18, 3),
+        ),
+        [(3, 3, 2), (18,)],
+    ),
 }
 
 
@@ -366,6 +399,41 @@ def test_functions_without_forward_derivatives():
     torch.manual_seed(0)
     problem = ZeroLossProblem(flat(nn.Linear(20, 16), Layer()), "mse", torch.randn(4, 5, 4), torch.randn(4, 3))
     check_derivatives(problem, Dropout() + LabelNoise(0.1))
+
+
+class Noisy(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, x):
+        return self.form(x, self.training)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, training: x + 0.1 * torch.randn_like(x) if training else x,
+        lambda x, training: x * (1 + 0.1 * torch.randn(len(x), *(1,) * (x.ndim - 1))) if training else x,
+        lambda x, training: x * (1 + 0.1 * torch.randn_like(x)),
+        lambda x, training: x * (1 + 0.1 * torch.rand_like(x)) if training else x,
+        lambda x, training: x * (2 + 0.1 * torch.randn_like(x)) if training else x,
+        lambda x, training: x * (1 + x.abs().mean() * torch.randn_like(x)) if training else x,
+        lambda x, training: x * (1 + 0.1 * torch.randn_like(x).abs()) if training else 2 * x,
+        lambda x, training: x,
+    ],
+)
+def test_other_noise_is_not_taken_for_multiplicative_gaussian_noise(form):
+    before = torch.get_rng_state()
+    assert gaussian_std(Noisy(form)) is None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_multiplicative_gaussian_noise_is_recognised_by_what_it_does():
+    assert gaussian_std(GaussianDropout(0.1)) == pytest.approx(1 / 3, rel=1e-4)
+    assert gaussian_std(GaussianNoise()) == pytest.approx(0.3, rel=1e-4)
+    assert gaussian_std(GaussianDropout(0.0)) is None
+    assert gaussian_std(nn.Dropout(0.1)) is None
 
 
 def test_parts_in_evaluation_mode_drop_nothing():

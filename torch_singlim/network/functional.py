@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torch_singlim.network.copying import no_checkpointing, structural_copy
 from torch_singlim.network.elementary import ElementaryMode
-from torch_singlim.network.layers import DROPOUT_KINDS, ActivationNoise, stochastic_depth_rate
+from torch_singlim.network.layers import ActivationNoise, noise_of
 from torch_singlim.network.randomness import RandomState
 from torch_singlim.network.sites import ActivationSite, Call, Tape, find_layout
 from torch_singlim.network.weight_space import WeightSpace
@@ -71,10 +71,10 @@ class FunctionalModule(WeightSpace):
 
     It works on a copy of the module's structure, which shares the parameters (they are never written to) and has a copy
     of the buffers in `dtype`. Every call of dropout is a noise site: of a layer (``nn.Dropout``, stochastic depth), or
-    of a function, within attention and recurrent layers, too. The columns of eta ``[n, D]`` are split among the sites
-    in the order of the calls. Parts that are in evaluation mode while the module trains drop nothing. Fused functions
-    are evaluated by elementary operations (`ElementaryMode`), and nothing is checkpointed. The arguments are those of
-    `WeightSpace`.
+    of a function, within attention and recurrent layers, too; so are layers of multiplicative Gaussian noise. The
+    columns of eta ``[n, D]`` are split among the sites in the order of the calls. Parts that are in evaluation mode
+    while the module trains have no noise. Fused functions are evaluated by elementary operations (`ElementaryMode`),
+    and nothing is checkpointed. The arguments are those of `WeightSpace`.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 1))
     >>> f = FunctionalModule(net, dtype=torch.float64)
@@ -109,12 +109,10 @@ class FunctionalModule(WeightSpace):
                         f"{type(child).__name__} is not multiplicative mean-one noise, which the theory does not "
                         "cover: use nn.Dropout"
                     )
-                rate, shared = stochastic_depth_rate(child), -1
-                if type(child) in DROPOUT_KINDS:
-                    rate, shared = float(child.p), DROPOUT_KINDS[type(child)]  # type: ignore[arg-type]  # a number
-                if rate is not None and (child.training or not self.module.training):
+                noise = noise_of(child)
+                if noise is not None and (child.training or not self.module.training):
                     site = f"{parent_name}.{name}".removeprefix("root.")
-                    parent._modules[name] = ActivationNoise(site, rate, self._tape, shared=shared)
+                    parent._modules[name] = ActivationNoise(site, self._tape, **noise)
         root = holder["root"]
         # parts that the module holds in evaluation mode while it trains
         self._held = [part for part in root.modules() if self.module.training and not part.training]
@@ -224,7 +222,7 @@ class FunctionalModule(WeightSpace):
         for call, there in zip(calls, changed, strict=True):
             layout = find_layout(call, there.activation, len(x))
             shape = layout.of_samples(call.mask_like(call.activation)).shape[1:]
-            self._noise_sites.append(ActivationSite(call.name, call.rate, tuple(shape), layout))
+            self._noise_sites.append(ActivationSite(call.name, call.rate, tuple(shape), layout, call.std))
         return self._noise_sites
 
     def is_random(self, x: Tensor, *, training: bool = False) -> bool:

@@ -1,4 +1,4 @@
-"""Noise sites: the calls of dropout in a forward pass, and where the samples are in the activations there."""
+"""Noise sites: where a forward pass multiplies activations by noise, and where the samples are in them."""
 
 from __future__ import annotations
 
@@ -48,12 +48,21 @@ class Layout:
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """One call of dropout in the forward pass: its rate p and the shape of one sample's mask."""
+    """One call of dropout in the forward pass, or of a layer of multiplicative Gaussian noise.
+
+    Args:
+        name: of the layer or function.
+        rate: p of dropout; 0 for Gaussian noise.
+        shape: of one sample's mask.
+        layout: where the samples are.
+        std: standard deviation of Gaussian noise; 0 for dropout.
+    """
 
     name: str
     rate: float
     shape: tuple[int, ...]
     layout: Layout = Layout()
+    std: float = 0.0
 
     @property
     def dimension(self) -> int:
@@ -62,25 +71,27 @@ class ActivationSite:
 
     @property
     def variance(self) -> float:
-        """sigma^2 = p / (1 - p), the variance of eta; dropout multiplies the activation by 1 + eta."""
-        return self.rate / (1 - self.rate)
+        """sigma^2, p / (1 - p) for dropout: the variance of eta, where the activation is multiplied by 1 + eta."""
+        return self.std**2 if self.std else self.rate / (1 - self.rate)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of dropout while sites are recorded.
+    """A call at a noise site while sites are recorded.
 
     Args:
         name: of the layer or function.
-        rate: p.
+        rate: p of dropout.
         activation: to which it is applied.
         shared: number of trailing dimensions that share a mask value, or all but the first if negative.
+        std: of Gaussian noise.
     """
 
     name: str
     rate: float
     activation: Tensor
     shared: int
+    std: float = 0.0
 
     def mask_like(self, x: Tensor) -> Tensor:
         """A view of x with the shape of the mask."""
@@ -97,10 +108,10 @@ class Tape:
         self.noise: list[tuple[ActivationSite, Tensor]] | None = None
         self.calls: list[Call] | None = None
 
-    def visit(self, name: str, rate: float, x: Tensor, *, shared: int = 0) -> Tensor:
+    def visit(self, name: str, rate: float, x: Tensor, *, shared: int = 0, std: float = 0.0) -> Tensor:
         """The activation times 1 + eta."""
         if self.calls is not None:
-            self.calls.append(Call(name, rate, x.detach(), shared))
+            self.calls.append(Call(name, rate, x.detach(), shared, std))
         if self.noise is None:
             return x
         site, eta = self.noise.pop(0)

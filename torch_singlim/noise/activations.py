@@ -22,7 +22,8 @@ class Dropout(GaussianNoise):
 
         1 + eta = Bernoulli(1 - p) / (1 - p),      sigma_j^2 = p_j / (1 - p_j)
 
-    Order 1. Every call of dropout has independent noise for each sample and unit (``Dropout2d``: each channel).
+    Order 1. Every call of dropout has independent noise for each sample and unit (``Dropout2d``: each channel). Layers
+    of the module that multiply by 1 + sigma_j xi in training, with normal xi, are part of it (Gaussian dropout).
 
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.2), nn.Linear(3, 1))
@@ -42,7 +43,7 @@ class Dropout(GaussianNoise):
         if not problem.sites:
             raise ValueError(
                 "Dropout() needs nn.Dropout layers, or calls of F.dropout, with a positive rate in the forward pass, "
-                "found none: add them to the module, or use another noise"
+                "or layers of multiplicative Gaussian noise, found none: add them to the module, or use another noise"
             )
 
     def variance(self, space: NoiseSpace) -> float:
@@ -56,7 +57,11 @@ class Dropout(GaussianNoise):
         return self._each(space, lambda site: site.variance**0.5)
 
     def quantile(self, space: NoiseSpace, u: Tensor) -> Tensor:
-        return bernoulli(self._each(space, lambda site: 1 - site.rate), u)
+        masks = bernoulli(self._each(space, lambda site: 1 - site.rate), u)
+        if not any(site.std for site in space.sites):
+            return masks
+        tiny, std = torch.finfo(u.dtype).eps, self._each(space, lambda site: site.std)
+        return torch.where(std > 0, std * torch.special.ndtri(u.clamp(tiny, 1 - tiny)), masks)
 
     def draw(self, space: NoiseSpace, count: int, *, generator: torch.Generator | None) -> Tensor:
         dimension = sum(site.dimension for site in space.sites)

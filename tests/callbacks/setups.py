@@ -88,6 +88,15 @@ def of_dict(batch):
     return batch["x"], batch["y"]["label"]
 
 
+def sentences(*, equal=True):
+    """The next word at each of four positions, but the first, and one more of every other sentence if not equal."""
+    x = words().tensors[0]
+    y = (x + 1) % 5
+    y[:, 0] = -100
+    y[::2, -1] = y[::2, -1] if equal else -100
+    return TensorDataset(x, y)
+
+
 INFINITE = (torch.full((4, 6), math.inf), torch.zeros(4, dtype=torch.long))
 OUT_OF_RANGE = (torch.zeros(4, 6), torch.full((4,), 7))
 
@@ -186,6 +195,24 @@ class Compiled(Net):
         self.body = torch.compile(self.body, backend="eager")
 
 
+class Language(Net):
+    """Words of which each is predicted from those before it, all of them in one loss."""
+
+    def __init__(self, first=False):
+        super().__init__()
+        self.body, self.classes_first = nn.Sequential(nn.Embedding(5, 8), nn.Dropout(0.1)), first
+        self.mix, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        f = self.head(self.mix(self.body(x).cumsum(1)).tanh())
+        return f.transpose(1, 2) if self.classes_first else f
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        f = self(x) if self.classes_first else self(x).transpose(1, 2)
+        return F.cross_entropy(f, y, label_smoothing=0.1)
+
+
 class Words(Net):
     """Integer inputs."""
 
@@ -258,6 +285,9 @@ RAISES = {
 # no zero-loss problem: the motion of the weights is measured, and nothing else
 NO_PROBLEM = {
     "hard labels": Case(lambda: Net("hard"), code=Code.NOT_ATTAINED, message="label_smoothing"),
+    "sentences of several lengths": Case(
+        Language, dataset=sentences(equal=False), message="positions to be predicted are 2 to 3 in a sample"
+    ),
     "unknown loss": Case(lambda: Net("half"), message="was not recognised; write the training loss as a mean"),
     "wrong loss": Case(monitor={"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, message="where training_step gives"),
     "no loss of that kind": Case(monitor={"loss": nn.L1Loss()}, message="loss"),
@@ -411,6 +441,11 @@ MEASURED = {
     "compiled": Case(Compiled),
     "compiled whole": Case(lambda: torch.compile(Net(), backend="eager")),
     "integer inputs": Case(Words, dataset=words()),
+    "a language model": Case(Language, dataset=sentences()),
+    "classes before positions": Case(lambda: Language(first=True), dataset=sentences()),
+    "a language model, its loss": Case(
+        Language, {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, dataset=sentences()
+    ),
     "validation in between": Case(Validated, trainer={"val_check_interval": 1}),
     "steps without a loss, and clipping": Case(Skipping, {"loss": "mse"}, {"gradient_clip_val": 1e3}),
     "a stream": Case(dataset=Stream()),

@@ -11,24 +11,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from torch_singlim.callbacks.stand_in import StandIn, ignore
+from torch_singlim.callbacks.training_loss import as_targets, close, try_training_step
 from torch_singlim.measure import Code, Reason, TrainingSet
 from torch_singlim.network import (
-    FunctionalModule,
-    MeanSquaredError,
     ProcessGroup,
     SampleLoss,
     SoftCrossEntropy,
     ZeroLossProblem,
-    check_samples,
-    in_precision,
     resolve_loss,
-    structural_copy,
 )
 from torch_singlim.noise import LabelFlips, NoiseSystem, parts
 
@@ -36,7 +29,6 @@ __all__ = [
     "BatchToProblem",
     "Samples",
     "as_pair",
-    "as_targets",
     "detect_problem",
     "find_problem",
     "given_samples",
@@ -47,7 +39,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_LOSS_RTOL = 1e-3
 _ADVICE = (
     "write the training loss as a mean over samples of mse or cross-entropy, or pass the loss: "
     "SingularLimitMonitor(loss=nn.MSELoss()), loss=nn.CrossEntropyLoss(label_smoothing=0.1), or a function of one "
@@ -160,32 +151,6 @@ def given_samples(trainer: Trainer, inputs: Tensor, targets: Tensor) -> Samples:
     return Samples.of(inputs, targets, max(size, len(inputs)))
 
 
-def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.dtype) -> list[float] | None:
-    """The loss that training_step of a copy in evaluation mode returns for each batch; None if the call fails.
-
-    With manual optimization it is not called, since it would make steps.
-    """
-    if not module.automatic_optimization:
-        return None
-    twin: Any = in_precision(structural_copy(module), dtype).eval()
-    twin.log = twin.log_dict = ignore
-    if module._trainer is not None:
-        twin._trainer = StandIn.of(module._trainer)
-    if getattr(vars(twin).get("training_step"), "recording", None):  # of the run's calls, not the copy's
-        del twin.training_step
-    losses = []
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for batch in batches:
-                out = twin.training_step(batch, 0)
-                value = out["loss"] if isinstance(out, dict) else out
-                losses.append(float(value))
-    except Exception:  # a training step may need more of the trainer; the caller tells the user what to pass instead
-        return None
-    return losses
-
-
 def training_set(problem: ZeroLossProblem, samples: Samples) -> TrainingSet | None:
     """All training samples of a problem that has a part of them, if they are in memory."""
     if samples.whole is None:
@@ -196,99 +161,9 @@ def training_set(problem: ZeroLossProblem, samples: Samples) -> TrainingSet | No
     return TrainingSet(inputs, as_targets(problem.sample_loss, targets, outputs))
 
 
-def as_targets(loss: SampleLoss, targets: Tensor, outputs: Tensor) -> Tensor:
-    """Targets in the form that the loss takes: class labels become one-hot for mse."""
-    if isinstance(loss, MeanSquaredError) and not targets.is_floating_point() and targets.ndim == 1:
-        classes = outputs.shape[1]
-        if int(targets.min()) < 0 or int(targets.max()) >= classes:
-            raise ValueError(
-                f"class labels must be 0 to {classes - 1} for a network with {classes} outputs, got "
-                f"{int(targets.min())} to {int(targets.max())}"
-            )
-        return F.one_hot(targets.long(), classes).to(outputs.dtype)
-    return targets
-
-
-def _candidates(f: Tensor, targets: Tensor, value: float) -> list[SampleLoss]:
-    """Losses that may have the value `value` at outputs f ``[n, C]``."""
-    if targets.is_floating_point():
-        if targets.reshape(len(targets), -1).shape != f.shape:
-            return []
-        soft = (
-            targets.shape == f.shape
-            and bool((targets >= 0).all())
-            and torch.allclose(targets.sum(1), f.new_ones(()).to(targets))
-        )
-        return [MeanSquaredError(), *([SoftCrossEntropy()] if soft else [])]
-    if targets.ndim != 1 or int(targets.max()) >= f.shape[1] or int(targets.min()) < 0:
-        return []
-    hard, uniform = F.cross_entropy(f, targets.long()).item(), -F.log_softmax(f, 1).mean().item()
-    # the cross-entropy is linear in its label smoothing, which one value therefore determines
-    smoothing = round((value - hard) / (uniform - hard), 4) if uniform != hard else 0.0
-    smoothed = [SoftCrossEntropy(smoothing)] if 0 < smoothing < 1 else []
-    return [MeanSquaredError(), *smoothed, SoftCrossEntropy()]
-
-
-def _mean_loss(loss: SampleLoss, f: Tensor, targets: Tensor) -> float:
-    """The training loss: with the infimum that `value` subtracts."""
-    y = loss.prepare(as_targets(loss, targets, f), f)
-    return (loss.value(f, y) + loss.infimum(y)).mean().item()
-
-
-@dataclass(frozen=True)
-class _Trials:
-    """The loss of training_step on two small batches (None if it could not be run), and the outputs there."""
-
-    batches: list[tuple[Tensor, Tensor]]
-    outputs: list[Tensor]
-    losses: list[float] | None
-
-    def fit(self, candidate: SampleLoss, which: int) -> tuple[float, float]:
-        """The values of a candidate and of training_step on one of the batches."""
-        assert self.losses is not None
-        return _mean_loss(candidate, self.outputs[which], self.batches[which][1]), self.losses[which]
-
-    def recognised(self) -> SampleLoss | None:
-        """The loss that agrees with training_step on both batches; None if there is none."""
-        if self.losses is None:
-            return None
-
-        def agrees(candidate: SampleLoss) -> bool:
-            return all(_close(*self.fit(candidate, which)) for which in range(len(self.batches)))
-
-        fitting = filter(agrees, _candidates(self.outputs[0], self.batches[0][1], self.losses[0]))
-        return next(fitting, None)
-
-
-def _close(value: float, target: float) -> bool:
-    return abs(value - target) <= _LOSS_RTOL * abs(target) + 1e-12
-
-
-def _cast(data: Any, function: FunctionalModule) -> Any:
-    """Data on the function's device and in its precision, as Lightning passes it to a module of that precision."""
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(function.device, function.dtype if tensor.is_floating_point() else None)
-
-    return apply_to_collection(data, Tensor, cast)
-
-
-def _try_training_step(module: LightningModule, samples: Samples) -> _Trials:
-    check_samples(samples.inputs, samples.targets)
-    dtype = next((p.dtype for p in module.parameters() if p.requires_grad), torch.float32)
-    dtype = torch.promote_types(dtype, torch.float32)  # losses in half precision are too inaccurate
-    function = FunctionalModule(module, dtype=dtype)
-    function.check_deterministic(_cast(samples.inputs[:2], function))
-    batches = [_cast((x, y), function) for _, x, y in samples.trials]
-    with torch.no_grad():
-        outputs = [function(function.weights(), x).double() for x, _ in batches]
-    raw = [_cast(batch, function) for batch, _, _ in samples.trials]
-    return _Trials(batches, outputs, _training_losses(module, raw, dtype))
-
-
 def recognise_loss(module: LightningModule, samples: Samples) -> tuple[SampleLoss | None, int]:
     """The loss of ``training_step``, recognised by its value (None: not recognised), and the number of outputs C."""
-    trials = _try_training_step(module, samples)
+    trials = try_training_step(module, samples.inputs, samples.targets, samples.trials)
     return trials.recognised(), trials.outputs[0].shape[1]
 
 
@@ -322,7 +197,7 @@ def detect_problem(
     Raises:
         ValueError: the loss is not recognised, or is not the one that was passed.
     """
-    trials = _try_training_step(module, samples)
+    trials = try_training_step(module, samples.inputs, samples.targets, samples.trials)
     if loss is None:
         if trials.losses is None:
             raise ValueError(
@@ -339,9 +214,11 @@ def detect_problem(
         chosen = recognised
     else:
         chosen = resolve_loss(loss)
+        if isinstance(chosen, SoftCrossEntropy) and not samples.targets.is_floating_point():
+            chosen = trials.at_positions(chosen)
         if trials.losses is not None:
             value, target = trials.fit(chosen, 1)
-            if not _close(value, target):
+            if not close(value, target):
                 raise ValueError(
                     f"the loss that was passed gives {value:.6g} where training_step gives {target:.6g} on the same "
                     f"{len(trials.outputs[1])} samples; {_ADVICE}"

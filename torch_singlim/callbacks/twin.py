@@ -15,9 +15,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from torch_singlim.callbacks.detect import BatchToProblem, as_pair, as_targets
+from torch_singlim.callbacks.detect import BatchToProblem, as_pair
 from torch_singlim.callbacks.injection import Injection
 from torch_singlim.callbacks.stand_in import StandIn, ignore
+from torch_singlim.callbacks.training_loss import as_targets
 from torch_singlim.measure.paths import Path
 from torch_singlim.measure.steps import Before, Step, held_by
 from torch_singlim.network import ProcessGroup, RandomState, SampleLoss, compile_likewise, no_compilation, noise_off

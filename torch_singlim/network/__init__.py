@@ -8,6 +8,7 @@ from torch_singlim.network.memory import free_memory, out_of_memory, saved_bytes
 from torch_singlim.network.problem import ZeroLossProblem, check_samples
 from torch_singlim.network.process_group import PeerFailed, ProcessGroup
 from torch_singlim.network.randomness import RandomState, noise_off
+from torch_singlim.network.sequence_loss import SequenceCrossEntropy
 from torch_singlim.network.sites import ActivationSite
 from torch_singlim.network.weight_space import WeightSpace
 
@@ -32,6 +33,7 @@ __all__ = [
     "SampleLoss",
     "MeanSquaredError",
     "SoftCrossEntropy",
+    "SequenceCrossEntropy",
     "CustomLoss",
     "resolve_loss",
     # memory and processes

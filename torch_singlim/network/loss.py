@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 __all__ = ["CustomLoss", "MeanSquaredError", "SampleLoss", "SoftCrossEntropy", "resolve_loss"]
 
 
+@runtime_checkable
 class SampleLoss(Protocol):
     """What a problem needs from its loss. Outputs are f ``[n, C]``, targets y are those returned by `prepare`."""
 
@@ -346,7 +347,7 @@ def resolve_loss(loss: str | nn.Module | SampleLoss | Callable[[Tensor, Tensor],
     >>> resolve_loss(nn.CrossEntropyLoss(label_smoothing=0.1))
     SoftCrossEntropy(label_smoothing=0.1)
     """
-    if isinstance(loss, MeanSquaredError | SoftCrossEntropy | CustomLoss):
+    if isinstance(loss, SampleLoss) and not isinstance(loss, nn.Module):
         return loss
     if loss == "mse":
         return MeanSquaredError()

@@ -90,7 +90,7 @@ def of_dict(batch):
 
 def sentences(*, equal=True):
     """The next word at each of four positions, but the first, and one more of every other sentence if not equal."""
-    x = words().tensors[0]
+    x = words().tensors[0][:12]
     y = (x + 1) % 5
     y[:, 0] = -100
     y[::2, -1] = y[::2, -1] if equal else -100

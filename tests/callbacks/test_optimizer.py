@@ -222,6 +222,26 @@ def test_steps_of_adaptive_optimizers_have_learning_rates():
     assert (found.sgd, found.adaptive, found.weight_decay, found.reasons) == (None, "AdamW", 0.3, ())
 
 
+def test_sums_in_a_metric_are_integrals_of_what_is_interpolated():
+    """The scale is 2 until the first reading, then it rises to 4: the integrals of s and of s^2."""
+    module = Net()
+    optimizer = torch.optim.AdamW(module.parameters())
+    recorder, trainer = followed(optimizer, module, rates=[(0.1,)])
+    first = recorder.sums_in_metric(2.0)
+    assert (first.alpha, first.alpha_squared) == (pytest.approx(0.2), pytest.approx(0.04))
+    kept = recorder.state_dict()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.2
+    other = StepRecorder(read(module, optimizer))
+    other.load_state_dict(kept)
+    for each in (recorder, other):
+        each.before_step(trainer, optimizer)
+        assert each.sums_in_metric(4.0) == each.sums_in_metric(4.0)
+        found = each.sums_in_metric(4.0)
+        assert (found.lr, found.alpha) == (pytest.approx(0.3), pytest.approx(0.2 + 3 * 0.2))
+        assert found.alpha_squared == pytest.approx(0.04 + 28 / 3 * 0.04)
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [

@@ -229,6 +229,8 @@ class StepRecorder:
     def __init__(self, settings: OptimizerSettings) -> None:
         self._settings = settings
         self._sums = StepSums()
+        self._metric: float | None = None  # scale of an adaptive optimizer's metric when it was last read
+        self._until = self._in_metric = StepSums()  # the sums at that time; those in the metric until then
         self._clipped: int | Tensor = 0  # on the device, to avoid a synchronisation at every step
         self._ratio_changed = False
         self._rule: tuple[Any, ...] = ()  # settings of the last step
@@ -263,14 +265,36 @@ class StepRecorder:
         """Sums over the steps so far (None: unknown for this optimizer)."""
         return replace(self._sums, clipped=int(self._clipped)) if self._settings.group_ratios else None
 
+    def sums_in_metric(self, scale: float) -> StepSums | None:
+        """The sums with the step sizes of an adaptive optimizer, which are known where its metric is read.
+
+        Between two readings they are interpolated; before the first one they are those of the first.
+
+        Args:
+            scale: of the metric now.
+        """
+        sums = self.sums
+        if sums is None:
+            return None
+        a, b, done = self._metric or scale, scale, self._in_metric
+        alpha = done.alpha + (a + b) / 2 * (sums.alpha - self._until.alpha)
+        squared = done.alpha_squared + (a * a + a * b + b * b) / 3 * (sums.alpha_squared - self._until.alpha_squared)
+        self._metric, self._until, self._in_metric = scale, sums, replace(sums, alpha=alpha, alpha_squared=squared)
+        return self._in_metric
+
     @property
     def reasons(self) -> tuple[Reason, ...]:
         """What of the steps so far the theory does not cover."""
         return (Code.RATIO_CHANGES(),) if self._ratio_changed else ()
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums."""
-        return asdict(replace(self._sums, clipped=int(self._clipped)))
+        """The sums, and those in the metric of an adaptive optimizer."""
+        return {
+            **asdict(replace(self._sums, clipped=int(self._clipped))),
+            "metric": self._metric,
+            "until": asdict(self._until),
+            "in_metric": asdict(self._in_metric),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from these sums.
@@ -282,5 +306,8 @@ class StepRecorder:
             ValueError: an incomplete state. Nothing has changed then.
         """
         check_keys(state, self.state_dict())
-        self._sums = StepSums(**state)
+        found = dict(state)
+        self._metric = found.pop("metric")
+        self._until, self._in_metric = (StepSums(**found.pop(key)) for key in ("until", "in_metric"))
+        self._sums = StepSums(**found)
         self._clipped = self._sums.clipped

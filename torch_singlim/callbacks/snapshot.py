@@ -62,7 +62,8 @@ def snapshot_of_trainer(
     perturbation = None
     if perturbed:
         perturbation = space.flatten([perturbed.get(p, torch.zeros_like(p)) for p in parameters])
-    velocity, metric, sgd, weight_decay, reasons = None, None, settings.sgd, settings.weight_decay, settings.reasons
+    velocity, metric, sums = None, None, recorder.sums
+    sgd, weight_decay, reasons = settings.sgd, settings.weight_decay, settings.reasons
     if settings.adaptive and not reasons:
         try:
             found = read_metric(trainer.optimizers[0], space, batch_size)
@@ -71,7 +72,7 @@ def snapshot_of_trainer(
         if found is not None:
             ratios = torch.cat([found.step_ratios[name].reshape(-1) for name in space.names])
             metric = Metric(ratios.to(space.device, space.dtype), found.scale, found.moments)
-            sgd, weight_decay = found.sgd, found.weight_decay
+            sgd, weight_decay, sums = found.sgd, found.weight_decay, recorder.sums_in_metric(found.scale)
     if settings.sgd is not None:
         state = trainer.optimizers[0].state
         velocity = _velocity(space, [state.get(p, {}).get("momentum_buffer") for p in parameters])
@@ -83,7 +84,7 @@ def snapshot_of_trainer(
         sgd=sgd,
         weight_decay=weight_decay,
         step_ratios=settings.step_ratios,
-        sums=recorder.sums,
+        sums=sums,
         reasons=(*reasons, *recorder.reasons),
         metric=metric,
     )

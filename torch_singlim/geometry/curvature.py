@@ -29,8 +29,8 @@ from torch_singlim.network import ZeroLossProblem, jvp
 
 __all__ = ["Linearization", "gauss_newton", "largest_curvature", "linearize"]
 
-# numbers, activations and weights, of all rows of B up to which B is formed, which takes 2 to 20 ms: a product then takes
-# 0.01 to 0.1 instead of 0.5 ms or more
+# numbers, activations and weights, of all rows of B up to which B is formed, which takes 2 to 20 ms: a product then
+# takes 0.01 to 0.1 instead of 0.5 ms or more
 _TINY = 2**20
 
 

@@ -141,7 +141,6 @@ class Engine:
             Need.LIMIT: limit,
             Need.MOVES: limit and known and self.noise.order is not None,
             Need.METRIC: limit and bool(self.adaptive),
-            Need.SUMS: limit and not self.adaptive,
             Need.MOMENTS: limit and bool(self.adaptive) and any(part.order == 2 for part in parts(self.noise)),
         }
         return frozenset(need for need, there in found.items() if there)

@@ -41,8 +41,7 @@ class Clock:
             return None
         if order is None:
             return cls(sgd.effective_lr)
-        # the step size of an adaptive optimizer is known at snapshots alone
-        slow_time = None if sums is None or snapshot.metric is not None else sums.slow_time(order, variance)
+        slow_time = None if sums is None else sums.slow_time(order, variance)
         return cls(sgd.effective_lr, math.sqrt(variance), slow_time, time_scale(sgd, order, variance))
 
 

@@ -21,7 +21,7 @@ class StepSums:
 
     Args:
         lr: of the learning rates.
-        alpha: of the effective step sizes.
+        alpha: of the effective step sizes, in the optimizer's metric.
         alpha_squared: of their squares.
         clipped: number of steps whose gradient was clipped.
     """

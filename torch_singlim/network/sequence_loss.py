@@ -42,6 +42,12 @@ class SequenceCrossEntropy:
     ) -> SequenceCrossEntropy:
         """The loss for class labels ``[n, ...]``.
 
+        Args:
+            targets: the labels; -100 where nothing is to be predicted.
+            classes: V.
+            label_smoothing: see above.
+            classes_first: see above.
+
         Raises:
             ValueError: samples with different numbers of positions to be predicted, or without any.
 

@@ -44,12 +44,13 @@ SLOW_TIME = Tag(
     name="clock/slow_time",
     label="slow time",
     unit="slow time",
-    meaning="Σ α^order σ² over the steps so far",
+    meaning="Σ α^order σ² over the steps so far; the step sizes of an adaptive optimizer are interpolated between "
+    "measurements",
     advice="The drift along Γ becomes visible when the slow time is of order 1",
     group="Clock",
     chart="Slow time [sum of step size^order sigma^2]",
     value=of_clock(lambda c: c.slow_time),
-    needs=needs(Need.LIMIT, Need.MOVES, Need.SUMS),
+    needs=needs(Need.LIMIT, Need.MOVES),
 )
 TIME_SCALE = Tag(
     name="clock/time_scale",

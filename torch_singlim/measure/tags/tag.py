@@ -45,7 +45,6 @@ class Need(Enum):
     LIMIT = auto()  # the singular limit covers the training
     MOVES = auto()  # the noise causes a drift of order 1 or 2
     METRIC = auto()  # an adaptive optimizer has a metric of its own
-    SUMS = auto()  # the step sizes of all steps are known
     MOMENTS = auto()  # an adaptive optimizer, and noise of order 2
 
 

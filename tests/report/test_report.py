@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+import torch_singlim
 from tests.zoo import Manual, Net, fit, monitor_of, seeded
 from torch_singlim import DropConnect, Estimate, InjectNoise
 from torch_singlim.__main__ import main
@@ -152,3 +154,12 @@ def test_as_a_module():
     )
     assert "report" in shown.stdout
     assert "measure" in shown.stdout
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"torch_singlim {torch_singlim.__version__}\n"
+    citation = Path(__file__).parents[2] / "CITATION.cff"
+    assert f"version: {torch_singlim.__version__}\n" in citation.read_text(encoding="utf-8")

@@ -7,10 +7,9 @@ import csv
 import pkgutil
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from torch_singlim import __version__
 
 __all__ = ["main"]
 
@@ -64,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torch_singlim", description="Report on finished runs, or measure their checkpoints."
     )
-    parser.add_argument("--version", action="version", version=f"torch_singlim {__version__}")
+    parser.add_argument("--version", action="version", version=f"torch_singlim {version('torch_singlim')}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     report = commands.add_parser("report", help="a page, figures and a table from the logs of one or several runs")

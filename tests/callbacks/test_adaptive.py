@@ -13,7 +13,9 @@ from torch_singlim import (
     Dropout,
     InjectNoise,
     LabelNoise,
+    SecondMoments,
     SGDSettings,
+    Snapshot,
     WeightDecay,
     ZeroLossProblem,
     compare,
@@ -22,6 +24,7 @@ from torch_singlim import (
     tangent_space,
 )
 from torch_singlim.measure import Code, tags
+from torch_singlim.measure.snapshot import Metric
 
 LR, EPS, BETAS = 0.02, 1e-3, (0.8, 0.95)
 
@@ -72,6 +75,15 @@ def in_metric(states, step):
     ratios = {name: mean / root for name, root in roots.items()}
     problem = ZeroLossProblem(module, "mse", x, F.one_hot(y, 3).float(), step_ratios=ratios)
     return problem, problem.weights(), mean
+
+
+def test_second_moments_are_not_kept_where_they_are_not_needed(run):
+    _, monitor = run
+    assert monitor.engine.last_distance.moments is None
+    one = torch.ones(1)
+    snapshot = Snapshot(0, one, metric=Metric(one, 1.0, SecondMoments(one, one, 0.1)))
+    assert snapshot.for_noise(Dropout() + WeightDecay(0.1)).metric == Metric(one, 1.0)
+    assert snapshot.for_noise(LabelNoise(0.1) + WeightDecay(0.1)) is snapshot
 
 
 @pytest.mark.parametrize("step", [20, 60])

@@ -216,7 +216,8 @@ class Engine:
             snapshot: of the training.
             before: the last step before this one, if steps were skipped; default: the step number minus one.
         """
-        step = self.last_step = snapshot.step
+        step, snapshot = snapshot.step, snapshot.for_noise(self.noise)
+        self.last_step = step
         self.note(*snapshot.reasons)
         excess_loss = self._contained(step, lambda: self._excess_loss(snapshot))
         prepared = self._contained(step, self._prepare)

@@ -10,6 +10,7 @@ from functools import cached_property
 from torch import Tensor
 
 from torch_singlim.measure.reasons import Reason
+from torch_singlim.noise import NoiseSystem, parts
 from torch_singlim.theory import SecondMoments, SGDSettings
 
 __all__ = ["Metric", "Snapshot", "StepSums"]
@@ -106,6 +107,12 @@ class Snapshot:
     def iterate(self) -> Tensor:
         """w - xi  ``[P]``: the weights in the recursion of the theory."""
         return self.weights if self.perturbation is None else self.weights - self.perturbation
+
+    def for_noise(self, noise: NoiseSystem) -> Snapshot:
+        """The same without second moments, two vectors of the weights' size, unless there is noise of order 2."""
+        if self.metric is None or any(part.scale_free and part.order == 2 for part in parts(noise)):
+            return self
+        return replace(self, metric=replace(self.metric, moments=None))
 
     def in_metric(self) -> Snapshot:
         """The same moment in the coordinates in which the descent is plain."""

@@ -226,6 +226,23 @@ def test_noise_on_the_labels_beside_other_noise_is_a_reason():
     assert not any("potential" in point for point in monitor.history.values())
 
 
+@pytest.mark.parametrize("batch_size", [5, 2])
+def test_noise_of_a_higher_order_that_the_limit_lacks_is_noted(batch_size):
+    """Weight decay is of order 1; in batches, with momentum, the drift of noise on the labels beside it is not known."""
+
+    class Decaying(Shifted):
+        def configure_optimizers(self):
+            return adam(self, weight_decay=0.01)
+
+    monitor = monitor_of(window=10, every_n_steps=10, replicas=0)
+    module, noise = seeded(lambda: Decaying(dropout=0.0)), InjectNoise(LabelNoise(0.1))
+    fit(module, monitor, noise, steps=20, dataset=TensorDataset(*data_of()), batch_size=batch_size)
+    found = [str(each) for each in monitor.reasons if each.code is Code.SLOWER]
+    assert len(found) == (batch_size == 2)
+    assert all("is that of WeightDecay alone: the drift of LabelNoise, on a slower" in each for each in found)
+    assert "potential" in monitor.history[20]
+
+
 @pytest.mark.slow
 def test_a_run_of_adam_under_noise_on_the_labels_follows_the_limit():
     """One run, alpha lambda_1 = .27, beta_2 = .999, against the limit with the excursions of the step sizes."""

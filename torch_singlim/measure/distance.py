@@ -27,7 +27,7 @@ from torch_singlim.measure.agreement import Agreement, compare
 from torch_singlim.measure.reasons import Code, Reason
 from torch_singlim.measure.snapshot import Snapshot
 from torch_singlim.network import ZeroLossProblem
-from torch_singlim.noise import NoiseSystem
+from torch_singlim.noise import NoiseSystem, parts
 from torch_singlim.theory import (
     EffectiveLoss,
     LimitPrediction,
@@ -65,6 +65,8 @@ NEAREST = 0.14
 NEAREST_STEPS = 20
 # random vectors for the expected variance where H is not decomposed: each averages over thousands of residuals
 _FORMS = 2
+# number of independent averages from which the standard error of a sampled gradient is computed
+_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,18 @@ class DistanceMeasurement:
         return Code.NEAREST(status=self.nearest.status.message)
 
     @property
+    def of_slower(self) -> Reason | None:
+        """That the limit's drift lacks noise of a higher order (None if it does not)."""
+        if self.limit is None or self.limit.finite_step:
+            return None
+        names = {1: [], 2: [], None: []}
+        for part in parts(self.limit.noise):
+            names[part.order].append(type(part).__name__)
+        if not (names[1] and names[2]):
+            return None
+        return Code.SLOWER(leading=" and ".join(names[1]), others=" and ".join(names[2]))
+
+    @property
     def reason(self) -> Reason | None:
         """Why the limit's prediction is invalidated: the expansion that it rests on fails (None if it holds)."""
         if self.expansion is None or not self.expansion.fails:
@@ -242,7 +256,9 @@ def _noise_gradient(
     if has_effective_flow(noise, problem):
         effective = EffectiveLoss(problem, noise, sgd, generator=generator)
         if effective.second:
-            gradient = gradient + VectorEstimate(torch.stack([effective.order_two_gradient(w) for _ in range(4)]))
+            groups = len(gradient.groups) if len(gradient.groups) > 1 else _GROUPS
+            second = torch.stack([effective.order_two_gradient(w) for _ in range(groups)])
+            gradient = gradient + VectorEstimate(second)
     return gradient, expansion
 
 

@@ -249,7 +249,7 @@ class Engine:
         distance = self._contained(step, lambda: geometry.distance(problem, snapshot, noise)) if prepared else None
         in_metric = self._contained(step, lambda: geometry.in_metric(problem, snapshot, noise, distance))
         for found in filter(None, (distance, in_metric)):
-            self.note(found.reason, found.of_nearest)
+            self.note(found.reason, found.of_nearest, found.of_slower)
         self._contained(step, lambda: find(Level.HUNDREDTH))
         whole = self._contained(step, lambda: geometry.of_whole(problem, self.whole, snapshot, levels))
         fewer = None

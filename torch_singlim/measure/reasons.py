@@ -289,6 +289,12 @@ class Code(Enum):
         Scope.PART,
         "no point with {level} of the excess loss was found within {gradients} gradients of all samples",
     )
+    SLOWER = (
+        _NOTED,
+        Scope.NOTHING,
+        "the singular limit is that of {leading} alone: the drift of {others}, on a slower clock, is not part of it, "
+        "since it is not known at this step size; it is known for full batches",
+    )
     NEAREST = _NOTED, Scope.NOTHING, "the nearest point, at one step or more: {status}"
     FAILED = _SKIPPED, Scope.PART, "the measurement at step {step} failed: {error}"
     TIME = (

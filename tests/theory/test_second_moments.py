@@ -155,7 +155,8 @@ class Followed:
     def metric(self):
         """Of the mean second moments, as the state of one optimizer."""
         parameters = list(self.dense.net.parameters())
-        own = torch.optim.Adam(parameters, lr=self.adam.param_groups[0]["lr"], betas=(0.9, self.beta), eps=1e-14)
+        rate = self.adam.param_groups[0]["lr"] or 1.0
+        own = torch.optim.Adam(parameters, lr=rate, betas=(0.9, self.beta), eps=1e-14)
         v = self.adam.state[self.p]["exp_avg_sq"].mean(0)
         for q, each in zip(parameters, v.split([q.numel() for q in parameters]), strict=True):
             own.state[q] = {"exp_avg_sq": each.view(q.shape), "step": torch.tensor(1e9)}

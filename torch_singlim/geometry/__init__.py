@@ -1,7 +1,14 @@
 """The zero-loss set: Jacobian products, curvature, nearest point, tangent space."""
 
 from torch_singlim.geometry.curvature import Linearization, gauss_newton, largest_curvature, linearize
-from torch_singlim.geometry.gram import MAX_DENSE, gram_flops, gram_matrix, samples_at_once, worth_factoring
+from torch_singlim.geometry.gram import (
+    MAX_DENSE,
+    gram_flops,
+    gram_matrix,
+    jacobian_rows,
+    samples_at_once,
+    worth_factoring,
+)
 from torch_singlim.geometry.jacobian import JacobianProducts
 from torch_singlim.geometry.level_distance import LevelPoint, level_distance
 from torch_singlim.geometry.nearest_point import NearestPoint, nearest_point
@@ -20,6 +27,7 @@ __all__ = [
     "gram_matrix",
     "gram_flops",
     "worth_factoring",
+    "jacobian_rows",
     "samples_at_once",
     # lower levels of the loss
     "level_distance",

@@ -20,7 +20,7 @@ from torch_singlim.network.functional import LinearCall
 from torch_singlim.network.problem import ZeroLossProblem
 from torch_singlim.network.process_group import ProcessGroup
 
-__all__ = ["MAX_DENSE", "Way", "gram_flops", "gram_matrix", "samples_at_once", "worth_factoring"]
+__all__ = ["MAX_DENSE", "Way", "gram_flops", "gram_matrix", "jacobian_rows", "samples_at_once", "worth_factoring"]
 
 Way = Literal["layers", "columns", "rows"]
 
@@ -137,8 +137,15 @@ def _mirrored(K: Tensor) -> Tensor:
     return K
 
 
-def _rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, part: slice) -> Tensor:
-    """The rows of B for a slice of the samples ``[n rows, P]``: one vector-Jacobian product per residual."""
+def jacobian_rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, part: slice) -> Tensor:
+    """The rows of B for a slice of the samples ``[n rows, P]``: one vector-Jacobian product per residual.
+
+    Args:
+        problem: N samples.
+        w: weights ``[P]``.
+        f: the outputs at which R is taken  ``[N, C]``; f(w) for B itself.
+        part: of the samples.
+    """
 
     def sample_rows(x_i: Tensor, R_i: Tensor) -> Tensor:
         transposed = vjp(lambda v: problem.function(v, x_i[None])[0], w)[1]
@@ -165,7 +172,7 @@ def _from_rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, matvec: Callable[
     for i, left in enumerate(parts):
         if not own.start <= left.start < own.stop:
             continue
-        B_left = _rows(problem, w, f, left)
+        B_left = jacobian_rows(problem, w, f, left)
         at = slice(left.start * rows, left.stop * rows)
         if matvec is not None:
             K[:, at] = vmap(matvec, out_dims=1, chunk_size=_DIRECTIONS)(B_left)
@@ -173,7 +180,7 @@ def _from_rows(problem: ZeroLossProblem, w: Tensor, f: Tensor, matvec: Callable[
         K[at, at] = B_left @ B_left.T
         for right in parts[i + 1 :]:
             across = slice(right.start * rows, right.stop * rows)
-            K[at, across] = B_left @ _rows(problem, w, f, right).T
+            K[at, across] = B_left @ jacobian_rows(problem, w, f, right).T
             K[across, at] = K[at, across].T
     K = problem.process_group.all_reduce(K)
     return (K + K.T) / 2

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from torch_singlim.network.loss import SoftCrossEntropy
 
@@ -104,8 +103,7 @@ class SequenceCrossEntropy:
             raise ValueError(
                 f"class labels must lie in 0..{self.classes - 1}, got {int(labels.min())}..{int(labels.max())}"
             )
-        onehot = F.one_hot(labels.long(), self.classes).to(outputs)
-        q = (1 - self.label_smoothing) * onehot + self.label_smoothing / self.classes
+        q = self._each.prepare(labels, outputs.new_empty(len(labels), self.classes))
         where = valid.nonzero()[:, 1].to(outputs)
         return torch.cat([q, where[:, None]], 1).view(len(targets), self.positions, -1)
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
 
-from torch_singlim.geometry import samples_at_once
+from torch_singlim.geometry import jacobian_rows, samples_at_once
 from torch_singlim.linalg import FactoredOperator
 from torch_singlim.network import ZeroLossProblem, jvp
 from torch_singlim.theory.potential import Potential, traced
@@ -34,32 +33,20 @@ class SecondMoments:
     rate: float
 
 
-def _over_samples(
-    problem: ZeroLossProblem, w: Tensor, of_slope: Callable[[Callable[[Tensor], Tensor]], Tensor]
-) -> Tensor:
-    """(1/N) sum over samples and rows of a function of v -> J_n(v)^T R_n^T e  ``[P]``, R_n at the loss's optimum."""
-    y = problem.targets
-    optimum = problem.sample_loss.optimum(y)
-    rows = torch.eye(problem.num_residuals // problem.num_samples, dtype=w.dtype, device=w.device)
-    u = torch.stack([problem.sample_loss.unwhiten(optimum, y, e.expand(len(y), -1)) for e in rows], 1)  # [N, rows, C]
-
-    def sample(x: Tensor, own: Tensor) -> Tensor:
-        def of_row(row: Tensor) -> Tensor:
-            return of_slope(lambda v: vjp(lambda t: problem.function(t, x[None])[0], v)[1](row)[0])
-
-        return vmap(of_row)(own).sum(0)
-
-    # a few vectors [P] for each residual are in memory
-    size, shard = samples_at_once(problem, 4 * len(rows)), problem.process_group.shard(problem.num_samples)
-    total = torch.zeros_like(w)
+def _over_rows(problem: ZeroLossProblem, w: Tensor, each: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
+    """The sum of a function of v -> B(v) over all rows of B, with R at the loss's optimum  ``[P]``."""
+    optimum = problem.sample_loss.optimum(problem.targets)
+    # several vectors [P] for each residual are in memory
+    size = samples_at_once(problem, 4 * (problem.num_residuals // problem.num_samples))
+    shard, total = problem.process_group.shard(problem.num_samples), torch.zeros_like(w)
     for start in range(shard.start, shard.stop, size):
         part = slice(start, min(start + size, shard.stop))
-        total += vmap(sample)(problem.inputs[part], u[part]).sum(0)
-    return problem.process_group.all_reduce(total) / problem.num_samples
+        total += each(lambda v, part=part: jacobian_rows(problem, v, optimum, part)).sum(0)
+    return problem.process_group.all_reduce(total)
 
 
 def diagonal(problem: ZeroLossProblem, w: Tensor) -> Tensor:
-    """h = diag H on Gamma  ``[P]``: (1/N) sum_n sum_r (J_n^T R_n^T e_r)_i^2, with R_n at the loss's optimum.
+    """h = diag H on Gamma  ``[P]``: the sum of the squared rows of B, with R at the loss's optimum.
 
     Off Gamma it is not the curvature of the loss, but c h_i is the variance of the gradient under noise on the labels
     with Sigma = c H.
@@ -68,17 +55,17 @@ def diagonal(problem: ZeroLossProblem, w: Tensor) -> Tensor:
         problem: loss and samples.
         w: weights ``[P]``.
     """
-    return _over_samples(problem, w, lambda slope: slope(w).square())
+    return _over_rows(problem, w, lambda rows: rows(w).square())
 
 
 def _along(problem: ZeroLossProblem, w: Tensor, q: Tensor) -> Tensor:
     """Dh(w)[q], the derivative of `diagonal` along q  ``[P]``."""
 
-    def of_slope(slope: Callable[[Tensor], Tensor]) -> Tensor:
-        g, dg = jvp(slope, (w,), (q,))
-        return 2 * g * dg
+    def along(rows: Callable[[Tensor], Tensor]) -> Tensor:
+        B, dB = jvp(rows, (w,), (q,))
+        return 2 * B * dB
 
-    return _over_samples(problem, w, of_slope)
+    return _over_rows(problem, w, along)
 
 
 def excursion_potential(

@@ -28,8 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's ow
 
 
 def rows(names, often):
-    # not yet: a language model rounds differently there
-    names = [name for name in names if "language" not in name and "positions" not in name]
     return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 

@@ -28,7 +28,7 @@ class DigitsClassifier(Classifier):
 
 
 class Digits(L.LightningDataModule):
-    """The first of scikit-learn's handwritten digits.
+    """The first of the 1,797 handwritten digits.
 
     Args:
         samples: how many.

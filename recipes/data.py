@@ -1,16 +1,17 @@
-"""The data sets of the recipes, read into memory: scikit-learn's digits, MNIST, CIFAR-10, folders of images."""
+"""The data sets of the recipes, read into memory: handwritten digits, MNIST, CIFAR-10, folders of images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder, VisionDataset
 from torchvision.transforms.functional import pil_to_tensor
+
+from torch_singlim import handwritten_digits
 
 
 def as_dataset(images: Tensor, labels: Tensor, *, one_hot: bool) -> TensorDataset:
@@ -20,10 +21,8 @@ def as_dataset(images: Tensor, labels: Tensor, *, one_hot: bool) -> TensorDatase
 
 
 def digits(samples: int, *, one_hot: bool) -> TensorDataset:
-    """The first of scikit-learn's 1,797 handwritten digits."""
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.tensor(pixels[:samples], dtype=torch.float32)
-    return as_dataset(images, torch.tensor(labels[:samples]), one_hot=one_hot)
+    """The first of the 1,797 handwritten digits that come with the package."""
+    return as_dataset(*handwritten_digits(samples), one_hot=one_hot)
 
 
 def open_images(known: type[MNIST | CIFAR10], where: Path, *, download: bool) -> VisionDataset:

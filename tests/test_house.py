@@ -12,7 +12,7 @@ import torch_singlim
 
 PACKAGE = Path(torch_singlim.__file__).parent
 ROOT = PACKAGE.parent
-# callbacks -> report -> measure -> theory -> noise, geometry -> network -> linalg
+# demo -> callbacks -> report -> measure -> theory -> noise, geometry -> network -> linalg
 ROOMS = {"linalg": set()}
 ROOMS["network"] = {"linalg"}
 ROOMS["geometry"] = ROOMS["noise"] = {"network", *ROOMS["network"]}
@@ -20,8 +20,9 @@ ROOMS["theory"] = {"geometry", "noise", *ROOMS["geometry"]}
 ROOMS["measure"] = {"theory", *ROOMS["theory"]}
 ROOMS["report"] = {"measure", *ROOMS["measure"]}
 ROOMS["callbacks"] = {"report", *ROOMS["report"]}
-ROOMS["__main__"] = ROOMS["__init__"] = {"callbacks", *ROOMS["callbacks"]}
-HEAVY = {"lightning": {"callbacks"}, "matplotlib": {"report"}}
+ROOMS["demo"] = {"callbacks", *ROOMS["callbacks"]}
+ROOMS["__main__"] = ROOMS["__init__"] = {"demo", *ROOMS["demo"]}
+HEAVY = {"lightning": {"callbacks", "demo"}, "matplotlib": {"report"}}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # words that the project replaced, in names, messages and pages; the CHANGELOG may explain

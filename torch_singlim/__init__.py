@@ -71,6 +71,7 @@ from torch_singlim.theory import (
 
 if TYPE_CHECKING:
     from torch_singlim.callbacks import InjectNoise, SingularLimitMonitor, measure_checkpoints
+    from torch_singlim.demo import handwritten_digits
     from torch_singlim.report import drift_figure, scaling_figure
 
 __all__ = [
@@ -142,6 +143,8 @@ __all__ = [
     # figures
     "drift_figure",
     "scaling_figure",
+    # data of the examples
+    "handwritten_digits",
 ]
 
 __version__ = "0.1.0"
@@ -153,6 +156,7 @@ _LATE = {
     "measure_checkpoints": "callbacks",
     "drift_figure": "report",
     "scaling_figure": "report",
+    "handwritten_digits": "demo",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``torch_singlim report`` and ``torch_singlim measure``."""
+"""The command line: ``torch_singlim digits``, ``report`` and ``measure``."""
 
 from __future__ import annotations
 
@@ -27,15 +27,27 @@ def _named(reference: str) -> Any:
         sys.path.pop(0)
 
 
+def _digits(options: argparse.Namespace) -> None:
+    from torch_singlim.demo import train
+
+    if (options.out / "singlim.jsonl").exists() and not options.overwrite:
+        raise FileExistsError(f"{options.out} has a run already: pass --overwrite, or another folder with --out")
+    train(options.out)
+    print(f"figure: {options.out / 'drift.png'}")
+    print(f"look:   tensorboard --logdir {options.out}")
+    print(f"report: torch_singlim report {options.out}")
+
+
 def _report(options: argparse.Namespace) -> None:
     from torch_singlim.report import report
 
-    page = report(options.runs, options.out, name=options.name, overwrite=options.overwrite, partial=options.partial)
+    page = report(options.runs, options.out, name=options.name, overwrite=options.overwrite)
     print(f"report: {page}")
 
 
 def _measure(options: argparse.Namespace) -> None:
     from torch_singlim.callbacks import measure_checkpoints
+    from torch_singlim.report import Record
 
     table = options.out / "metrics.csv"
     if table.exists() and not options.overwrite:
@@ -55,23 +67,30 @@ def _measure(options: argparse.Namespace) -> None:
         writer = csv.writer(opened)
         writer.writerow(["step", *(f"singlim/{tag}" for tag in tags)])
         writer.writerows([step, *(point.get(tag, "") for tag in tags)] for step, point in found.history.items())
+    record = Record(options.out, "singlim")
+    record.write(found.history, found.reasons)
+    record.finish(found.reasons, found.noise)
     print(found.verdict)
     print(f"\ntable: {table}\nlook:  torch_singlim report {options.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="torch_singlim", description="Report on finished runs, or measure their checkpoints."
+        prog="torch_singlim", description="A demonstration, reports on runs, measurements on the checkpoints of a run."
     )
     parser.add_argument("--version", action="version", version=f"torch_singlim {version('torch_singlim')}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    report = commands.add_parser("report", help="a page, figures and a table from the logs of one or several runs")
-    report.add_argument("runs", nargs="+", type=Path, help="folders that contain event files or metrics.csv")
+    digits = commands.add_parser("digits", help="a demonstration on handwritten digits, about two minutes")
+    digits.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to (default: runs/demo)")
+    digits.add_argument("--overwrite", action="store_true", help="write to a folder that has a run already")
+    digits.set_defaults(run=_digits)
+
+    report = commands.add_parser("report", help="a page, figures and a table of one or several runs")
+    report.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders that contain such")
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (default: report)")
     report.add_argument("--name", default="singlim", help="the monitor's name (default: singlim)")
     report.add_argument("--overwrite", action="store_true", help="replace an existing report")
-    report.add_argument("--partial", action="store_true", help="read an event file that is cut off up to that point")
     report.set_defaults(run=_report)
 
     measure = commands.add_parser("measure", help="the monitor's measurements on checkpoints of a finished run")

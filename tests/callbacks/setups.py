@@ -165,6 +165,13 @@ class Weightless(Manual):
         self.optimizers().step()
 
 
+class Brief(Net):
+    """A step that does not ask for the number of the batch, which Lightning allows."""
+
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
 class Frozen(Net):
     def __init__(self):
         super().__init__()
@@ -442,6 +449,7 @@ MEASURED = {
     "compiled whole": Case(lambda: torch.compile(Net(), backend="eager")),
     "integer inputs": Case(Words, dataset=words()),
     "a language model": Case(Language, dataset=sentences()),
+    "no batch index": Case(Brief),
     "classes before positions": Case(lambda: Language(first=True), dataset=sentences()),
     "a language model, its loss": Case(
         Language, {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, dataset=sentences()

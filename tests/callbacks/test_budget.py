@@ -69,8 +69,8 @@ def test_no_time_at_all():
     monitor = monitor_of(max_overhead=0)
     assert fitted(monitor) == ALWAYS | CLOCK | {"excess_loss"}
     assert list(monitor.reasons) == []
-    assert monitor.engine.budget.reason.code is Code.TIME
-    assert "below 15 s and 0% of the wall time: the check of the derivatives" in monitor.verdict
+    assert monitor.engine.budget.reason.code is Code.LOSS_ALONE
+    assert "Skipped: with max_overhead=0, all but the excess loss" in monitor.verdict
     assert monitor.last_distance is None
 
 

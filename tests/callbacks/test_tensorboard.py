@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,9 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from tests.zoo import Adam, Hyper, Manual, Net, fit, injected, monitor_of, seeded
 from torch_singlim import AntiCorrelated, LabelFlips, Langevin
-from torch_singlim.callbacks.tensorboard import layout, writers
-from torch_singlim.measure import Code, Need
-from torch_singlim.measure.tags import TAGS
+from torch_singlim.callbacks.board import layout, writers
+from torch_singlim.measure import Code
+from torch_singlim.measure.tags import TAGS, Group, Role
 
 OPTIONS = {"every_n_steps": 5, "window": 5, "replicas": 2, "draws": 32}
 
@@ -67,9 +68,9 @@ def events(tmp_path_factory):
 
 
 def charts(events):
-    """Category -> title -> tags or patterns, as TensorBoard reads it."""
+    """Category -> title -> tags or patterns, as TensorBoard reads it: the last layout that was written."""
     found = {}
-    parsed = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    parsed = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
     for category in parsed.category:
         for chart in category.chart:
             series = [(s.value, s.lower, s.upper) for s in chart.margin.series]
@@ -77,44 +78,68 @@ def charts(events):
     return found
 
 
+def of_roles(read):
+    """Role -> what was written in its run."""
+    found = {Role.MEASURED: read}
+    for role in Role:
+        folder = Path(read.path) / role.value
+        if role.value and folder.exists():
+            found[role] = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return found
+
+
 def text_of(events, tag):
     return events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
-def excused(verdict):
-    """Tags that are not logged, or once, though there are charts for them: what is known only when steps were made."""
-    names = set()
-    if "the training is not random" in verdict:
-        names |= {tag.name for tag in TAGS if Need.BASELINE in tag.needs}
-    if "is smaller than the sampling error of the averaged paths" in verdict:
-        names |= {tag.name for tag in TAGS if tag.name.startswith("noise/")}
-    return {f"singlim/{name}" for name in names}
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "no problem"])
-def test_every_chart_of_the_layout_has_its_series(kind, events):
-    """Each tag is there with two points or more; a band has the steps of its series."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_chart_of_the_layout_has_its_series_and_every_series_its_chart(kind, events):
+    """A band has the steps of its series."""
     found, read = charts(events(kind)), events(kind)
+    roles = of_roles(read)
     scalars = {tag: [event.step for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
-    missing = excused(text_of(read, "singlim/verdict"))
-    assert not missing or kind not in ("dropout", "hyperparameters", "adam")
+    everywhere = {tag for each in roles.values() for tag in each.Tags()["scalars"]}
     for category, titled in found.items():
         for title, (patterns, bands) in titled.items():
-            for pattern in patterns:
-                assert pattern.startswith("^")
-                if any(re.match(pattern, tag) for tag in missing):
-                    continue
-                (tag,) = [tag for tag in scalars if re.match(pattern, tag)]
-                assert len(scalars[tag]) > 1, (category, title, tag)
+            assert not patterns or any(re.match(pattern, tag) for pattern in patterns for tag in everywhere), title
+            assert all(pattern.startswith("^") for pattern in patterns)
             for series in bands:
-                if series[0] not in missing:
-                    assert len({tuple(scalars[tag]) for tag in series}) == 1, (category, title)
-                    assert len(scalars[series[0]]) > 1
-    assert next(iter(found)) == "Distance"
-    assert any("baseline" in title for title in found["Drift"]) == (kind != "manual")
-    assert ("Noise-induced drift" in found) == (kind != "manual")
-    assert ("Singular limit" in found) == (kind not in ("no noise", "manual"))
-    assert any("standard error" in title for title in found["Drift"]) == (kind not in ("no replicas", "manual"))
+                assert len({tuple(scalars[tag]) for tag in series}) == 1, (category, title)
+    for tag in TAGS:
+        if tag.chart and len(scalars.get(f"singlim/{tag.name}", ())) > 1:
+            assert tag.chart in found[tag.group.value], tag.name
+    assert list(found) == [group.value for group in Group if group.value in found]
+
+
+@pytest.mark.parametrize(
+    ("kind", "absent"),
+    [
+        ("dropout", set()),
+        ("manual", {Group.THEORY}),
+        ("no problem", {Group.SET}),
+    ],
+)
+def test_there_are_no_charts_of_what_is_not_measured(kind, absent, events):
+    found = charts(events(kind))
+    assert {group.value for group in Group} - set(found) == {group.value for group in absent}
+    titles = {title for titled in found.values() for title in titled}
+    assert any("Noise-induced" in title for title in titles) == (kind in ("dropout", "no problem"))
+    assert ("Relaxed modes [share]" in titles) == (kind != "no problem")
+
+
+def test_curves_of_one_chart_are_runs_of_their_own(events):
+    """With the values of the tags, which stay in the run itself: there every logger has them."""
+    read = events("dropout")
+    roles = of_roles(read)
+    assert set(roles) == set(Role)
+    for tag in TAGS:
+        if tag.curve and f"singlim/{tag.name}" in read.Tags()["scalars"]:
+            points = [(e.step, e.value) for e in roles[tag.role].Scalars(f"singlim/curves/{tag.curve}")]
+            assert points == [(e.step, e.value) for e in read.Scalars(f"singlim/{tag.name}")]
+    # no row of hyperparameters but that of the run
+    for role, each in roles.items():
+        assert ("_hparams_/experiment" in each.summary_metadata) == (role is Role.MEASURED)
+        assert all(tag.startswith("singlim/curves/") for tag in each.Tags()["scalars"] if role is not Role.MEASURED)
 
 
 def test_a_training_without_a_problem_has_its_motion_and_the_reason(events):
@@ -145,13 +170,12 @@ def test_cards_figures_and_one_row_of_hyperparameters(kind, events):
 def test_two_monitors_share_a_layout(tmp_path, monkeypatch):
     without_figures(monkeypatch)
     read = written(tmp_path, monitor_of(**OPTIONS), monitor_of(**OPTIONS, name="other"), steps=10)
-    assert len(read.Tensors("custom_scalars__config__")) == 1
-    assert {"Distance (singlim)", "Distance (other)"} <= charts(read).keys()
+    assert {"Is it at the set? (singlim)", "Is it at the set? (other)"} <= charts(read).keys()
     assert {"singlim/set-up/text_summary", "other/set-up/text_summary"} <= set(read.Tags()["tensors"])
 
 
 def test_names_are_escaped():
-    (pattern,) = layout({"my.net": frozenset()})["Distance"]["Excess loss [loss]"][1]
+    (pattern,) = layout({"my.net": {"excess_loss"}})[Group.SET.value]["Excess loss [loss]"][1]
     assert re.match(pattern, "my.net/excess_loss")
     assert not re.match(pattern, "my-net/excess_loss")
     assert not re.match(pattern, "my.net/excess_loss_2")

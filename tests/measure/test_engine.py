@@ -22,7 +22,6 @@ from torch_singlim.measure import (
     Due,
     Engine,
     Model,
-    Need,
     Options,
     Schedule,
     Scope,
@@ -174,7 +173,6 @@ def test_everything_is_measured(followed):
     assert [step for step, point in engine.history.items() if "distance/nearest" in point] == [0, 8, 16, 24]
     last = engine.history[STEPS]
     assert {"drift/cosine", "drift/ceiling", "noise/ratio", "limit/frozen_cosine", "potential_stderr"} <= last.keys()
-    assert engine.expects() == frozenset(Need) - {Need.PART, Need.METRIC, Need.MOMENTS}
     assert last["clock/slow_time"] == pytest.approx(STEPS * LR * 0.25)
     assert last["clock/time_scale"] == pytest.approx(1 / (LR * 0.25))
     assert not any(tag.startswith("singlim") for tag in last)
@@ -355,7 +353,6 @@ def test_paths_that_are_given_up_leave_the_motion():
     engine.note(Code.SEVERAL_CALLS(count=2))
     assert engine.opens(8, None) is None
     assert not engine.supports(Scope.PATHS)
-    assert not {Need.PATHS, Need.BASELINE, Need.REPLICAS} & engine.expects()
 
 
 # --- isolation, cost -----------------------------------------------------------------------------------------------
@@ -451,7 +448,7 @@ def test_without_a_problem_the_motion_is_measured_all_the_same():
     assert not any(tag.startswith(("limit/", "clock/")) or tag == "excess_loss" for tag in engine.history[STEPS])
     assert engine.last_distance is None
     assert engine.windows.last.displacement.norm() > 0
-    assert engine.expects() == {Need.PATHS, Need.BASELINE, Need.REPLICAS}
+    assert engine.supports(Scope.PATHS)
     assert "Unsupported: no loss." in engine.verdict()
 
 
@@ -462,7 +459,7 @@ def test_without_a_problem_and_without_paths_the_motion_is_measured_all_the_same
     assert set(engine.history[STEPS]) == {"window/steps", "window/status", "drift/measured", "cost/overhead"}
     assert engine.history[STEPS]["window/status"] == 0
     assert engine.windows.last.displacement.norm() > 0
-    assert engine.expects() == frozenset()
+    assert not engine.supports(Scope.PATHS)
 
 
 def test_between_checkpoints_the_model_is_full_batch():
@@ -542,10 +539,8 @@ def custom(loss, w, x, y, eta):
 def test_the_order_of_a_custom_noise_is_measured_at_first_use():
     run = Run(nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)))
     engine = run.engine(noise=CustomNoise(custom, std=0.05))
-    assert Need.MOVES not in engine.expects()
     run.follow(engine, steps=8)
     assert engine.noise.order == 1
-    assert {Need.MOVES, Need.LIMIT} <= engine.expects()
     assert "limit/frozen_cosine" in engine.history[8]
 
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
 from tests.problems import Lion, Muon
+from torch_singlim import handwritten_digits
 from torch_singlim.measure.coupling import noise_ceiling_of
 from torch_singlim.measure.paths import CoupledPaths, LossGradient, Path, is_affine
 from torch_singlim.measure.replay import replay
@@ -440,9 +440,8 @@ def test_an_odd_number_of_draws_is_refused():
 @pytest.mark.slow
 def test_digits_under_dropout_follow_the_averaged_path():
     """200 digits, 64-256-10 GELU, dropout .1, SGD .5, batches of 25, after 2,000 noisy steps, over 500."""
-    pixels, labels = load_digits(return_X_y=True)
-    x = torch.tensor(pixels[:200], dtype=torch.float32)
-    x, y = (x - x.mean()) / x.std(), F.one_hot(torch.tensor(labels[:200]), 10).float()
+    x, labels = handwritten_digits(200)
+    x, y = (x - x.mean()) / x.std(), F.one_hot(labels, 10).float()
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Dropout(0.1), nn.Linear(256, 10))
     optimizer = sgd(net, lr=0.5)

@@ -151,9 +151,11 @@ def faults(chart: dict) -> list[str]:
     """Why a chart does not show all that it should."""
     found = list(chart["errors"])
     tags = [series["tag"] for series in chart["series"]]
-    for wanted in chart["wanted"]:
-        if not any((tag == wanted) if chart["band"] else re.match(wanted, tag) for tag in tags):
-            found.append(f"no data for {wanted}")
+    wanted = chart["wanted"]
+    if chart["band"]:
+        found += [f"no data for {each}" for each in wanted if each not in tags]
+    elif not any(re.match(each, tag) for each in wanted for tag in tags):
+        found.append(f"no data for {' or '.join(wanted)}")
     if chart["lines"] < len(tags) or (chart["band"] and chart["bands"] < len(tags)):
         found.append(f"{len(tags)} series, {chart['lines']} lines and {chart['bands']} bands drawn")
     found += [f"a single point of {series['tag']}" for series in chart["series"] if series["points"] < 2]
@@ -186,13 +188,18 @@ def look(logs: Path, shots: Path) -> dict:
             page.wait_for_function(DRAWN, arg=len(titles))
         charts = page.evaluate(CHARTS)
         _screenshot(page, shots / "custom_scalars.png")
+        groups = page.locator("tf-category-paginated-view")
+        for i in range(groups.count()):  # a part of the page for each group of charts
+            groups.nth(i).screenshot(path=str(shots / f"group_{i + 1}.png"))
         tab("text", "tf-text-loader")
         cards = page.locator("tf-text-loader").count()
         _screenshot(page, shots / "text.png")
-        tab("images", "tf-image-loader img")
-        page.wait_for_function(DRAWN_IMAGES)
-        images = page.locator("tf-image-loader img").count()
-        _screenshot(page, shots / "images.png")
+        images = 0
+        if any(_get(address, "/data/plugin/images/tags").values()):
+            tab("images", "tf-image-loader img")
+            page.wait_for_function(DRAWN_IMAGES)
+            images = page.locator("tf-image-loader img").count()
+            _screenshot(page, shots / "images.png")
         tab("hparams", "tf-hparams-table-view")
         with contextlib.suppress(Late):
             page.wait_for_function(f"() => ({ROWS})().length > 0")

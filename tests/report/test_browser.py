@@ -10,7 +10,9 @@ from playwright.sync_api import sync_playwright
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.report import browser
-from tests.zoo import Hyper, Net, fit, monitor_of, seeded
+from tests.zoo import Hyper, Manual, Net, fit, monitor_of, seeded
+from torch_singlim import SingularLimitMonitor, demo
+from torch_singlim.measure.tags import Group
 from torch_singlim.report import report
 
 # screenshots are kept here, for people to look at
@@ -23,6 +25,10 @@ pytestmark = [
 ]
 
 
+def board(folder):
+    return TensorBoardLogger(folder, name=None, version="run", default_hp_metric=False)
+
+
 def test_every_chart_has_its_curves(tmp_path):
     for width in (24, 32):
         monitor = monitor_of(every_n_steps=15, window=15, replicas=2, draws=16)
@@ -30,6 +36,7 @@ def test_every_chart_has_its_curves(tmp_path):
         fit(net, monitor, steps=60, logger=TensorBoardLogger(tmp_path, name=f"width {width}"))
     seen = browser.look(tmp_path, SHOTS)
     assert len(seen["layout"]) > 15
+    assert list(dict.fromkeys(group for group, _ in seen["layout"])) == [group.value for group in Group]
     shown = sorted((chart["category"], chart["title"]) for chart in seen["charts"])
     assert shown == sorted(tuple(each) for each in seen["layout"])
     assert [fault for chart in seen["charts"] for fault in browser.faults(chart)] == []
@@ -40,6 +47,37 @@ def test_every_chart_has_its_curves(tmp_path):
     assert len(seen["rows"]) == 2  # a row for each run, and no stray ones
     assert sorted(row["settings"]["width"] for row in seen["rows"]) == [24, 32]
     assert all(row["metrics"]["singlim/drift/cosine"] is not None for row in seen["rows"])
+
+
+def look_at(state, tmp_path):
+    """A run as TensorBoard shows it, without faults."""
+    seen = browser.look(tmp_path, SHOTS / state)
+    assert [fault for chart in seen["charts"] for fault in browser.faults(chart)] == []
+    assert seen["errors"] == []
+    return seen, {group for group, _ in seen["layout"]}
+
+
+def test_a_drift_that_is_unsupported(tmp_path):
+    fit(seeded(Manual), monitor_of(every_n_steps=15, window=15, loss="mse"), steps=60, logger=board(tmp_path))
+    seen, groups = look_at("unsupported", tmp_path)
+    assert Group.THEORY.value not in groups
+    assert seen["images"] == 3  # the time scales, the spectrum, the layers
+    assert "Displacement over a window [weight norm]" in {title for _, title in seen["layout"]}
+
+
+def test_nothing_but_the_excess_loss(tmp_path):
+    fit(seeded(Net), SingularLimitMonitor(max_overhead=0), steps=60, logger=board(tmp_path))
+    seen, groups = look_at("loss_alone", tmp_path)
+    assert groups == {Group.SET.value, Group.DRIFT.value, Group.COST.value}
+    assert seen["images"] == 0
+
+
+@pytest.mark.slow
+def test_screenshots_of_the_demonstration(tmp_path):
+    """The site shows them."""
+    demo.train(tmp_path / "demo")
+    _, groups = look_at("demo", tmp_path)
+    assert groups == {group.value for group in Group}
 
 
 def test_a_report_asks_the_network_for_nothing(tmp_path):
@@ -58,7 +96,7 @@ def test_a_report_asks_the_network_for_nothing(tmp_path):
         width = window.evaluate("() => document.documentElement.scrollWidth")
         chromium.close()
     assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
-    assert images == [True] * 3
+    assert images == [True] * 3  # two of the run, and its speeds
     assert width <= 1000
 
 
@@ -73,7 +111,7 @@ def test_what_is_missing_is_seen(tmp_path):
     writer.add_image("image", torch.zeros(3, 8, 8))
     writer.add_hparams({"a": 1}, {"there": 0.0}, run_name=".")
     writer.add_custom_scalars(
-        {"Broken": {"absent": ["Multiline", ["^there$", "^absent$"]], "band": ["Margin", ["there", "lower", "upper"]]}}
+        {"Broken": {"absent": ["Multiline", ["^absent$"]], "band": ["Margin", ["there", "lower", "upper"]]}}
     )
     writer.close()
     seen = browser.look(tmp_path, tmp_path / "shots")

@@ -14,7 +14,8 @@ import torch_singlim
 from tests.zoo import Manual, Net, fit, monitor_of, seeded
 from torch_singlim import DropConnect, Estimate, InjectNoise
 from torch_singlim.__main__ import main
-from torch_singlim.report import find_runs, read_run, report
+from torch_singlim.measure import Code
+from torch_singlim.report import Record, find_runs, read_run, report
 from torch_singlim.report.page import _exponents, _rate
 
 SWEEP = [(lr, std) for lr in (0.1, 0.2) for std in (0.1, 0.2, 0.3)]
@@ -38,19 +39,13 @@ def sweep(tmp_path_factory):
     return root, histories
 
 
-def same(found, logged, *, rel):
-    assert found.keys() == logged.keys()
-    for step, point in logged.items():
-        assert {tag: found[step][tag] for tag in point} == pytest.approx(point, rel=rel), step
-
-
 def test_what_was_logged_is_read_back(sweep):
     root, histories = sweep
     for name, history in histories.items():
-        same(read_run(root / "events" / name).history, history, rel=1e-6)  # event files hold float32
-    run = read_run(root / "csv")
-    same(run.history, histories["lr0.1_std0.1"], rel=1e-12)
-    assert run.cut_off is None
+        run = read_run(root / "events" / name)
+        assert run.history == history
+        assert run.finished
+    assert read_run(root / "csv").history == histories["lr0.1_std0.1"]
     assert len(find_runs(root)) == 7
 
 
@@ -70,8 +65,9 @@ def test_one_page_without_network(sweep, tmp_path):
         assert float(row["step size α [step size]"]) == pytest.approx(float(row["run"][2:5]))
         assert float(row["noise level σ"]) == pytest.approx(float(row["run"][-3:]))
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert {"sweep.png", "sweep.pdf", "speed.pdf", "time_scales_5.png", "agreement_0.pdf"} <= names
-    assert text.count("<img") == 2 + 2 * 6
+    assert {"runs.png", "sweep.png", "sweep.pdf", "speed.pdf", "time_scales_5.png", "agreement_0.pdf"} <= names
+    assert text.count("<img") == 3 + 2 * 6
+    assert "Noise: order 1, " in text
 
 
 def test_a_power_law_is_fitted(sweep):
@@ -115,22 +111,49 @@ def test_bad_input_is_said_and_writes_nothing(sweep, tmp_path, capsys):
     out = tmp_path / "report"
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "no event files and no metrics.csv" in refused(capsys, empty, "--out", out)
+    assert "no record of a SingularLimitMonitor" in refused(capsys, empty, "--out", out)
     assert "no folder" in refused(capsys, tmp_path / "absent", "--out", out)
-    assert "no tag under other/" in refused(capsys, root / "csv", "--name", "other", "--out", out)
+    assert "no monitor named other in" in refused(capsys, root / "csv", "--name", "other", "--out", out)
 
     plain = tmp_path / "plain"
     fit(seeded(Net), steps=4, logger=TensorBoardLogger(plain, name="", version=""))
-    assert "no tag under singlim/" in refused(capsys, plain, "--out", out)
+    assert "no record of a SingularLimitMonitor" in refused(capsys, plain, "--out", out)
 
-    cut = tmp_path / "cut"
-    cut.mkdir()
-    whole = next((root / "events" / "lr0.1_std0.1").glob("events*"))
-    (cut / whole.name).write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    assert "cut off in the middle of a record" in refused(capsys, cut, "--out", out)
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    (newer / "singlim.jsonl").write_text('{"torch_singlim": 99}\n')
+    assert "a record of version 1 was expected" in refused(capsys, newer, "--out", out)
     assert not out.exists()
-    main(["report", str(cut), "--out", str(out), "--partial"])
-    assert "is cut off: what comes before is shown" in (out / "report.html").read_text()
+
+
+def test_a_run_that_was_killed_is_shown_up_to_there(sweep, tmp_path, capsys):
+    root, histories = sweep
+    whole = (root / "csv" / "singlim.jsonl").read_text()
+    for end in (len(whole) // 2, whole.index("\n") + 1):
+        cut = tmp_path / str(end)
+        cut.mkdir()
+        (cut / "singlim.jsonl").write_text(whole[:end])
+        run = read_run(cut)
+        assert not run.finished
+        assert all(histories["lr0.1_std0.1"][step] == point for step, point in run.history.items())
+    out = tmp_path / "out"
+    main(["report", str(tmp_path / str(len(whole) // 2)), "--out", str(out)])
+    assert "did not come to its end" in (out / "report.html").read_text()
+
+
+def test_reasons_are_in_the_report(tmp_path):
+    """Also of a run of which nothing else is known, which has no figure."""
+    monitor = monitor_of(every_n_steps=10, window=10, loss="mse")
+    fit(seeded(Manual), monitor, steps=20, logger=CSVLogger(tmp_path / "runs", name="manual"))
+    page = report([tmp_path / "runs"], tmp_path / "report").read_text()
+    assert "<li>Unsupported: manual optimization: " in page
+    assert page.count("<img") == 1
+    folder = tmp_path / "nothing"
+    record = Record(folder, "singlim")
+    record.finish([Code.NO_WEIGHTS()], None)
+    page = report([folder], tmp_path / "of_nothing").read_text()
+    assert "<li>Unsupported: the module has no trainable parameters.</li>" in page
+    assert "<img" not in page
 
 
 def test_runs_with_different_tags_are_shown_side_by_side(sweep, tmp_path):
@@ -138,9 +161,12 @@ def test_runs_with_different_tags_are_shown_side_by_side(sweep, tmp_path):
     root, _ = sweep
     part = monitor_of(every_n_steps=10, window=10, loss="mse")
     fit(seeded(Manual), part, steps=20, logger=TensorBoardLogger(tmp_path, name="manual", version=""))
-    fit(seeded(Net), steps=4, logger=TensorBoardLogger(tmp_path, name="plain", version=""))
-    page = report([tmp_path / "manual", tmp_path / "plain", root / "csv"], tmp_path / "report")
-    assert f"no monitor logged there: {tmp_path / 'plain'}." in page.read_text()
+    other = monitor_of(every_n_steps=10, window=10, name="other/one")
+    fit(seeded(Net), other, steps=4, logger=TensorBoardLogger(tmp_path, name="other", version=""))
+    page = report([tmp_path / "manual", tmp_path / "other", root / "csv"], tmp_path / "report")
+    assert f"no monitor of this name logged there: {tmp_path / 'other'}." in page.read_text()
+    with pytest.raises(ValueError, match="but other/one: pass its name"):
+        read_run(tmp_path / "other")
     rows = {row["run"]: row for row in csv.DictReader((tmp_path / "report" / "runs.csv").read_text().splitlines())}
     assert len(rows) == 2
     (manual,) = [row for name, row in rows.items() if name.endswith("manual")]

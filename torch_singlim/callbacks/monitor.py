@@ -12,19 +12,19 @@ from lightning.pytorch.profilers import Profiler
 from torch import Tensor, nn
 
 from torch_singlim.callbacks.attempts import Attempts
+from torch_singlim.callbacks.board import has_board, writers
 from torch_singlim.callbacks.follower import TIMED_STEPS
-from torch_singlim.callbacks.publish import describe, log_point, provide, report_reasons, say
+from torch_singlim.callbacks.logs import Logs
+from torch_singlim.callbacks.publish import describe, provide, report_reasons, say
 from torch_singlim.callbacks.resume import state_of, take_over
 from torch_singlim.callbacks.start import Asked, Started, start
 from torch_singlim.callbacks.tensorboard import (
     begin_hyperparameters,
     draw,
     end_hyperparameters,
-    has_board,
     module_hyperparameters,
     open_board,
     settings,
-    writers,
 )
 from torch_singlim.measure import (
     Account,
@@ -163,6 +163,7 @@ class SingularLimitMonitor(Callback):
         self._step_before = 0  # at the end of the last batch
         self._figures_at = 0  # the step at which figures were drawn last
         self._attempts: Attempts | None = None  # makes measurements harmless; None before the start of training
+        self._logs: Logs | None = None  # where results are written; None before the start of training
 
     # --- what was measured -----------------------------------------------------------------------------------------
 
@@ -236,7 +237,7 @@ class SingularLimitMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detect what is trained, and how; measure the initial weights, or continue from a checkpoint."""
         resumed, self._resumed, self.engine, self._started = self._resumed, None, None, None
-        self.verdict, self._figures_at = "", 0
+        self.verdict, self._figures_at, self._logs = "", 0, None
         self._step_before = trainer.global_step
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it from a helper
             return
@@ -250,6 +251,7 @@ class SingularLimitMonitor(Callback):
         went_on = resumed is not None and self._resume(trainer, found, resumed)
         describe(trainer, found.engine)
         self._attempts = Attempts(trainer, found.engine)
+        self._logs = Logs(trainer, self.name, found.engine)
         if not went_on:
             self._publish(trainer, self._measure(trainer, trainer.global_step - 1))
         self._attempt(lambda: self._open_dashboard(trainer, found.engine))
@@ -314,6 +316,8 @@ class SingularLimitMonitor(Callback):
         """Leave the module as it was."""
         if self._started is not None:
             self._started.follower.close()
+        if self._logs is not None:
+            self._logs.close()
 
     # --- paths beside the training ---------------------------------------------------------------------------------
 
@@ -353,7 +357,9 @@ class SingularLimitMonitor(Callback):
 
         def measure() -> None:
             point.update(scalars(engine.measure(subject.snapshot(trainer), before=before)))
-            say(trainer, logging.INFO, f"step {step}: {terminal_line(engine.history.get(step, {}))}")
+            line = terminal_line(engine.history.get(step, {}))
+            if line:
+                say(trainer, logging.INFO, f"step {step}: {line}")
 
         profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # Lightning sets it from a helper
         with profiler.profile(f"[{type(self).__name__}]{self.name}.measure"):
@@ -372,19 +378,19 @@ class SingularLimitMonitor(Callback):
     def _publish(self, trainer: Trainer, point: Mapping[str, float]) -> None:
         """Send what was measured to loggers, to callbacks that monitor a metric, and to the progress bar."""
         if point:
-            self._attempt(lambda: log_point(trainer, self.name, trainer.global_step, point))
+            beside = [each._logs for each in _monitors(trainer) if each._logs is not None]
+            self._attempt(lambda: self._logs and self._logs.write(trainer.global_step, point, beside))
             provide(trainer, self.name, point, prog_bar=self.prog_bar)
 
     # --- TensorBoard -----------------------------------------------------------------------------------------------
 
     def _open_dashboard(self, trainer: Trainer, engine: Engine) -> None:
-        """Write the card of what was detected; the last monitor that starts also writes the layout of all charts."""
+        """Write the card of what was detected."""
         monitors = _monitors(trainer)
         running = {each.name: each.engine for each in monitors if each.engine is not None}
         if has_board(trainer) and self._started is not None:
             found = settings(engine, self._started.subject.snapshot(trainer), window=self.asked.window)
-            first, complete = monitors[0] is self, len(running) == len(monitors)
-            open_board(trainer, self.name, running, found, first=first, complete=complete)
+            open_board(trainer, self.name, running, found, first=monitors[0] is self)
 
     def _draw(self, trainer: Trainer, engine: Engine) -> None:
         """Write figures if there is time; every process takes part in computing what they show."""
@@ -396,6 +402,8 @@ class SingularLimitMonitor(Callback):
 
     def _conclude(self, trainer: Trainer, engine: Engine) -> None:
         self.verdict = engine.verdict()
+        if self._logs is not None:
+            self._logs.finish()
         say(trainer, logging.INFO, f"verdict\n\n{self.verdict}\n")
         for writer in writers(trainer):
             writer.add_text(f"{self.name}/verdict", self.verdict, trainer.global_step)

@@ -29,11 +29,13 @@ class CheckpointMeasurements:
     Args:
         history: step -> tag -> value, like a monitor's `history`.
         reasons: why something is not measured or not predicted.
+        noise: whether its effect is visible, in words; None: nothing was compared with theory.
         verdict: all of this in words.
     """
 
     history: Mapping[int, Mapping[str, float]]
     reasons: tuple[Reason, ...]
+    noise: str | None
     verdict: str
 
 
@@ -94,7 +96,7 @@ def measure_checkpoints(
                 engine = _engine(problem, snapshot, noise, options, Schedule.between(steps), seed)
             engine.measure(snapshot)
     assert engine is not None  # there is a checkpoint
-    return CheckpointMeasurements(engine.history, tuple(engine.reasons), engine.verdict())
+    return CheckpointMeasurements(engine.history, tuple(engine.reasons), engine.noise_words, engine.verdict())
 
 
 def _problem(

@@ -1,4 +1,4 @@
-"""Send results to loggers, other callbacks, the progress bar and the terminal."""
+"""Send results to other callbacks, the progress bar and the terminal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from lightning.pytorch import Trainer
 
-from torch_singlim.callbacks.tensorboard import writers
 from torch_singlim.measure import Engine, Place, Reason, Scope
-from torch_singlim.measure.tags import bands, shown_in
+from torch_singlim.measure.tags import shown_in
 
-__all__ = ["describe", "log_point", "provide", "report_reasons", "say"]
+__all__ = ["describe", "provide", "report_reasons", "say"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,23 +46,9 @@ def describe(trainer: Trainer, engine: Engine) -> None:
     report_reasons(trainer, engine.reasons)
 
 
-def _named(name: str, point: Mapping[str, float]) -> dict[str, float]:
-    """Values with the tags of the loggers, which begin with the monitor's name."""
-    return {f"{name}/{tag}": value for tag, value in point.items()}
-
-
-def log_point(trainer: Trainer, name: str, step: int, point: Mapping[str, float]) -> None:
-    """Send the values of one step to the trainer's loggers; TensorBoard also gets the bands of standard errors."""
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        logger.log_metrics(_named(name, point), step=step)
-    for writer in writers(trainer):
-        for tag, value in _named(name, bands(point)).items():
-            writer.add_scalar(tag, value, step)
-
-
 def provide(trainer: Trainer, name: str, point: Mapping[str, float], *, prog_bar: bool) -> None:
     """Provide the same values to callbacks that monitor a metric, and to the progress bar."""
-    named = _named(name, point)
+    named = {f"{name}/{tag}": value for tag, value in point.items()}
     trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in named.items()})
     if prog_bar:
         shown = (f"{name}/{tag.name}" for tag in shown_in(Place.PROGRESS))

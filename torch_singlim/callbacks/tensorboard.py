@@ -1,35 +1,33 @@
-"""A monitor in TensorBoard: the layout of charts, cards, figures, hyperparameters."""
+"""A monitor in TensorBoard beside its charts: cards, figures, hyperparameters."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from torch_singlim.callbacks.board import writers
 from torch_singlim.geometry import relaxation_level
 from torch_singlim.measure import (
     DistanceMeasurement,
     Engine,
     History,
-    Need,
     Place,
     Reason,
     Scope,
     Snapshot,
-    Window,
     drift_by_layer,
     shares,
 )
-from torch_singlim.measure.tags import GROUPS, TAGS, Tag, shown_in
+from torch_singlim.measure.tags import shown_in
+from torch_singlim.measure.training import orders_known
 from torch_singlim.network import WeightSpace
 from torch_singlim.report import (
     Figure,
@@ -48,61 +46,10 @@ __all__ = [
     "end_hyperparameters",
     "draw",
     "figures",
-    "has_board",
-    "layout",
     "module_hyperparameters",
     "open_board",
     "settings",
-    "writers",
 ]
-
-Chart = list[str | list[str]]
-Layout = dict[str, dict[str, Chart]]
-
-
-def writers(trainer: Trainer) -> Iterator[SummaryWriter]:
-    """The trainer's TensorBoard writers; none on processes other than the first."""
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        if isinstance(logger, TensorBoardLogger):
-            yield logger.experiment
-
-
-def has_board(trainer: Trainer) -> bool:
-    """Whether the trainer logs to TensorBoard; the same on all processes."""
-    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
-
-
-def layout(monitors: Mapping[str, frozenset[Need]]) -> Layout:
-    """The charts of all monitors: group -> title with unit -> type of chart and tags.
-
-    Args:
-        monitors: name of each -> the conditions of series that are fulfilled.
-
-    >>> layout({"singlim": frozenset()})["Distance"]["Excess loss [loss]"]
-    ['Multiline', ['^singlim/excess_loss$']]
-    """
-    charts: Layout = {}
-    for name, expected in monitors.items():
-        of = f" ({name})" if len(monitors) > 1 else ""
-        for group in GROUPS:
-            found = _charts(name, [tag for tag in TAGS if tag.group == group], expected)
-            if found:
-                charts[f"{group}{of}"] = found
-    return charts
-
-
-def _charts(name: str, tags: Sequence[Tag], expected: frozenset[Need]) -> dict[str, Chart]:
-    """The charts of one group, without those whose series will not be logged."""
-    there = [tag for tag in tags if tag.needs <= expected]
-    charts: dict[str, Chart] = {}
-    for title in dict.fromkeys(tag.chart for tag in there if tag.chart):
-        of_chart = [(f"{name}/{tag.name}", tag.members is not None) for tag in there if tag.chart == title]
-        patterns = [f"^{re.escape(tag)}{'/.*' if family else ''}$" for tag, family in of_chart]
-        charts[title] = ["Multiline", patterns]
-    for tag in there:
-        if tag.band and (Need.REPLICAS in expected or Need.PATHS not in tag.needs):
-            charts[tag.band] = ["Margin", [f"{name}/{each}" for each in (tag.name, *tag.band_names)]]
-    return charts
 
 
 def settings(engine: Engine, snapshot: Snapshot, *, window: int | str) -> dict[str, str | float]:
@@ -128,9 +75,9 @@ def settings(engine: Engine, snapshot: Snapshot, *, window: int | str) -> dict[s
     found |= {"lr": lr, "momentum": sgd.momentum, "step size": sgd.effective_lr}
     if problem is not None:
         found["batch"] = sgd.batch(problem.num_samples)
-    if engine.supports(Scope.LIMIT) and Need.MOVES in engine.expects():
+    if engine.supports(Scope.LIMIT) and orders_known(noise) and noise.order is not None:
         variance = engine.variance_at(snapshot)
-        found |= {"noise level": math.sqrt(variance), "order": noise.order or 0}
+        found |= {"noise level": math.sqrt(variance), "order": noise.order}
         found["steps per unit of slow time"] = time_scale(sgd, noise.order, variance)
     if engine.last_distance is not None:
         relaxation = 1 / (sgd.effective_lr * engine.last_distance.tangent.hessian.largest)
@@ -188,19 +135,20 @@ def by_layer(engine: Engine, space: WeightSpace) -> list[tuple[str, dict[str, fl
 
 def figures(
     history: History,
-    window: Window | None,
     spectrum: Spectrum | None,
     layers: Sequence[tuple[str, Mapping[str, float]]] = (),
 ) -> dict[str, Figure]:
     """Name -> figure, for what was measured so far."""
-    drawn = {"1_time_scales": time_scales_figure(history)}
-    if window is not None and window.comparisons:
-        drawn |= {"2_agreement": agreement_figure(history), "3_speed": speed_figure({"": history})}
+    drawn = {
+        "1_time_scales": time_scales_figure(history),
+        "2_agreement": agreement_figure(history),
+        "3_speed": speed_figure({"": history}),
+    }
     if spectrum is not None:
         drawn["4_spectrum"] = spectrum_figure(spectrum.eigenvalues, level=spectrum.level, step=spectrum.step)
     if layers:
         drawn["5_layers"] = layers_figure(layers)
-    return drawn
+    return {title: figure for title, figure in drawn.items() if figure is not None}
 
 
 def draw(trainer: Trainer, name: str, engine: Engine, sgd: SGDSettings | None, space: WeightSpace) -> None:
@@ -209,7 +157,7 @@ def draw(trainer: Trainer, name: str, engine: Engine, sgd: SGDSettings | None, s
     spectrum = None if seen is None else Spectrum.of(seen, sgd, engine.options.relaxed_after)
     layers = by_layer(engine, space)
     for writer in writers(trainer):
-        for title, figure in figures(engine.history, engine.windows.last, spectrum, layers).items():
+        for title, figure in figures(engine.history, spectrum, layers).items():
             writer.add_figure(f"{name}/figures/{title}", figure, trainer.global_step)
 
 
@@ -220,9 +168,8 @@ def open_board(
     found: Mapping[str, str | float],
     *,
     first: bool,
-    complete: bool,
 ) -> None:
-    """Write the card of what a monitor detected, the run's hyperparameters and the layout of the charts.
+    """Write the card of what a monitor detected, and the run's hyperparameters.
 
     Args:
         trainer: with its loggers.
@@ -230,14 +177,11 @@ def open_board(
         running: the engines of all monitors that have started.
         found: settings of the monitor's training.
         first: whether this is the trainer's first monitor, which writes the hyperparameters.
-        complete: whether all monitors have started, so that the layout of the charts can be written.
     """
     for writer in writers(trainer):
         if first and not module_hyperparameters(trainer):
             begin_hyperparameters(writer, found, list(running))
         writer.add_text(f"{name}/set-up", card(found, running[name].reasons), trainer.global_step)
-        if complete:
-            writer.add_custom_scalars(layout({each: engine.expects() for each, engine in running.items()}))
 
 
 def module_hyperparameters(trainer: Trainer) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,12 +46,14 @@ def _training_losses(module: LightningModule, batches: list[Any], dtype: torch.d
         twin._trainer = StandIn.of(module._trainer)
     if getattr(vars(twin).get("training_step"), "recording", None):  # of the run's calls, not the copy's
         del twin.training_step
+    # batch_idx is optional, and may have any name
+    further = [0] if is_param_in_hook_signature(twin.training_step, "batch_idx", min_args=2) else []
     losses = []
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for batch in batches:
-                out = twin.training_step(batch, 0)
+                out = twin.training_step(batch, *further)
                 value = out["loss"] if isinstance(out, dict) else out
                 losses.append(float(value))
     except Exception:  # a training step may need more of the trainer; the caller tells the user what to pass instead

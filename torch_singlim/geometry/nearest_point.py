@@ -171,8 +171,12 @@ class _Search:
         for trial in range(_TRIES):
             theta = 1.0 if n == 0 else min(1.0, _NORMAL_SHARE * self.radius / n)
             gradient = model.tangential - theta * bent  # the normal step has turned it by then
-            if _norm(gradient) <= self.rounding * d:  # conjugate gradients would follow rounding errors
+            size = _norm(gradient)
+            if size <= self.rounding * d:  # conjugate gradients would follow rounding errors
                 gradient = torch.zeros_like(gradient)
+            elif rtol * size <= self.rounding * d:
+                # rounding errors of v - w have left a normal part, on which W vanishes
+                gradient = model.project(gradient)
             step = trust_region_step(
                 model.product,
                 gradient,

@@ -17,7 +17,7 @@ from torch_singlim.measure.schedule import Due, Schedule
 from torch_singlim.measure.snapshot import Metric, Snapshot, StepSums
 from torch_singlim.measure.tags import History, Need, Place, Tag, scalars
 from torch_singlim.measure.training import Training, training_of
-from torch_singlim.measure.verdict import Visibility, terminal_line, verdict, visibility
+from torch_singlim.measure.verdict import Visibility, sentences, terminal_line, verdict, visibility
 from torch_singlim.measure.window import Comparison, Model, NoiseInduced, Spread, Window
 
 __all__ = [
@@ -68,6 +68,7 @@ __all__ = [
     "Place",
     "scalars",
     "verdict",
+    "sentences",
     "Visibility",
     "visibility",
     "terminal_line",

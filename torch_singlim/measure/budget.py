@@ -199,6 +199,8 @@ class Budget:
         """What was skipped to stay within the budget; None: nothing."""
         if not self.skipped or self.share is None:
             return None
+        if self.share == 0:
+            return Code.LOSS_ALONE()
         parts = [f"{_SKIPPED[kind]} at {count} step{'s' * (count > 1)}" for kind, count in self.skipped.items()]
         return Code.TIME(share=self.share, grace=_GRACE, what=", ".join(parts))
 

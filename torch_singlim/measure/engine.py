@@ -23,7 +23,7 @@ from torch_singlim.measure.schedule import Due, Schedule
 from torch_singlim.measure.snapshot import Snapshot
 from torch_singlim.measure.states import check_keys
 from torch_singlim.measure.steps import Recorded
-from torch_singlim.measure.tags import EXCESS_LOSS, Need, scalars
+from torch_singlim.measure.tags import EXCESS_LOSS, scalars
 from torch_singlim.measure.training import Training, checked, orders_known, with_decay, with_orders
 from torch_singlim.measure.verdict import Visibility, verdict, visibility
 from torch_singlim.measure.window import Window
@@ -128,22 +128,6 @@ class Engine:
     def _has_part(self) -> bool:
         """Whether a part of the training set is measured."""
         return any(reason.code is Code.SUBSET for reason in self.reasons)
-
-    def expects(self) -> frozenset[Need]:
-        """The conditions of series that are fulfilled, so that these will be logged if there is time."""
-        limit = self.problem is not None and self.supports(Scope.LIMIT)
-        paths, known = self.supports(Scope.PATHS), orders_known(self.noise)
-        found = {
-            Need.PATHS: paths,
-            Need.BASELINE: paths and not any(reason.code is Code.NO_BASELINE for reason in self.reasons),
-            Need.REPLICAS: paths and self.options.replicas > 0,
-            Need.PART: self._has_part,
-            Need.LIMIT: limit,
-            Need.MOVES: limit and known and self.noise.order is not None,
-            Need.METRIC: limit and bool(self.adaptive),
-            Need.MOMENTS: limit and bool(self.adaptive) and any(part.order == 2 for part in parts(self.noise)),
-        }
-        return frozenset(need for need, there in found.items() if there)
 
     def note(self, *reasons: Reason | None) -> list[Reason]:
         """Keep reasons, each of them once, and return the new ones."""
@@ -364,14 +348,21 @@ class Engine:
             self.windows.last, self.last_distance, self.windows.noise_ratio, self.windows.noise_ratio_of_replicas
         )
 
+    @property
+    def all_reasons(self) -> list[Reason]:
+        """The reasons, with that for what there was no time for."""
+        skipped = self.budget.reason
+        return [*self.reasons, *([skipped] if skipped else [])]
+
+    @property
+    def noise_words(self) -> str | None:
+        """Whether the effect of the noise is visible, in words; None: nothing was compared with theory."""
+        last = self.windows.last
+        return self.visibility.words if last is not None and last.comparisons else None
+
     def verdict(self) -> str:
         """The results in words."""
-        skipped, last = self.budget.reason, self.windows.last
-        return verdict(
-            self.history,
-            reasons=[*self.reasons, *([skipped] if skipped else [])],
-            noise=self.visibility.words if last is not None and last.comparisons else None,
-        )
+        return verdict(self.history, reasons=self.all_reasons, noise=self.noise_words)
 
     # --- resuming --------------------------------------------------------------------------------------------------
 

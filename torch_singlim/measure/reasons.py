@@ -303,6 +303,11 @@ class Code(Enum):
         "to keep measurements below {grace:.0f} s and {share:.0%} of the wall time: {what}; pass max_overhead=None, or "
         "every_n_steps, for all of them",
     )
+    LOSS_ALONE = (
+        _SKIPPED,
+        Scope.PART,
+        "with max_overhead=0, all but the excess loss, the displacement of the weights and the clock",
+    )
     STATE = _SKIPPED, Scope.PART, "the monitor's state in the checkpoint was not restored: {why}"
 
     @property

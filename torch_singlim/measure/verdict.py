@@ -13,7 +13,7 @@ from torch_singlim.measure.reasons import Reason
 from torch_singlim.measure.tags import History, Place, Tag
 from torch_singlim.measure.window import Window
 
-__all__ = ["Visibility", "terminal_line", "verdict", "visibility"]
+__all__ = ["Visibility", "sentences", "terminal_line", "verdict", "visibility"]
 
 # the effect of the noise is visible if the error of the noise ratio is at most this
 _VISIBLE = 0.25
@@ -61,10 +61,10 @@ def verdict(history: History, *, reasons: Sequence[Reason] = (), noise: str | No
         lines += ["", *_table("window", diffusing, tags.shown_in(Place.LENGTHS))]
     if noise:
         lines.append(f"\nNoise: {noise}.")
-    return "\n".join([*lines, *_sentences(reasons)])
+    return "\n".join([*lines, *(f"\n{sentence}" for sentence in sentences(reasons))])
 
 
-def _sentences(reasons: Sequence[Reason]) -> list[str]:
+def sentences(reasons: Sequence[Reason]) -> list[str]:
     """One sentence for each reason; of those that came up in several windows, the first one and how many there are."""
     found: dict[object, list[Reason]] = {}
     for reason in reasons:
@@ -72,7 +72,7 @@ def _sentences(reasons: Sequence[Reason]) -> list[str]:
     lines = []
     for first, *others in found.values():
         further = f" The same in {len(others)} further window{'s' * (len(others) > 1)}." if others else ""
-        lines.append(f"\n{first.sentence}{further}")
+        lines.append(f"{first.sentence}{further}")
     return lines
 
 

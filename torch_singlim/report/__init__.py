@@ -1,5 +1,6 @@
 """Figures and pages from what was logged; the only subpackage that imports matplotlib."""
 
+from torch_singlim.report.comparison import runs_figure
 from torch_singlim.report.figures import (
     Figure,
     agreement_figure,
@@ -11,14 +12,15 @@ from torch_singlim.report.figures import (
 )
 from torch_singlim.report.page import report
 from torch_singlim.report.rates import scaling_figure, sweep_figure
-from torch_singlim.report.runs import Run, find_runs, read_run
+from torch_singlim.report.record import Record, Run, find_runs, read_run
 
 __all__ = [
-    # a finished run, or several
-    "report",
+    # the record of a run, and a page of several
+    "Record",
+    "Run",
     "find_runs",
     "read_run",
-    "Run",
+    "report",
     # the figures
     "Figure",
     "time_scales_figure",
@@ -26,6 +28,7 @@ __all__ = [
     "speed_figure",
     "spectrum_figure",
     "layers_figure",
+    "runs_figure",
     "sweep_figure",
     "drift_figure",
     "scaling_figure",

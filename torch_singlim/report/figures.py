@@ -56,106 +56,139 @@ def _plot_curves(axes: Axes, history: History, tag: Tag, *, label: str, **style:
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
 
 
-def _empty(axes: Axes, words: str) -> None:
-    """Write into an empty panel what is missing."""
-    axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes, color="0.4", wrap=True)
-    axes.set(xticks=[], yticks=[])
+def _has(history: History, *shown: Tag) -> bool:
+    """Whether one of these was logged."""
+    return any(tags.series(history, tag) for tag in shown)
 
 
-@COLUMN
-def time_scales_figure(history: History) -> Figure:
-    """The fast fall and the slow drift: excess loss and distance over the steps.
+def _panel_of_loss(axes: Axes, history: History) -> None:
+    axes.plot(*_series(history, tags.EXCESS_LOSS), color=MEASURED, marker=".", lw=1)
+    axes.set(xscale="log", yscale="log", xlabel="optimizer steps", ylabel="loss", title="Excess loss")
 
-    Below: the displacement since the beginning of each window, measured and predicted.
 
-    Args:
-        history: what was logged, step -> tag -> value.
-    """
-    figure, (fall, drift) = stacked_panels(2)
-    lines = [
-        (tags.EXCESS_LOSS, CEILING, ".", "excess loss"),
-        (tags.HALF, MEASURED, "v", "distance to half of it"),
-        (tags.TENTH, MEASURED, "1", "distance to a tenth"),
-        (tags.NEAREST, MEASURED, "s", "nearest point"),
-        (tags.RELAXED, LIMIT, "o", "relaxed part"),
-        (tags.RELAXED_EXPECTED, THEORY, "^", "the same, expected"),
-    ]
-    for tag, color, marker, label in lines:
+_DISTANCES = (
+    (tags.HUNDREDTH, MEASURED, "2", "to a hundredth of the loss"),
+    (tags.TENTH, MEASURED, "1", "to a tenth"),
+    (tags.HALF, MEASURED, "v", "to half"),
+    (tags.NEAREST, CEILING, "s", "nearest point"),
+    (tags.RELAXED, LIMIT, "o", "relaxed part"),
+    (tags.RELAXED_EXPECTED, THEORY, "^", "the same, expected"),
+)
+
+
+def _panel_of_distances(axes: Axes, history: History) -> None:
+    for tag, color, marker, label in _DISTANCES:
         steps, values = _series(history, tag)
         if steps:
-            fall.plot(steps, values, color=color, marker=marker, label=label, lw=1)
-    fall.set(xscale="log", yscale="log", xlabel="optimizer steps", title="Excess loss and distances")
-    fall.set_ylabel("loss, or weight norm")
-    if fall.lines:
-        fall.legend()
-    if not tags.windows(history):
-        _empty(drift, "the drift was not measured")
-        return figure
+            axes.plot(steps, values, color=color, marker=marker, label=label, lw=1)
+    axes.set(xscale="log", yscale="log", xlabel="optimizer steps", ylabel="weight norm", title="Distances")
+    if axes.lines:
+        axes.legend()
+
+
+def _panel_of_displacements(axes: Axes, history: History) -> None:
     for tag, color, marker, style, label in (
         (tags.DRIFT_MEASURED, MEASURED, "o", "-", "measured"),
         (tags.DRIFT_PREDICTED, THEORY, "^", "--", "predicted"),
         (tags.BASELINE_MOVED, CONTROL, "s", "-", "baseline (noise off)"),
     ):
-        _plot_curves(drift, history, tag, color=color, marker=marker, ls=style, label=label)
-    drift.set_ylim(bottom=0)
-    drift.set(xlabel="optimizer steps", ylabel="weight norm", title="Displacement within each window")
-    drift.legend()
-    return figure
+        _plot_curves(axes, history, tag, color=color, marker=marker, ls=style, label=label)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="optimizer steps", ylabel="weight norm", title="Displacement within each window")
+    axes.legend()
 
 
 @COLUMN
-def agreement_figure(history: History) -> Figure:
-    """Direction and speed of the drift and of its noise-induced part, with standard errors, ceilings and baseline.
+def time_scales_figure(history: History) -> Figure | None:
+    """The fast fall and the slow drift: excess loss, distances, and the displacement since each window's beginning.
+
+    There is a panel for each of these that was measured; None: nothing was.
 
     Args:
         history: what was logged, step -> tag -> value.
     """
-    figure, (direction, speed, noise) = stacked_panels(3)
-    for tag, color, marker, label in (
-        (tags.DRIFT_COSINE, THEORY, "o", "predicted"),
-        (tags.LIMIT_COSINE, LIMIT, "D", "singular limit"),
-        (tags.DRIFT_BASELINE_COSINE, CONTROL, "s", "baseline (noise off)"),
-        (tags.DRIFT_CEILING, CEILING, "_", "noise ceiling"),
-    ):
-        _plot_curves(direction, history, tag, color=color, marker=marker, label=label)
-    for tag, color, marker, label in (
-        (tags.DRIFT_SPEED, THEORY, "o", "predicted"),
-        (tags.LIMIT_SPEED, LIMIT, "D", "singular limit"),
-    ):
-        _plot_curves(speed, history, tag, color=color, marker=marker, label=label)
-    for tag, color, marker, label in (
-        (tags.NOISE_RATIO, MEASURED, "o", "measured / predicted"),
-        (tags.NOISE_COSINE, THEORY, "^", "cosine"),
-        (tags.NOISE_CEILING, CEILING, "_", "noise ceiling"),
-    ):
-        _plot_curves(noise, history, tag, color=color, marker=marker, label=label)
-    direction.axhline(0, color="0.8", lw=0.5, zorder=0)
-    direction.set(ylabel="cosine with the measured drift", title="Direction of the drift", ylim=(-0.35, 1.08))
-    speed.set(ylabel="measured / predicted", title="Speed")
-    noise.set(ylabel="ratio, or cosine", title="Noise-induced drift: run minus baseline")
-    for axes in (speed, noise):
-        axes.axhline(1, color="0.6", lw=0.8, ls=":", zorder=0)
-        # values at the first steps of a window are uncertain, and would set the scale
-        axes.set_ylim(max(-0.5, min(0.0, axes.get_ylim()[0])), min(2.0, max(1.15, axes.get_ylim()[1])))
-    for axes in (direction, speed, noise):
-        axes.set_xlabel("optimizer steps")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="lower left" if axes is direction else "best", ncols=2 if axes is direction else 1)
+    panels = []
+    if _has(history, tags.EXCESS_LOSS):
+        panels.append(_panel_of_loss)
+    if _has(history, *(tag for tag, *_ in _DISTANCES)):
+        panels.append(_panel_of_distances)
+    if tags.windows(history):
+        panels.append(_panel_of_displacements)
+    if not panels:
+        return None
+    figure, all_axes = stacked_panels(len(panels))
+    for axes, panel in zip(all_axes, panels, strict=True):
+        panel(axes, history)
+    return figure
+
+
+# title -> label of the axis, and tag, colour, marker and label of each curve
+_AGREEMENT = {
+    "Direction of the drift": (
+        "cosine with the measured drift",
+        (
+            (tags.DRIFT_COSINE, THEORY, "o", "predicted"),
+            (tags.LIMIT_COSINE, LIMIT, "D", "singular limit"),
+            (tags.DRIFT_BASELINE_COSINE, CONTROL, "s", "baseline (noise off)"),
+            (tags.DRIFT_CEILING, CEILING, "_", "noise ceiling"),
+        ),
+    ),
+    "Speed": (
+        "measured / predicted",
+        ((tags.DRIFT_SPEED, THEORY, "o", "predicted"), (tags.LIMIT_SPEED, LIMIT, "D", "singular limit")),
+    ),
+    "Noise-induced drift: run minus baseline": (
+        "ratio, or cosine",
+        (
+            (tags.NOISE_RATIO, MEASURED, "o", "measured / predicted"),
+            (tags.NOISE_COSINE, THEORY, "^", "cosine"),
+            (tags.NOISE_CEILING, CEILING, "_", "noise ceiling"),
+        ),
+    ),
+}
+
+
+@COLUMN
+def agreement_figure(history: History) -> Figure | None:
+    """Direction and speed of the drift and of its noise-induced part, with standard errors, ceilings and baseline.
+
+    There is a panel for each of these that was compared with theory; None: none was.
+
+    Args:
+        history: what was logged, step -> tag -> value.
+    """
+    there = {title: panel for title, panel in _AGREEMENT.items() if _has(history, *(tag for tag, *_ in panel[1]))}
+    if not there:
+        return None
+    figure, all_axes = stacked_panels(len(there))
+    for axes, (title, (unit, curves)) in zip(all_axes, there.items(), strict=True):
+        for tag, color, marker, label in curves:
+            _plot_curves(axes, history, tag, color=color, marker=marker, label=label)
+        axes.set(xlabel="optimizer steps", ylabel=unit, title=title)
+        if "cosine with" in unit:
+            axes.axhline(0, color="0.8", lw=0.5, zorder=0)
+            axes.set_ylim(-0.35, 1.08)
+            axes.legend(loc="lower left", ncols=2)
         else:
-            axes.cla()
-            _empty(axes, "no noise-induced drift" if axes is noise else "no drift was compared with the theory")
+            axes.axhline(1, color="0.6", lw=0.8, ls=":", zorder=0)
+            # values at the first steps of a window are uncertain, and would set the scale
+            axes.set_ylim(max(-0.5, min(0.0, axes.get_ylim()[0])), min(2.0, max(1.15, axes.get_ylim()[1])))
+            axes.legend()
     return figure
 
 
 @COLUMN
-def speed_figure(runs: Mapping[str, History]) -> Figure:
+def speed_figure(runs: Mapping[str, History]) -> Figure | None:
     """Measured against predicted speed, with a point for each window of each run; they agree on the diagonal.
 
-    The measured speed is that of the part of the motion along the prediction; bars are standard errors.
+    The measured speed is that of the part of the motion along the prediction; bars are standard errors. None: no drift
+    was compared with theory.
 
     Args:
         runs: name -> what was logged.
     """
+    if not any(_has(history, tags.DRIFT_SPEED) for history in runs.values()):
+        return None
     figure, (axes,) = stacked_panels(1)
     largest = 0.0
     for color, (name, history) in zip(CYCLE * (1 + len(runs) // len(CYCLE)), runs.items(), strict=False):
@@ -168,9 +201,6 @@ def speed_figure(runs: Mapping[str, History]) -> Figure:
         errors = [each * p.get(tags.DRIFT_SPEED.stderr_name, 0.0) for each, p in zip(q, points, strict=True)]
         axes.errorbar(q, m, yerr=errors, fmt="o", color=color, capsize=2, label=name if len(runs) > 1 else None)
         largest = max(largest, *q, *(each + error for each, error in zip(m, errors, strict=True)))
-    if not largest:
-        _empty(axes, "no drift was compared with the theory")
-        return figure
     axes.plot(
         [0, 1.1 * largest], [0, 1.1 * largest], color="0.6", lw=0.8, ls=":", label="measured = predicted", zorder=0
     )
@@ -266,10 +296,10 @@ def _loss(axes: Axes, history: History) -> None:
     _line(axes, history, tags.EXCESS_LOSS, color=MEASURED, marker=".", label="excess loss L(w)")
     for i, (start, stop) in enumerate(_windows(history)):
         axes.axvspan(max(start, 1), stop, color=CONTROL, alpha=0.12 + 0.1 * (i % 2), lw=0)
-    axes.set(
-        xscale="log", yscale="log", xlabel="optimizer steps", ylabel="loss", title="Fast, then slow (windows shaded)"
-    )
-    axes.legend(frameon=False)
+    axes.set(xlabel="optimizer steps", ylabel="loss", title="Fast, then slow (windows shaded)")
+    if axes.lines:
+        axes.set(xscale="log", yscale="log")
+        axes.legend(frameon=False)
 
 
 def _distance(axes: Axes, history: History) -> None:

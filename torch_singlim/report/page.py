@@ -1,4 +1,4 @@
-"""A page, figures and a table from the logs of one or several runs."""
+"""A page, figures and a table from the records of one or several runs."""
 
 from __future__ import annotations
 
@@ -13,63 +13,55 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from torch_singlim.linalg import Estimate
-from torch_singlim.measure import History, Place, Rate, fit_exponents, tags, verdict
+from torch_singlim.measure import History, Place, Rate, fit_exponents, sentences, tags, verdict
+from torch_singlim.report.comparison import runs_figure
 from torch_singlim.report.figures import agreement_figure, speed_figure, time_scales_figure
 from torch_singlim.report.rates import sweep_figure
-from torch_singlim.report.runs import Run, find_runs, read_run
+from torch_singlim.report.record import Run, find_runs, read_run
 
 __all__ = ["report"]
 
 _CAPTIONS = {
-    "time_scales": "Above: the fast fall, and the relaxed part of the distance with the value that theory expects. "
-    "Below: the slow drift, window by window, measured and predicted, and the motion without noise.",
+    "time_scales": "Excess loss and distances, both of which fall fast at first; the relaxed part of the distance has "
+    "a value that theory expects. Below: the slow drift, window by window, measured and predicted, and the motion "
+    "without noise.",
     "agreement": "Direction and speed. The averaged path should reach the noise ceiling, the best cosine that any "
     "deterministic prediction can have with one noisy run, and a speed of 1. The baseline, the same steps without "
     "noise, must be lower, otherwise the effect of the noise is not visible.",
+    "runs": "All runs. At the end of each window: how well the averaged path agrees with the run; a bar is the noise "
+    "ceiling, the best that is possible.",
     "speed": "A point for each window; bars are standard errors. Measured: the part of the motion along the "
     "prediction.",
     "sweep": "Displacement per step in the last window of each run, measured (solid) and predicted (dashed).",
 }
 
 
-def report(
-    roots: Sequence[Path],
-    out: Path,
-    *,
-    name: str = "singlim",
-    overwrite: bool = False,
-    partial: bool = False,
-) -> Path:
+def report(roots: Sequence[Path], out: Path, *, name: str = "singlim", overwrite: bool = False) -> Path:
     """Write ``report.html``, one file that needs no network, and next to it the figures (PNG, PDF) and ``runs.csv``.
 
     Args:
-        roots: folders with event files or ``metrics.csv``, or folders that contain such folders.
+        roots: folders of runs, or folders that contain such folders.
         out: folder of the report.
         name: of the monitor.
         overwrite: replace an existing report.
-        partial: read an event file that is cut off up to the point where it is.
 
     Raises:
-        ValueError: a folder without runs, no run with the monitor's tags, a file that is cut off.
+        ValueError: a folder without runs, no run of this monitor.
         FileExistsError: a file would be replaced.
     """
     runs, skipped = _read(roots, name)
-    cut = [run.cut_off for run in runs if run.cut_off is not None]
-    if cut and not partial:
-        raise ValueError(
-            f"{cut[0]} is cut off in the middle of a record: the run was killed, or still writes; pass --partial to "
-            "report what comes before"
-        )
-    figures = _figures(runs)
+    common = _common(runs)
+    own = [_own(run, f"_{i}" if len(runs) > 1 else "") for i, run in enumerate(runs)]
+    figures = {name: figure for found in (common, *own) for name, (figure, _) in found.items()}
     targets = [out / "report.html", out / "runs.csv"]
     targets += [out / f"{each}.{kind}" for each in figures for kind in ("png", "pdf")]
     there = [path for path in targets if path.exists()]
     if there and not overwrite:
         raise FileExistsError(f"{there[0]} is there already: pass --overwrite, or another folder with --out")
-    page = _page(runs, figures, skipped)  # everything that can fail happens before anything is written
+    page = _page(runs, common, own, skipped)  # everything that can fail happens before anything is written
     table = _table(runs)
     out.mkdir(parents=True, exist_ok=True)
-    for each, (figure, _) in figures.items():
+    for each, figure in figures.items():
         figure.savefig(out / f"{each}.png")
         figure.savefig(out / f"{each}.pdf")
     with (out / "runs.csv").open("w", newline="", encoding="utf-8") as opened:
@@ -79,7 +71,7 @@ def report(
 
 
 def _read(roots: Sequence[Path], name: str) -> tuple[list[Run], list[Path]]:
-    """Every run once, with a name that distinguishes it; and the folders in which the monitor logged nothing."""
+    """Every run once, with a name that distinguishes it; and the folders that have no record of this monitor."""
     folders = list(dict.fromkeys(folder.resolve() for root in roots for folder in find_runs(root)))
     if len(folders) == 1:
         (folder,) = folders
@@ -104,18 +96,26 @@ def _read(roots: Sequence[Path], name: str) -> tuple[list[Run], list[Path]]:
     return runs, [folder for folder, _ in problems]
 
 
-def _figures(runs: Sequence[Run]) -> dict[str, tuple[Figure, str]]:
-    """File name -> figure and caption."""
-    figures: dict[str, tuple[Figure, str]] = {}
+# file name -> figure and caption
+_Figures = dict[str, tuple[Figure, str]]
+
+
+def _common(runs: Sequence[Run]) -> _Figures:
+    """The figures of all runs together."""
+    histories = {run.name: run.history for run in runs}
     rates = [rate for run in runs if (rate := _rate(run.history)) is not None]
-    if len(rates) > 1:
-        figures["sweep"] = (sweep_figure(rates, title=_exponents(rates)), _CAPTIONS["sweep"])
-    figures["speed"] = (speed_figure({run.name: run.history for run in runs}), _CAPTIONS["speed"])
-    for i, run in enumerate(runs):
-        end = f"_{i}" if len(runs) > 1 else ""
-        figures[f"time_scales{end}"] = (time_scales_figure(run.history), _CAPTIONS["time_scales"])
-        figures[f"agreement{end}"] = (agreement_figure(run.history), _CAPTIONS["agreement"])
-    return figures
+    drawn = {
+        "runs": runs_figure(histories) if len(runs) > 1 else None,
+        "sweep": sweep_figure(rates, title=_exponents(rates)) if len(rates) > 1 else None,
+        "speed": speed_figure(histories),
+    }
+    return {name: (figure, _CAPTIONS[name]) for name, figure in drawn.items() if figure is not None}
+
+
+def _own(run: Run, end: str) -> _Figures:
+    """The figures of one run."""
+    drawn = {"time_scales": time_scales_figure(run.history), "agreement": agreement_figure(run.history)}
+    return {f"{name}{end}": (figure, _CAPTIONS[name]) for name, figure in drawn.items() if figure is not None}
 
 
 def _rate(history: History) -> Rate | None:
@@ -159,7 +159,7 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
     for run in runs:
         values = (tags.last(run.history, name) for name, _, _ in logged)
         cells = ["" if value is None else f"{value:.4g}" for value in values]
-        rows.append([run.name, str(max(run.history)), *cells])
+        rows.append([run.name, str(max(run.history, default=0)), *cells])
     return rows
 
 
@@ -170,13 +170,17 @@ def _inline(figure: Figure, caption: str) -> dict[str, str]:
     return {"caption": caption, "png": base64.b64encode(stream.getvalue()).decode()}
 
 
-def _page(runs: Sequence[Run], figures: dict[str, tuple[Figure, str]], skipped: Sequence[Path]) -> str:
+def _page(runs: Sequence[Run], common: _Figures, own: Sequence[_Figures], skipped: Sequence[Path]) -> str:
     """The page, rendered from its template."""
-    shown = []
-    for i, run in enumerate(runs):
-        end = f"_{i}" if len(runs) > 1 else ""
-        own = [_inline(*figures[f"{each}{end}"]) for each in ("time_scales", "agreement")]
-        shown.append({**vars(run), "verdict": verdict(run.history), "figures": own})
+    shown = [
+        {
+            **vars(run),
+            "figures": [_inline(*each) for each in figures.values()],
+            "sentences": sentences(run.reasons),
+            "tables": verdict(run.history),
+        }
+        for run, figures in zip(runs, own, strict=True)
+    ]
     environment = Environment(
         loader=PackageLoader("torch_singlim", "report"), autoescape=True, undefined=StrictUndefined
     )
@@ -184,6 +188,6 @@ def _page(runs: Sequence[Run], figures: dict[str, tuple[Figure, str]], skipped: 
         title=f"torch_singlim: {runs[0].name}" if len(runs) == 1 else f"torch_singlim: {len(runs)} runs",
         table=list(zip(*_table(runs), strict=True)),
         skipped=skipped,
-        common=[_inline(*figures[each]) for each in ("sweep", "speed") if each in figures],
+        common=[_inline(*each) for each in common.values()],
         runs=shown,
     )

@@ -25,7 +25,6 @@ from torch_singlim.measure.tags.clock import (
     UNRESOLVED,
 )
 from torch_singlim.measure.tags.distance import (
-    BASELINE_MOVED,
     EXCESS_LOSS,
     GROWTH,
     HALF,
@@ -47,6 +46,7 @@ from torch_singlim.measure.tags.distance import (
     TENTH_WHOLE,
 )
 from torch_singlim.measure.tags.drift import (
+    BASELINE_MOVED,
     DRIFT_BASELINE_COSINE,
     DRIFT_CEILING,
     DRIFT_COSINE,
@@ -73,16 +73,18 @@ from torch_singlim.measure.tags.drift import (
     WINDOW_STATUS,
     WINDOW_STEPS,
 )
-from torch_singlim.measure.tags.tag import Need, Place, Tag
+from torch_singlim.measure.tags.tag import Group, Need, Place, Role, Tag
 
 __all__ = [
-    "GROUPS",
     "TAGS",
+    "Group",
     "History",
     "Need",
     "Place",
+    "Role",
     "Tag",
     "bands",
+    "curves",
     "last",
     "scalars",
     "series",
@@ -176,11 +178,11 @@ TAGS: tuple[Tag, ...] = (
     RELAXED_EXPECTED,
     RELAXED_COSINE,
     RELAXED_SHARE,
-    BASELINE_MOVED,
     WINDOW_STEPS,
     WINDOW_STATUS,
     DRIFT_MEASURED,
     DRIFT_PREDICTED,
+    BASELINE_MOVED,
     DRIFT_COSINE,
     DRIFT_CEILING,
     DRIFT_SPEED,
@@ -219,7 +221,6 @@ TAGS: tuple[Tag, ...] = (
     OVERHEAD,
     GRADIENTS,
 )
-GROUPS: tuple[str, ...] = tuple(dict.fromkeys(tag.group for tag in TAGS))
 
 
 def scalars(measurement: Measurement) -> dict[str, float]:
@@ -250,6 +251,19 @@ def bands(point: Mapping[str, float]) -> dict[str, float]:
         if tag.band and tag.name in point and tag.stderr_name in point:
             value, error = point[tag.name], point[tag.stderr_name]
             found |= dict(zip(tag.band_names, (value - error, value + error), strict=True))
+    return found
+
+
+def curves(point: Mapping[str, float]) -> dict[Role, dict[str, float]]:
+    """Role -> the tag of a chart with several roles -> value; standard errors are in the bands.
+
+    >>> curves({"drift/measured": 2.0, "drift/predicted": 1.5, "excess_loss": 0.1})[Role.PREDICTED]
+    {'curves/displacement': 1.5}
+    """
+    found: dict[Role, dict[str, float]] = {}
+    for tag in TAGS:
+        if tag.curve and tag.name in point:
+            found.setdefault(tag.role, {})[f"curves/{tag.curve}"] = point[tag.name]
     return found
 
 
@@ -288,11 +302,13 @@ def _row(tag: Tag) -> str:
     names = f"`{tag.name}{'' if tag.members is None else '/N'}`" + (
         f", `{tag.stderr_name}`" if tag.stderr is not None else ""
     )
-    return f"| {names} | {tag.unit} | {tag.meaning} | {tag.advice} |"
+    when = ", ".join(need.value for need in Need if need in tag.needs) or "always"
+    return f"| {names} | {tag.unit} | {tag.meaning} | {tag.advice} | {when} |"
 
 
 def tags_page() -> Iterator[str]:
     """Lines of the tables that explain every tag, one table for each group, as markdown."""
-    for group in GROUPS:
-        yield from ("", f"## {group}", "", "| tag | unit | meaning | how to act on it |", "|---|---|---|---|")
+    for group in Group:
+        head = "| tag | unit | meaning | how to act on it | logged |"
+        yield from ("", f"## {group.value}", "", head, "|---" * 5 + "|")
         yield from (_row(tag) for tag in TAGS if tag.group == group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch_singlim.measure.distance import DistanceMeasurement
 from torch_singlim.measure.tags.tag import (
+    Group,
     Need,
     Place,
     Reader,
@@ -33,7 +34,7 @@ POTENTIAL = Tag(
     unit="loss",
     meaning="V at the nearest point",
     advice="Should decrease along Γ, since the noise-induced drift descends V",
-    group="Clock",
+    group=Group.DRIFT,
     chart="",
     value=_potential(error=False),
     stderr=_potential(error=True),
@@ -47,7 +48,7 @@ SLOW_TIME = Tag(
     meaning="Σ α^order σ² over the steps so far; the step sizes of an adaptive optimizer are interpolated between "
     "measurements",
     advice="The drift along Γ becomes visible when the slow time is of order 1",
-    group="Clock",
+    group=Group.DRIFT,
     chart="Slow time [sum of step size^order sigma^2]",
     value=of_clock(lambda c: c.slow_time),
     needs=needs(Need.LIMIT, Need.MOVES),
@@ -58,7 +59,7 @@ TIME_SCALE = Tag(
     unit="steps",
     meaning="optimizer steps per unit of slow time, 1/(α^order σ²)",
     advice="Much longer than the run: no drift will be visible",
-    group="Clock",
+    group=Group.DRIFT,
     chart="Optimizer steps per unit of slow time",
     value=of_clock(lambda c: c.time_scale),
     needs=needs(Need.LIMIT, Need.MOVES),
@@ -69,7 +70,7 @@ STEP_SIZE = Tag(
     unit="step size",
     meaning="effective step size α at the present learning rate; of an adaptive optimizer, lr over the mean of √v + ε",
     advice="Follows the schedule",
-    group="Clock",
+    group=Group.DRIFT,
     chart="Step size",
     value=of_clock(lambda c: c.step_size),
     needs=needs(Need.LIMIT),
@@ -81,7 +82,7 @@ NOISE_LEVEL = Tag(
     unit="–",
     meaning="σ; the largest one of several noises of the lowest order",
     advice="–",
-    group="Clock",
+    group=Group.DRIFT,
     chart="",
     value=of_clock(lambda c: c.noise_level),
     needs=needs(Need.LIMIT, Need.MOVES),
@@ -94,7 +95,7 @@ MOMENTS_RATIO = Tag(
     meaning="⟨v, c h⟩/\\|c h\\|² for the second moments v of an adaptive optimizer and h = diag H at w; c H is the "
     "covariance of the gradient under noise on the labels: near the zero-loss set v should be c h",
     advice="Far above 1: minibatches or a loss that is not yet small dominate the step sizes",
-    group="Clock",
+    group=Group.THEORY,
     chart="Second moments of the optimizer, measured / predicted",
     value=of_limit(lambda d: None if d.moments is None else d.moments.speed),
     needs=needs(Need.LIMIT, Need.MOMENTS),
@@ -105,7 +106,7 @@ MOMENTS_COSINE = Tag(
     unit="–",
     meaning="the cosine of v and h",
     advice="Near 1: each weight's step size is that of its curvature",
-    group="Clock",
+    group=Group.THEORY,
     chart="",
     value=of_limit(lambda d: None if d.moments is None else d.moments.cosine),
     needs=needs(Need.LIMIT, Need.MOMENTS),
@@ -120,7 +121,7 @@ STABILITY = Tag(
     "learning rates, and an adaptive optimizer is plain descent in its metric",
     advice="Near 1 training is at the edge of stability, where theory for small steps is inaccurate; above 1 for "
     "long: the loss should grow",
-    group="Clock",
+    group=Group.TRUST,
     chart="Largest eigenvalue over the largest stable one",
     value=lambda m: m.stability,
     needs=needs(Need.LIMIT),
@@ -136,7 +137,7 @@ NEAREST_ERROR = Tag(
     meaning="estimated error of `distance/nearest`, from how far the point still is from Γ and from being stationary "
     "on it: that of a local minimum, another part of Γ may be closer",
     advice="Above a tenth of the distance: rely on the distances to a level",
-    group="Quality and cost",
+    group=Group.TRUST,
     chart="Estimated error of the nearest point [weight norm]",
     value=of_distance(lambda d: d.nearest.error),
 )
@@ -146,7 +147,7 @@ RESIDUAL = Tag(
     unit="√loss",
     meaning="norm of the residual at the nearest point",
     advice="Should be small compared with √(2 · excess loss)",
-    group="Quality and cost",
+    group=Group.TRUST,
     chart="Residual at the nearest point [root of loss]",
     value=of_distance(lambda d: d.nearest.residual),
 )
@@ -157,7 +158,7 @@ UNRESOLVED = Tag(
     meaning="share of the normal modes that the tangent projection does not resolve to a relative accuracy of 1/10; 0 "
     "if B Bᵀ is factored",
     advice="High: the values for the limit are inaccurate",
-    group="Quality and cost",
+    group=Group.TRUST,
     chart="",
     value=of_distance(lambda d: d.tangent.unresolved),
 )
@@ -168,7 +169,7 @@ TANGENT_STEPS = Tag(
     meaning="over windows up to this length the limit's drift is practically tangent, even if normal modes are not "
     "resolved",
     advice="Shorter than the window: the values for the limit are inaccurate",
-    group="Quality and cost",
+    group=Group.TRUST,
     chart="",
     value=of_limit(lambda d: d.tangent_steps),
     needs=needs(Need.LIMIT, Need.MOVES),
@@ -180,7 +181,7 @@ PREDICTION_STDERR = Tag(
     meaning="sampling error of `drift/predicted` at the end of the window: half the difference of the two averaged "
     "paths. Cosine and speed are free of it, since they use products of the two",
     advice="Above `drift/predicted`: pass more `draws`",
-    group="Quality and cost",
+    group=Group.TRUST,
     chart=_PREDICTION_ERROR,
     value=of_quality(lambda p: p.stderr),
     needs=needs(Need.PATHS),
@@ -191,7 +192,7 @@ PREDICTION_ERROR = Tag(
     unit="weight norm",
     meaning="estimated integration error of `drift/predicted`; 0 for paths, which make every step",
     advice="Between checkpoints: should be below a fifth of `drift/predicted`",
-    group="Quality and cost",
+    group=Group.TRUST,
     chart=_PREDICTION_ERROR,
     value=of_quality(lambda p: p.error),
     needs=needs(Need.PATHS),
@@ -202,7 +203,7 @@ OVERHEAD = Tag(
     unit="share",
     meaning="share of the wall time so far that was spent on measurements",
     advice="`max_overhead` limits it",
-    group="Quality and cost",
+    group=Group.COST,
     chart="Share of the wall time spent on measurements",
     value=lambda m: m.overhead,
 )
@@ -213,7 +214,7 @@ GRADIENTS = Tag(
     meaning="number of gradients for the predictions of the window so far: of training batches, or, between "
     "checkpoints, of all samples",
     advice="Fewer `draws` and `replicas` cost less",
-    group="Quality and cost",
+    group=Group.COST,
     chart="Gradients spent on a window [number]",
     value=of_window(lambda w: float(w.gradients) if w.gradients else None),
     needs=needs(Need.PATHS),

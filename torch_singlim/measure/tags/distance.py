@@ -10,15 +10,16 @@ from torch_singlim.measure.distance import DistanceMeasurement
 from torch_singlim.measure.levels import Level
 from torch_singlim.measure.samples import growth
 from torch_singlim.measure.tags.tag import (
+    Group,
     Need,
     Place,
+    Role,
     Tag,
     needs,
     of_distance,
     of_level,
     of_limit,
     of_relaxed,
-    of_window,
     shown,
 )
 
@@ -51,7 +52,7 @@ def _level(level: Level, words: str, advice: str, *places: Place) -> tuple[Tag, 
             meaning=f"\\|v − w\\| for a point v that was found with L(v) ≤ {level.value:g} L(w), evaluated in float64: "
             "an upper bound for the distance to this level. The search is local: a nearer point may exist",
             advice=advice,
-            group="Distance",
+            group=Group.SET,
             chart=_TO_LEVELS,
             value=of_level(level, lambda p: p.distance),
             shown=shown(Place.DISTANCES, *places),
@@ -62,7 +63,7 @@ def _level(level: Level, words: str, advice: str, *places: Place) -> tuple[Tag, 
             unit="weight norm",
             meaning="the distance to the same level in the linear model at w: an estimate, not a bound",
             advice=f"Equal to `{name}`: the linear model holds that far",
-            group="Distance",
+            group=Group.SET,
             chart="",
             value=of_level(level, lambda p: p.linear),
         ),
@@ -74,7 +75,7 @@ def _level(level: Level, words: str, advice: str, *places: Place) -> tuple[Tag, 
             f"a part of the training set is measured: v proves that the whole is no farther than `{name}` from this "
             "level of its own loss",
             advice=f"Near {level.value:g}: the samples speak for the training set. Above 1: v says nothing about it",
-            group="Distance",
+            group=Group.TRUST,
             chart=_WHOLE,
             value=lambda m: m.whole.get(level),
             needs=needs(Need.PART),
@@ -85,7 +86,7 @@ def _level(level: Level, words: str, advice: str, *places: Place) -> tuple[Tag, 
 _TO_LEVELS = "Distance to lower levels of the loss [weight norm]"
 _WHOLE = "Loss of the whole training set at points for a part of it [share]"
 _TO_SET = "Distance to the zero-loss set [weight norm]"
-_RELAXED = "Relaxed part of the distance, measured and expected [weight norm]"
+_RELAXED = "Relaxed part of the distance [weight norm]"
 
 EXCESS_LOSS = Tag(
     name="excess_loss",
@@ -95,7 +96,7 @@ EXCESS_LOSS = Tag(
     "decade of steps",
     advice="Should fall by orders of magnitude. If it stays above a positive value, the noise is strong, or there are "
     "too few weights",
-    group="Distance",
+    group=Group.SET,
     chart="Excess loss [loss]",
     value=lambda m: m.excess_loss,
     shown=shown(Place.DISTANCES, Place.TERMINAL, Place.PROGRESS, Place.REPORT, Place.FINAL),
@@ -114,9 +115,13 @@ TENTH, TENTH_LINEAR, TENTH_WHOLE = _level(
     Level.TENTH,
     "a tenth",
     "Measured as the budget allows; much larger than `distance/half` if small eigenvalues matter",
+    Place.REPORT,
 )
 HUNDREDTH, HUNDREDTH_LINEAR, HUNDREDTH_WHOLE = _level(
-    Level.HUNDREDTH, "a hundredth", "Measured as the budget allows; lower levels come closer to `distance/nearest`"
+    Level.HUNDREDTH,
+    "a hundredth",
+    "Measured as the budget allows; lower levels come closer to `distance/nearest`",
+    Place.REPORT,
 )
 NEAREST = Tag(
     name="distance/nearest",
@@ -124,7 +129,7 @@ NEAREST = Tag(
     unit="weight norm",
     meaning="distance to the nearest point of Γ, if its error could be estimated, which is `quality/nearest_error`",
     advice="Falls fast at first, then changes slowly",
-    group="Distance",
+    group=Group.SET,
     chart=_TO_SET,
     value=of_distance(_certain),
     shown=shown(Place.DISTANCES, Place.TERMINAL, Place.PROGRESS, Place.REPORT, Place.FINAL),
@@ -138,7 +143,7 @@ OF_SAMPLES = Tag(
     "a part of the training set is, as the budget allows",
     advice="If it still grows with N, the distance of the training set is larger than `distance/nearest`; how much "
     "larger is not known",
-    group="Distance",
+    group=Group.TRUST,
     chart="Distance to the zero-loss set of the first N samples [weight norm]",
     value=lambda m: None,
     members=lambda m: {str(count): distance for count, distance in m.of_samples.items()},
@@ -150,7 +155,7 @@ GROWTH = Tag(
     unit="–",
     meaning="p in distance ~ N^p, fitted to `distance/of_samples/N`; the standard error is that of the fit",
     advice="Near 0: more samples would hardly change the distance. The fit says nothing of sizes beyond",
-    group="Distance",
+    group=Group.TRUST,
     chart="",
     value=lambda m: _growth(m.of_samples, lambda p: p.mean),
     stderr=lambda m: _growth(m.of_samples, lambda p: p.stderr),
@@ -164,8 +169,8 @@ LINEARISED = Tag(
     "the smallest eigenvalues of H, for which the linear model holds next to Γ alone: a figure about this model, not "
     "about the network",
     advice="Equal to `distance/nearest` next to Γ only; do not read it as a distance elsewhere",
-    group="Distance",
-    chart=_TO_SET,
+    group=Group.SET,
+    chart="",
     value=of_distance(_linearised),
 )
 IN_METRIC = Tag(
@@ -175,7 +180,7 @@ IN_METRIC = Tag(
     meaning="distance to the nearest point of Γ in the metric of an adaptive optimizer: \\|v − w\\| with each weight "
     "divided by the root of its step size, relative to the harmonic mean of all. In it the training is plain descent",
     advice="The relaxed part and the limit are measured in this metric",
-    group="Distance",
+    group=Group.SET,
     chart=_TO_SET,
     value=lambda m: None if m.in_metric is None else _certain(m.in_metric),
     needs=needs(Need.LIMIT, Need.METRIC),
@@ -187,8 +192,9 @@ RELAXED = Tag(
     meaning="the part of the linearised distance at w along the relaxed modes, α λ · steps ≥ 3, by the filter "
     "1/(1 + (3/(α λ · steps))⁴)",
     advice="Compare with `distance/relaxed_expected`",
-    group="Distance",
+    group=Group.SET,
     chart=_RELAXED,
+    curve="relaxed",
     value=of_relaxed(lambda r: r.measured),
     needs=needs(Need.LIMIT),
     shown=shown(Place.DISTANCES, Place.REPORT),
@@ -201,8 +207,10 @@ RELAXED_EXPECTED = Tag(
     "at order 2), and normal fluctuation. There is no prediction for the rest of the distance",
     advice="Usually within 10 % of `distance/relaxed`; otherwise the steps are large (α λ near 2), or modes have only "
     "just relaxed",
-    group="Distance",
+    group=Group.SET,
     chart=_RELAXED,
+    role=Role.PREDICTED,
+    curve="relaxed",
     value=of_relaxed(lambda r: r.expected),
     needs=needs(Need.LIMIT),
     shown=shown(Place.DISTANCES, Place.REPORT),
@@ -213,7 +221,7 @@ RELAXED_COSINE = Tag(
     unit="–",
     meaning="cosine between that part and the predicted offset; low if the fluctuation dominates, as at order 2",
     advice="Near 1 at order 1: the offset has the predicted direction",
-    group="Distance",
+    group=Group.SET,
     chart="",
     value=of_relaxed(lambda r: r.cosine),
     needs=needs(Need.LIMIT),
@@ -225,21 +233,9 @@ RELAXED_SHARE = Tag(
     meaning="relaxed modes as a share of all normal modes; the theory's two time scales exist for relaxed modes only. "
     "Above 4,096 residuals an estimate, as a share of all residuals",
     advice="Low: the limit will not agree, but the averaged path may",
-    group="Distance",
+    group=Group.SET,
     chart="Relaxed modes [share]",
     value=of_limit(_relaxed_share),
     needs=needs(Need.LIMIT),
     shown=shown(Place.DISTANCES),
-)
-BASELINE_MOVED = Tag(
-    name="distance/baseline_moved",
-    label="baseline's way",
-    unit="weight norm",
-    meaning="\\|n − w₀\\|, how far the path without noise has moved since the beginning of the window: the part of "
-    "the distance to Γ that relaxes within so many steps once the noise stops",
-    advice="Smaller than `drift/measured`: most of the motion is due to the noise",
-    group="Distance",
-    chart="Way of the path without noise [weight norm]",
-    value=of_window(lambda w: w.baseline_moved),
-    needs=needs(Need.BASELINE),
 )

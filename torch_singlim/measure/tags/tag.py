@@ -14,9 +14,11 @@ from torch_singlim.measure.window import Comparison, Model, NoiseInduced, Window
 from torch_singlim.theory import WindowPrediction
 
 __all__ = [
+    "Group",
     "Need",
     "Place",
     "Reader",
+    "Role",
     "Tag",
     "needs",
     "of_clock",
@@ -35,17 +37,40 @@ __all__ = [
 Reader = Callable[[Measurement], float | None]
 
 
-class Need(Enum):
-    """A condition for a series to be logged."""
+class Group(Enum):
+    """A group of charts, and of tables on the docs page: a question."""
 
-    PATHS = auto()  # there are paths beside the training
-    BASELINE = auto()  # one of them without noise
-    REPLICAS = auto()  # some of them with independent noise
-    PART = auto()  # a part of the training set is measured
-    LIMIT = auto()  # the singular limit covers the training
-    MOVES = auto()  # the noise causes a drift of order 1 or 2
-    METRIC = auto()  # an adaptive optimizer has a metric of its own
-    MOMENTS = auto()  # an adaptive optimizer, and noise of order 2
+    SET = "Is it at the set?"
+    DRIFT = "Is it drifting?"
+    THEORY = "Is that the theory?"
+    TRUST = "Can I trust it?"
+    COST = "What does it cost?"
+
+
+class Need(Enum):
+    """A condition for a series to be logged; the value says it on the docs page."""
+
+    PATHS = "with paths beside the training"
+    BASELINE = "if the noise can be switched off"
+    REPLICAS = "with replicas"
+    PART = "if a part of the training set is measured"
+    LIMIT = "if the singular limit covers the training"
+    MOVES = "if the noise causes a drift of order 1 or 2"
+    METRIC = "with an adaptive optimizer"
+    MOMENTS = "with an adaptive optimizer, under noise on the labels"
+
+
+class Role(Enum):
+    """What a curve is, in a chart of several: TensorBoard has one colour for a run, so that each role is a run.
+
+    The value is the last part of the run's name; what is measured belongs to the run itself.
+    """
+
+    MEASURED = ""
+    PREDICTED = "predicted"
+    BASELINE = "baseline"
+    CEILING = "ceiling"
+    LIMIT = "limit"
 
 
 class Place(Enum):
@@ -72,6 +97,8 @@ class Tag:
         advice: how to act on it.
         group: of charts, and of tables on the docs page.
         chart: title of the chart that shows it; several tags may share one. Empty: no chart.
+        curve: if the tags of the chart differ in their role: the tag that they share there, ``curves/`` omitted.
+        role: of the tag in that chart.
         value: reads the value from a measurement.
         stderr: reads its standard error, which is logged as the name with ``_stderr``; None: it has none.
         band: title of the chart that shows it with its standard error. Empty: no such chart.
@@ -85,9 +112,11 @@ class Tag:
     unit: str
     meaning: str
     advice: str
-    group: str
+    group: Group
     chart: str
     value: Reader
+    curve: str = ""
+    role: Role = Role.MEASURED
     stderr: Reader | None = None
     band: str = ""
     needs: frozenset[Need] = frozenset()

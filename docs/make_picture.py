@@ -1,24 +1,25 @@
-"""Draw picture.png, the first one of the README, from the results of two recipes.
+"""Draw picture.png, the first one of README and site: what is measured, and what one sees of it in a real training.
 
-python recipes/limit.py && python recipes/digits.py
-python docs/make_picture.py runs/limit runs/digits/version_0
+python -m torch_singlim digits
+python docs/make_picture.py runs/demo
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from torch_singlim.measure import History, tags
 from torch_singlim.report import read_run
 
-PICTURE = Path(__file__).with_name("picture.png")
+PICTURE = Path(__file__).with_name("pages") / "figures" / "picture.png"
 # Okabe and Ito's colours
-BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#999999", "#000000"
+BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#999999", "#000000"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -27,69 +28,76 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
+# the network f(x) = a b x with the weights a, b, the target x, and noise that is added to the weights in every gradient
+START, RATE, STD, STEPS = (0.75, 2.25), 0.03, 0.3, 400
 
 
-def ensembles(axes: Axes, rows: list[dict]) -> None:
-    """Direction and speed of the nearest points against the limit, at the least noise of each system that drifts."""
-    drifting = [row for row in rows if row["cosine"] == row["cosine"]]  # not nan
-    names = list(dict.fromkeys(row["system"] for row in drifting))
-    last = [max((r for r in drifting if r["system"] == name), key=lambda r: r["steps"]) for name in names]
-    at = list(range(len(last)))
-    axes.axvline(1, color=BLACK, lw=0.8)
-    errors = [2 * row["speed"]["stderr"] for row in last]
-    speeds = [row["speed"]["mean"] for row in last]
-    axes.errorbar(speeds, at, xerr=errors, fmt="o", color=BLUE, ms=5, label="speed")
-    axes.plot([row["cosine"] / row["ceiling"] for row in last], at, "D", color=GREEN, ms=5, label="cosine / ceiling")
-    axes.set_yticks(at, names)
-    axes.set(xlim=(0.88, 1.12), ylim=(len(last) - 0.5, -0.5), xlabel="measured / singular limit")
-    axes.set_title("Where the limit holds:\n20 digits, from the zero-loss set")
-    axes.legend(loc="lower left", fontsize=8)
+def path(noise: Tensor) -> Tensor:
+    """Weights after each step of descent on (a b - 1)^2 / 2, averaged over draws of the noise ``[steps, draws, 2]``."""
+    found = [torch.tensor(START)]
+    for xi in noise:
+        noisy = found[-1] + xi
+        gradient = (noisy.prod(dim=1, keepdim=True) - 1) * noisy.flip(1)
+        found.append(found[-1] - RATE * gradient.mean(0))
+    return torch.stack(found)
+
+
+def sketch(axes: Axes) -> None:
+    """Two weights: level sets of the loss, a run, the averaged path, the baseline, a nearest point."""
+    generator = torch.Generator().manual_seed(7)
+    run = path(STD * torch.randn(STEPS, 1, 2, generator=generator))
+    averaged = path(STD * torch.randn(STEPS, 4000, 2, generator=generator))
+    baseline = path(torch.zeros(STEPS, 1, 2))
+    a, b = torch.meshgrid(torch.linspace(0.3, 2.1, 300), torch.linspace(0.35, 2.45, 300), indexing="xy")
+    loss = (a * b - 1) ** 2 / 2
+    losses = (run.prod(dim=1) - 1) ** 2 / 2
+    k = 30 + int(losses[30:].argmax())  # the farthest excursion after the fall
+    w, now = run[k], losses[k].item()
+    axes.contour(a, b, loss, levels=[now / 2, now, 4 * now, 10 * now], colors="0.8", linewidths=0.8)
+    set_ = torch.linspace(0.41, 2.1, 300)
+    axes.plot(set_, 1 / set_, color=BLACK, lw=2.2)
+    axes.annotate("zero-loss set", (1.5, 1 / 1.5), xytext=(1.3, 0.52), fontsize=8.5)
+    axes.annotate("level sets of the loss", (1.5, 1 / 1.5), xytext=(1.42, 1.02), fontsize=8.5, color="0.5")
+    axes.plot(*run.T, color=BLUE, lw=1, label="run")
+    axes.plot(*averaged.T, color=ORANGE, lw=2, ls="--", label="averaged path: the theory")
+    axes.plot(*baseline.T, color=GREY, lw=2, label="baseline: noise off")
+    axes.plot(*run[0], "o", color=BLACK, ms=5)
+    for end, color in ((run[-1], BLUE), (averaged[-1], ORANGE), (baseline[-1], GREY)):
+        axes.plot(*end, "o", color=color, ms=6)
+    candidates = torch.stack([set_, 1 / set_], dim=1)
+    nearest = candidates[(candidates - w).norm(dim=1).argmin()]
+    axes.plot(*torch.stack([w, nearest]).T, color=BLACK, lw=1.6, ls=":")
+    axes.plot(*nearest, "s", color=BLACK, ms=5, mfc="white", label="nearest point, and the distance to it", zorder=5)
+    axes.set(xlabel="one weight", ylabel="another one", xlim=(0.3, 2.1), ylim=(0.35, 2.45))
+    axes.set_title("What is measured: distance to the zero-loss set,\nand motion along it beside what theory predicts")
+    axes.legend(loc="upper right", fontsize=8)
 
 
 def training(axes: Axes, history: History) -> None:
-    """Cosine of the measured drift with the averaged path, the singular limit and the baseline."""
-    lines = (
-        (tags.DRIFT_CEILING, BLACK, "noise ceiling"),
-        (tags.DRIFT_COSINE, ORANGE, "descent on the averaged loss"),
-        (tags.LIMIT_COSINE, GREEN, "singular limit"),
-        (tags.DRIFT_BASELINE_COSINE, GREY, "without noise"),
-    )
-    for tag, colour, label in lines:
-        curves = [[s for s in steps if tag.name in history[s]] for steps in tags.windows(history).values()]
-        for i, steps in enumerate(filter(None, curves)):
-            style: dict[str, Any] = {"marker": "D", "ms": 5, "lw": 0} if len(steps) == 1 else {"lw": 1.4}
-            values = [history[step][tag.name] for step in steps]
-            axes.plot(steps, values, color=colour, label=None if i else label, **style)
-    axes.set(ylim=(0, 1.04), xlabel="optimizer steps", ylabel="cosine with the measured drift")
-    axes.set_title("A real training: 200 digits\nfrom random weights")
+    """Cosine of the measured drift with the averaged path and the baseline, with the noise ceiling."""
+    for tag, color, style, label in (
+        (tags.DRIFT_CEILING, BLACK, {"lw": 1.4, "ls": ":"}, "noise ceiling: the best possible"),
+        (tags.DRIFT_COSINE, ORANGE, {"lw": 1.8}, "averaged path: the theory"),
+        (tags.DRIFT_BASELINE_COSINE, GREY, {"lw": 1.8}, "baseline: noise off"),
+    ):
+        for i, steps in enumerate(tags.windows(history).values()):
+            there = [step for step in steps if tag.name in history[step]]
+            values = [history[step][tag.name] for step in there]
+            axes.plot(there, values, color=color, label=None if i else label, **style)
+    for start in list(tags.windows(history))[1:]:
+        axes.axvline(start, color="0.85", lw=0.8, zorder=0)
+    axes.set(ylim=(0, 1.04), xlabel="optimizer steps, four windows", ylabel="cosine with the motion of the run")
+    axes.set_title("What one sees: 200 handwritten digits, dropout,\na network with 19,210 weights")
     axes.legend(loc="lower left", fontsize=8)
 
 
-def shares(axes: Axes, rows: list[dict]) -> None:
-    """Cosine of the weights' motion with the limit over the share of it that theory expects."""
-    sizes = list(dict.fromkeys(row["samples"] for row in rows))
-    axes.plot([0.5, 1], [0.5, 1], color=BLACK, lw=0.8)
-    for colour, size in zip((BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9"), sizes, strict=False):
-        own = [row for row in rows if row["samples"] == size]
-        axes.plot(
-            [r["share"] for r in own], [r["weights"] for r in own], "o", color=colour, ms=5, label=f"{size} digits"
-        )
-        axes.plot([r["share"] for r in own], [r["nearest"] for r in own], "s", color=colour, ms=4, mfc="none")
-    axes.set(xlim=(0.6, 1.02), ylim=(0.6, 1.02), xlabel="tangential share, by theory")
-    axes.set_ylabel("cosine with the limit / ceiling")
-    axes.set_title("The number that tells which\n(squares: nearest points)")
-    axes.legend(loc="lower right", fontsize=8)
-
-
-def draw(limit: Path, digits: Path) -> Figure:
-    """Three panels, from the folder of each recipe's results."""
-    found = json.loads((limit / "limit.json").read_text(encoding="utf-8"))
+def draw(run: Path) -> Figure:
+    """Two panels, from the folder of the demonstration's run."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(12, 4), layout="constrained", dpi=150)
-        left, middle, right = figure.subplots(1, 3)
-        ensembles(left, found["ensembles"])
-        training(middle, read_run(digits).history)
-        shares(right, found["samples"])
+        figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
+        left, right = figure.subplots(1, 2)
+        sketch(left)
+        training(right, read_run(run).history)
     return figure
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch_singlim.measure.tags import tags_page
 
-PAGE = Path(__file__).with_name("tags.md")
+PAGE = Path(__file__).with_name("pages") / "tags.md"
 
 
 def page(present: str) -> str:

@@ -1,6 +1,7 @@
 """README and the pages of docs/: every block of code runs, every command works, every tag that is mentioned exists."""
 
 import contextlib
+import functools
 import importlib
 import re
 import shlex
@@ -15,20 +16,28 @@ import warnings
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
 
+import torch_singlim
 from tests.recipes.conftest import folder, small  # noqa: F401  # fixtures: images, and small quick experiments
-from torch_singlim.measure.tags import GROUPS, TAGS
+from tests.zoo import Net, fit, monitor_of, seeded
+from torch_singlim import demo
+from torch_singlim.__main__ import main
+from torch_singlim.measure.tags import TAGS, Group
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README = PAGES[0].read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 INSTALL = re.compile(r'pip install -e "\.\[(\w+)\]" && (.*)')
-COMMANDS = [
-    line
-    for page in PAGES
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
-    for line in block.splitlines()
-]
+README = PAGES[0].read_text()
+COMMANDS = list(
+    dict.fromkeys(
+        line
+        for page in PAGES
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
+        for line in block.splitlines()
+    )
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # a reader's terminal shows them, and goes on
 
@@ -42,25 +51,26 @@ def run_blocks(page):
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """Where a reader works, who has pasted the README's blocks: what they write is there for the commands."""
+    """Where a reader works, who has pasted the blocks of all pages: what they write is there for the commands."""
     where = tmp_path_factory.mktemp("desk")
     with contextlib.chdir(where), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run_blocks(PAGES[0])
+        for page in WITH_CODE:
+            run_blocks(page)
     return where
 
 
-def test_the_readme_s_code_runs(desk):
+def test_the_code_of_every_page_runs(desk):
+    assert {page.name for page in WITH_CODE} == {"README.md", "start.md", "contributing.md"}
     assert list(desk.glob("runs/mine/version_0/events*"))
     assert len(list(desk.glob("checkpoints/*.ckpt"))) == 4
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_all_other_blocks_are_commands(page):
-    """Of a kind that is executed here; the pages beside the README have none."""
+    """Of a kind that is executed here."""
     text = page.read_text()
-    assert text.count("```") == 2 * len(re.findall(r"^```(?:python|bash)$", text, re.MULTILINE))
-    assert page is PAGES[0] or "```" not in text
+    assert text.count("```") == 2 * len(re.findall(r"^```(?:python|bash|text)$", text, re.MULTILINE))
 
 
 def recipe(command, images, out):
@@ -88,7 +98,15 @@ def test_commands_run(command, desk, folder, tmp_path, monkeypatch):  # noqa: F8
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         module.command(module.main)  # as the script does
         assert list(tmp_path.rglob("events.out.tfevents.*"))
+    elif command == "python -m torch_singlim digits":
+        monkeypatch.setattr(demo, "train", functools.partial(demo.train, steps=40))
+        main(["digits", "--out", "runs/demo"])
+        assert Path("runs/demo/drift.png").exists()
+    elif command.startswith("mkdocs "):  # .ci/run builds the site
+        assert "mkdocs build --strict -f docs/mkdocs.yml" in (ROOT / ".ci" / "run").read_text()
     elif command.startswith("tensorboard "):
+        logs = command.split()[-1]
+        make_run(Path(logs) / "mine" / "version_0")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -104,34 +122,54 @@ def test_commands_run(command, desk, folder, tmp_path, monkeypatch):  # noqa: F8
             process.terminate()
         assert b"mine/version_0" in answer
     else:
-        assert shutil.which(command.split()[0])
-        subprocess.run(shlex.split(command), check=True)
-        assert (desk / "report" / "report.html").exists()
+        assert command.startswith("torch_singlim report ")
+        make_run(Path(command.split()[2]) / "mine" / "version_0")
+        assert shutil.which("torch_singlim")
+        main([*shlex.split(command)[1:], *([] if "--out" in command else ["--out", str(tmp_path / "report")])])
+        assert list(Path.cwd().rglob("report.html")) or list(tmp_path.rglob("report.html"))
+
+
+def make_run(where):
+    """A run, if the reader has none there."""
+    if not where.exists():
+        fit(seeded(Net), monitor_of(every_n_steps=5, window=5), steps=10, logger=TensorBoardLogger(where, "", ""))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_tag_that_is_mentioned_exists(page):
-    """Of the form `group/name`, with or without the monitor's name; and the groups of charts, by their titles."""
+    """Of the form `group/name`, with or without the monitor's name."""
     known = {tag.name for tag in TAGS} | {tag.stderr_name for tag in TAGS if tag.stderr is not None}
     text = page.read_text()
     groups = "|".join(sorted({name.partition("/")[0] for name in known if "/" in name}))
     mentioned = set(re.findall(rf"`(?:singlim/)?((?:{groups})/[a-z_]+)`", text))
     mentioned |= set(re.findall(r'(?:"|`)singlim/([a-z_/]+)(?:"|`)', text))
-    assert mentioned
     assert mentioned <= known
-    charts = re.search(r"\*\*Custom scalars\*\* has the charts[^:]*: (.*?)\. Set", text, re.DOTALL)
-    assert (charts is not None) == (page is PAGES[0])
-    if charts is not None:
-        assert re.findall(r"\*(.+?)\*", charts[1].replace("\n ", "")) == list(GROUPS)
+
+
+def test_the_groups_of_charts_are_explained():
+    """In the README in one sentence, on the page of the dashboard with a section for each."""
+    questions = [group.value for group in Group]
+    text = " ".join(README.split())
+    assert [found for found in re.findall(r"\*([A-Z][^*]+\?)\*", text) if found in questions] == questions
+    dashboard = (ROOT / "docs" / "pages" / "dashboard.md").read_text()
+    assert [head for head in re.findall(r"^## (.*)$", dashboard, re.MULTILINE) if head in questions] == questions
 
 
 def test_links_between_pages_lead_somewhere():
+    """But for the screenshots, which are made for the site."""
     for page in PAGES:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        for target in re.findall(r"\]\((?!http|screenshots/)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
-def test_the_two_commands_come_first():
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "pages" / "api.md").read_text()
+    named = re.findall(r"^::: torch_singlim\.(?:[a-z_.]+\.)?(\w+)$", page, re.MULTILINE)
+    assert sorted(named) == sorted(torch_singlim.__all__)
+
+
+def test_the_readme_is_short_and_its_two_commands_come_first():
+    assert len(README.splitlines()) <= 120
     assert COMMANDS[:2] == [
         'pip install -e ".[recipes]" && python recipes/digits.py',
         'pip install -e ".[test]" && python -m pytest',

@@ -36,7 +36,7 @@ PAGES = [
     *PACKAGE.rglob("*.jinja"),
     *(ROOT / "recipes").rglob("*.py"),
     *(ROOT / "notebooks").glob("*.ipynb"),
-    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
     ROOT / "README.md",
 ]
 

@@ -40,14 +40,12 @@ class Net(L.LightningModule):
         x, y = batch
         f = self(x)
         losses = {
-            "mse": lambda: F.mse_loss(f, F.one_hot(y, self.classes).float()),
+            "mse": lambda: F.mse_loss(f, F.one_hot(y, self.classes).to(f)),
             "smoothed": lambda: F.cross_entropy(f, y, label_smoothing=0.13),
             "hard": lambda: F.cross_entropy(f, y),
-            "half": lambda: 0.5 * F.mse_loss(f, F.one_hot(y, self.classes).float()),
-            "trainer": lambda: F.mse_loss(f, F.one_hot(y, self.classes).float()) * (1 if self.trainer.training else 2),
-            "loop": lambda: (
-                F.mse_loss(f, F.one_hot(y, self.classes).float()) * (2 if self.trainer.fit_loop.done else 1)
-            ),
+            "half": lambda: 0.5 * F.mse_loss(f, F.one_hot(y, self.classes).to(f)),
+            "trainer": lambda: F.mse_loss(f, F.one_hot(y, self.classes).to(f)) * (1 if self.trainer.training else 2),
+            "loop": lambda: F.mse_loss(f, F.one_hot(y, self.classes).to(f)) * (2 if self.trainer.fit_loop.done else 1),
         }
         loss = losses[self.kind]()
         self.log("train_loss", loss)

@@ -8,12 +8,8 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    EMAWeightAveraging,
-    GradientAccumulationScheduler,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch import callbacks as of_lightning
+from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
@@ -373,7 +369,6 @@ FOLLOWED = {
         "callbacks": [lambda: StochasticWeightAveraging(swa_lrs=0.3, swa_epoch_start=10, annealing_epochs=5)],
         "options": {"max_epochs": 70},
     },
-    "averaging beside the training": {"callbacks": [lambda: EMAWeightAveraging(decay=0.9)]},
     "a backbone that is unfrozen before the window": {
         "make": Backbone,
         "callbacks": [lambda: BackboneFinetuning(unfreeze_backbone_at_epoch=10, verbose=False)],
@@ -435,6 +430,9 @@ FOLLOWED = {
         "callbacks": [lambda: InjectNoise(InputNoise(0.05)), lambda: InjectNoise(DropConnect(0.05))],
     },
 }
+if hasattr(of_lightning, "EMAWeightAveraging"):  # from 2.6 on
+    averaging = {"callbacks": [lambda: of_lightning.EMAWeightAveraging(decay=0.9)]}
+    FOLLOWED["averaging beside the training"] = averaging
 
 
 def run(case, *, watch=True, **more):

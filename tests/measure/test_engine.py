@@ -561,7 +561,7 @@ def test_without_any_time_the_excess_loss_alone_is_measured():
         *("clock/slow_time", "clock/time_scale", "clock/step_size", "clock/noise_level"),
     }
     assert "excess_loss" in engine.history[STEPS]
-    assert "below 15 s and 0% of the wall time: the check of the derivatives" in engine.verdict()
+    assert "with max_overhead=0, all but the excess loss" in engine.verdict()
     assert "the paths beside the training, and with them the drift's prediction at 3 steps" in engine.verdict()
 
 

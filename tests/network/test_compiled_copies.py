@@ -10,9 +10,20 @@ from torch._dynamo.utils import counters
 from torch_singlim.network import compile_likewise, no_compilation
 
 
+class Network(nn.Module):
+    """torch before 2.9 compiles no module of its own in place, such as nn.Sequential."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 2))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 2))
+    return Network()
 
 
 def in_place(module):

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch_singlim.theory.second_moments import SecondMoments
 from torch_singlim.theory.sgd import SGDSettings
 
-__all__ = ["ADAPTIVE", "FrozenMetric", "differing", "frozen_metric", "is_decoupled"]
+__all__ = ["ADAPTIVE", "FrozenMetric", "SecondMoment", "differing", "frozen_metric", "is_decoupled"]
 
 
 @dataclass(frozen=True)
-class _Second:
+class SecondMoment:
     """S = 1/(factor (sqrt(v) + eps)) of one parameter, with a v that is a mean over about 1/rate steps.
 
     Args:
@@ -46,24 +46,24 @@ class _Second:
         return torch.where(root > 0, 1 / (2 * root * (root + self.eps)), 0.0)
 
 
-def _adam(state: dict[str, Any], group: dict[str, Any]) -> _Second:
+def _adam(state: dict[str, Any], group: dict[str, Any]) -> SecondMoment:
     beta = group["betas"][1]
     corrected = 1 - beta ** float(state["step"])
     # the largest mean so far stays where it is
     held = state["max_exp_avg_sq"] / corrected if group["amsgrad"] else None
-    return _Second(state["exp_avg_sq"] / corrected, group["eps"], 1 - beta, held=held)
+    return SecondMoment(state["exp_avg_sq"] / corrected, group["eps"], 1 - beta, held=held)
 
 
-def _rmsprop(state: dict[str, Any], group: dict[str, Any]) -> _Second:
+def _rmsprop(state: dict[str, Any], group: dict[str, Any]) -> SecondMoment:
     second = state["square_avg"] - state["grad_avg"] ** 2 if group["centered"] else state["square_avg"]
-    return _Second(second, group["eps"], 1 - group["alpha"])
+    return SecondMoment(second, group["eps"], 1 - group["alpha"])
 
 
-def _adagrad(state: dict[str, Any], group: dict[str, Any]) -> _Second:
+def _adagrad(state: dict[str, Any], group: dict[str, Any]) -> SecondMoment:
     steps = float(state["step"])
     root = steps**0.5  # of the sum over the mean
     decay = 1 + (steps - 1) * group["lr_decay"]
-    return _Second(state["sum"] / steps, group["eps"] / root, 1 / steps, decay * root)
+    return SecondMoment(state["sum"] / steps, group["eps"] / root, 1 / steps, decay * root)
 
 
 # second moments of one parameter, from its state and the settings of its group
@@ -148,7 +148,7 @@ def frozen_metric(
         )
     held = {id(p): group for group in groups for p in group["params"]}
     sizes: dict[str, Tensor] = {}
-    moments: list[_Second] = []
+    moments: list[SecondMoment] = []
     for name, p in module.named_parameters():
         if id(p) in held:
             state, group = optimizer.state.get(p), held[id(p)]

@@ -50,6 +50,8 @@ def _plot_curves(axes: Axes, history: History, tag: Tag, *, label: str, **style:
     """A curve for each window, with a band of its standard error."""
     for i, (steps, values, errors) in enumerate(_curves(history, tag)):
         few = style if len(steps) < 3 else {**style, "marker": None}
+        if tag in (tags.DRIFT_CEILING, tags.NOISE_CEILING):
+            few = {**few, "ls": ":"}  # what reaches it remains visible
         axes.plot(steps, values, lw=1, label=None if i else label, **few)
         low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
         if any(errors):
@@ -83,7 +85,9 @@ def _panel_of_distances(axes: Axes, history: History) -> None:
             axes.plot(steps, values, color=color, marker=marker, label=label, lw=1)
     axes.set(xscale="log", yscale="log", xlabel="optimizer steps", ylabel="weight norm", title="Distances")
     if axes.lines:
-        axes.legend()
+        low, high = axes.get_ylim()
+        axes.set_ylim(bottom=low * (low / high) ** 0.7)  # room for the legend
+        axes.legend(loc="lower left")
 
 
 def _panel_of_displacements(axes: Axes, history: History) -> None:

@@ -19,7 +19,7 @@ from torch_singlim.report import read_run
 
 PICTURE = Path(__file__).with_name("pages") / "figures" / "picture.png"
 # Okabe and Ito's colours
-BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#999999", "#000000"
+BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#777777", "#000000"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -43,7 +43,7 @@ def path(noise: Tensor) -> Tensor:
 
 
 def sketch(axes: Axes) -> None:
-    """Two weights: level sets of the loss, a run, the averaged path, the baseline, a nearest point."""
+    """Two weights: level sets of the loss, a run, the averaged path, the baseline, a nearest point; computed."""
     generator = torch.Generator().manual_seed(7)
     run = path(STD * torch.randn(STEPS, 1, 2, generator=generator))
     averaged = path(STD * torch.randn(STEPS, 4000, 2, generator=generator))
@@ -53,42 +53,47 @@ def sketch(axes: Axes) -> None:
     losses = (run.prod(dim=1) - 1) ** 2 / 2
     k = 30 + int(losses[30:].argmax())  # the farthest excursion after the fall
     w, now = run[k], losses[k].item()
-    axes.contour(a, b, loss, levels=[now / 2, now, 4 * now, 10 * now], colors="0.8", linewidths=0.8)
+    axes.contour(a, b, loss, levels=[now / 2, now, 4 * now, 10 * now], colors="#c9dbe8", linewidths=0.8)
     set_ = torch.linspace(0.41, 2.1, 300)
     axes.plot(set_, 1 / set_, color=BLACK, lw=2.2)
     axes.annotate("zero-loss set", (1.5, 1 / 1.5), xytext=(1.3, 0.52), fontsize=8.5)
-    axes.annotate("level sets of the loss", (1.5, 1 / 1.5), xytext=(1.42, 1.02), fontsize=8.5, color="0.5")
+    axes.annotate("level sets of the loss", (1.5, 1 / 1.5), xytext=(1.42, 1.02), fontsize=8.5, color="#7fa3bd")
     axes.plot(*run.T, color=BLUE, lw=1, label="run")
-    axes.plot(*averaged.T, color=ORANGE, lw=2, ls="--", label="averaged path: the theory")
+    axes.plot(*averaged.T, color=ORANGE, lw=2, label="averaged path: noise averaged")
     axes.plot(*baseline.T, color=GREY, lw=2, label="baseline: noise off")
     axes.plot(*run[0], "o", color=BLACK, ms=5)
+    axes.annotate("start", run[0], xytext=(6, 2), textcoords="offset points", fontsize=8.5)
     for end, color in ((run[-1], BLUE), (averaged[-1], ORANGE), (baseline[-1], GREY)):
         axes.plot(*end, "o", color=color, ms=6)
     candidates = torch.stack([set_, 1 / set_], dim=1)
     nearest = candidates[(candidates - w).norm(dim=1).argmin()]
     axes.plot(*torch.stack([w, nearest]).T, color=BLACK, lw=1.6, ls=":")
-    axes.plot(*nearest, "s", color=BLACK, ms=5, mfc="white", label="nearest point, and the distance to it", zorder=5)
-    axes.set(xlabel="one weight", ylabel="another one", xlim=(0.3, 2.1), ylim=(0.35, 2.45))
-    axes.set_title("What is measured: distance to the zero-loss set,\nand motion along it beside what theory predicts")
+    label = "distance to the nearest point"
+    axes.plot(*nearest, "s", color=BLACK, ms=5, mfc="white", ls=":", lw=1.6, label=label, zorder=5)
+    axes.set(xlabel="weight 1", ylabel="weight 2", xlim=(0.3, 2.1), ylim=(0.35, 2.45))
+    axes.set_title("A network with two weights, one window:\ndistance to the zero-loss set, and drift along it")
     axes.legend(loc="upper right", fontsize=8)
 
 
 def training(axes: Axes, history: History) -> None:
-    """Cosine of the measured drift with the averaged path and the baseline, with the noise ceiling."""
+    """Cosine of the measured drift with the averaged path, the limit and the baseline, with the noise ceiling."""
     for tag, color, style, label in (
-        (tags.DRIFT_CEILING, BLACK, {"lw": 1.4, "ls": ":"}, "noise ceiling: the best possible"),
-        (tags.DRIFT_COSINE, ORANGE, {"lw": 1.8}, "averaged path: the theory"),
+        (tags.DRIFT_CEILING, "0.8", {"lw": 6}, "noise ceiling (estimated upper bound)"),
+        (tags.DRIFT_COSINE, ORANGE, {"lw": 1.8}, "averaged path"),
         (tags.DRIFT_BASELINE_COSINE, GREY, {"lw": 1.8}, "baseline: noise off"),
+        (tags.LIMIT_COSINE, GREEN, {"ls": "", "marker": "D"}, "singular limit"),
     ):
         for i, steps in enumerate(tags.windows(history).values()):
             there = [step for step in steps if tag.name in history[step]]
             values = [history[step][tag.name] for step in there]
             axes.plot(there, values, color=color, label=None if i else label, **style)
-    for start in list(tags.windows(history))[1:]:
+    starts = list(tags.windows(history))
+    for start in starts[1:]:
         axes.axvline(start, color="0.85", lw=0.8, zorder=0)
-    axes.set(ylim=(0, 1.04), xlabel="optimizer steps, four windows", ylabel="cosine with the motion of the run")
-    axes.set_title("What one sees: 200 handwritten digits, dropout,\na network with 19,210 weights")
-    axes.legend(loc="lower left", fontsize=8)
+    axes.annotate("a new window: paths\nrestart from the run", (starts[1] + 40, 0.3), fontsize=8.5, color="0.4")
+    axes.set(ylim=(0, 1.04), xlabel="optimizer step", ylabel="cosine with the displacement of the run")
+    axes.set_title("A real training: 200 handwritten digits,\ndropout, a network with 19,210 weights")
+    axes.legend(loc="lower left", fontsize=8, ncols=2)
 
 
 def draw(run: Path) -> Figure:

@@ -562,7 +562,6 @@ def test_without_any_time_the_excess_loss_alone_is_measured():
     }
     assert "excess_loss" in engine.history[STEPS]
     assert "with max_overhead=0, all but the excess loss" in engine.verdict()
-    assert "the paths beside the training, and with them the drift's prediction at 3 steps" in engine.verdict()
 
 
 def test_what_there_was_no_time_for_is_measured_once_there_is():

@@ -65,6 +65,16 @@ def test_a_drift_that_is_unsupported(tmp_path):
     assert "Displacement over a window [weight norm]" in {title for _, title in seen["layout"]}
 
 
+def test_a_run_that_theory_does_not_describe(tmp_path):
+    """Noise that is too strong for its step size; the site shows it beside the demonstration."""
+    monitor = monitor_of(every_n_steps=100, window=100, replicas=6, draws=16)
+    fit(seeded(lambda: Net(lr=0.5, dropout=0.4)), monitor, steps=400, logger=board(tmp_path))
+    look_at("bad", tmp_path)
+    last = monitor.history[400]
+    assert last["drift/cosine"] < 0.95 * last["drift/ceiling"]
+    assert last["excess_loss"] > 0.1 * monitor.history[0]["excess_loss"]
+
+
 def test_nothing_but_the_excess_loss(tmp_path):
     fit(seeded(Net), SingularLimitMonitor(max_overhead=0), steps=60, logger=board(tmp_path))
     seen, groups = look_at("loss_alone", tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,7 +55,7 @@ def train(out: Path, *, steps: int = 4000) -> SingularLimitMonitor:
     trainer = L.Trainer(
         max_steps=steps,
         accelerator="cpu",
-        callbacks=[monitor],
+        callbacks=[monitor, TQDMProgressBar(refresh_rate=100)],
         logger=TensorBoardLogger(out, name=None, version="", default_hp_metric=False),
         enable_checkpointing=False,
         enable_model_summary=False,

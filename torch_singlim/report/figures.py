@@ -116,7 +116,7 @@ def time_scales_figure(history: History) -> Figure | None:
         panels.append(_panel_of_loss)
     if _has(history, *(tag for tag, *_ in _DISTANCES)):
         panels.append(_panel_of_distances)
-    if tags.windows(history):
+    if len(tags.series(history, tags.DRIFT_MEASURED)) > 1:
         panels.append(_panel_of_displacements)
     if not panels:
         return None

@@ -22,9 +22,6 @@ from torch_singlim.report.record import Run, find_runs, read_run
 __all__ = ["report"]
 
 _CAPTIONS = {
-    "time_scales": "Excess loss and distances, both of which fall fast at first; the relaxed part of the distance has "
-    "a value that theory expects. Below: the slow drift, window by window, measured and predicted, and the motion "
-    "without noise.",
     "agreement": "Direction and speed. The averaged path should reach the noise ceiling, the best cosine that any "
     "deterministic prediction can have with one noisy run, and a speed of 1. The baseline, the same steps without "
     "noise, must be lower, otherwise the effect of the noise is not visible.",
@@ -104,9 +101,11 @@ def _common(runs: Sequence[Run]) -> _Figures:
     """The figures of all runs together."""
     histories = {run.name: run.history for run in runs}
     rates = [rate for run in runs if (rate := _rate(run.history)) is not None]
+    # of runs that differ in step size or noise level
+    swept = len({(rate.alpha, rate.sigma) for rate in rates}) > 1
     drawn = {
         "runs": runs_figure(histories) if len(runs) > 1 else None,
-        "sweep": sweep_figure(rates, title=_exponents(rates)) if len(rates) > 1 else None,
+        "sweep": sweep_figure(rates, title=_exponents(rates)) if swept else None,
         "speed": speed_figure(histories),
     }
     return {name: (figure, _CAPTIONS[name]) for name, figure in drawn.items() if figure is not None}
@@ -115,7 +114,20 @@ def _common(runs: Sequence[Run]) -> _Figures:
 def _own(run: Run, end: str) -> _Figures:
     """The figures of one run."""
     drawn = {"time_scales": time_scales_figure(run.history), "agreement": agreement_figure(run.history)}
-    return {f"{name}{end}": (figure, _CAPTIONS[name]) for name, figure in drawn.items() if figure is not None}
+    captions = _CAPTIONS | {"time_scales": _fast_and_slow(run.history)}
+    return {f"{name}{end}": (figure, captions[name]) for name, figure in drawn.items() if figure is not None}
+
+
+def _fast_and_slow(history: History) -> str:
+    """The caption of the time scales, for what was measured."""
+    said = {
+        tags.EXCESS_LOSS: "The excess loss falls fast at first.",
+        tags.HALF: "The distances are to lower levels of the loss, and to the nearest point of the zero-loss set.",
+        tags.RELAXED_EXPECTED: "The relaxed part has a value that theory expects.",
+        tags.DRIFT_MEASURED: "Below: how far the weights moved since the beginning of each window.",
+        tags.DRIFT_PREDICTED: "Beside it: what the averaged path predicts, and the motion without noise.",
+    }
+    return " ".join(words for tag, words in said.items() if tags.series(history, tag))
 
 
 def _rate(history: History) -> Rate | None:

@@ -76,7 +76,7 @@ REPLAY_ERROR = Tag(
 )
 DRIFT_MEASURED = Tag(
     name="drift/measured",
-    label="measured",
+    label="displacement",
     unit="weight norm",
     meaning="displacement of the weights over the window, without transient perturbations",
     advice="Measured for every training, also if the drift is not predicted",
@@ -84,10 +84,11 @@ DRIFT_MEASURED = Tag(
     chart=_DISPLACEMENT,
     curve="displacement",
     value=of_window(lambda w: w.measured),
+    shown=shown(Place.REPORT),
 )
 DRIFT_PREDICTED = Tag(
     name="drift/predicted",
-    label="predicted",
+    label="predicted displacement",
     unit="weight norm",
     meaning="displacement of the averaged path: the same steps on the same batches, with the gradient averaged over "
     "new draws of the noise. Between checkpoints: full-batch descent on the effective loss E_η L(w, η)",

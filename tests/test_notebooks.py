@@ -14,8 +14,8 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the kernel's own making
 
 
-def test_there_are_three():
-    assert len(NOTEBOOKS) == 3
+def test_there_are_four():
+    assert len(NOTEBOOKS) == 4
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

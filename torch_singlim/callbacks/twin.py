@@ -211,7 +211,7 @@ class TrainingStepGradient:
         """The gradient with one draw of all noise, from a seed; the weights are those of the recursion."""
         # noise on samples is each process's own; what is drawn once for a step is the same on all of them
         own_seed = (seed + _SEEDS * self.process_group.rank) % 2**63
-        torch.manual_seed(own_seed)
+        RandomState.seed(own_seed)
         generator, per_sample = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(own_seed)
         injections = [each.on(path, transient_in_forward=True) for each in self.injections]
         shared: list[dict[int, Tensor]] = [{} for _ in injections]

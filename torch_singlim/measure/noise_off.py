@@ -44,7 +44,7 @@ def compare_noise_off(path: Path, gradient: Gradient, step: Step) -> NoiseOff:
 
     def quiet(seed: int) -> Tensor:
         path.optimizer.zero_grad()
-        torch.manual_seed(seed)
+        RandomState.seed(seed)
         gradient.quiet(path, step)
         return _gradient(path)
 

@@ -206,7 +206,7 @@ class LossGradient:
                 (self.loss(path.module, batch) * step.share).backward()
 
     def noisy(self, path: Path, step: Step, seed: int) -> None:
-        torch.manual_seed(seed)
+        RandomState.seed(seed)
         self._add(path, step)
 
     def quiet(self, path: Path, step: Step) -> None:

@@ -36,9 +36,9 @@ def stochastic_depth_rate(layer: nn.Module) -> float | None:
 
 def _std_on(layer: nn.Module, x: Tensor, seed: int) -> float | None:
     """sigma if a pass on x with this seed is x (1 + sigma xi), xi the first normal numbers of the seed; else None."""
-    torch.manual_seed(seed)
+    RandomState.seed(seed)
     relative = layer(x) / x - 1
-    torch.manual_seed(seed)
+    RandomState.seed(seed)
     xi = torch.randn(x.shape)
     if relative.shape != x.shape:
         return None

@@ -52,7 +52,8 @@ class RandomState:
         torch.default_generator.manual_seed(seed)
         for device in _devices_in_use()[:1]:
             module = torch.get_device_module(device)
-            getattr(module, "manual_seed_all", module.manual_seed)(seed)
+            seed_all = getattr(module, "manual_seed_all", None) or module.manual_seed  # torch.mps has one device
+            seed_all(seed)
 
     @staticmethod
     @contextmanager

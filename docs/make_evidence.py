@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from make_picture import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,16 +18,6 @@ from torch_singlim.measure import History, tags
 from torch_singlim.report import read_run
 
 PICTURE = Path(__file__).with_name("pages") / "figures" / "evidence.png"
-# Okabe and Ito's colours
-BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#999999", "#000000"
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
 
 
 def ensembles(axes: Axes, rows: list[dict]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -129,8 +128,7 @@ class Board:
         if role is Role.MEASURED:
             return self._runs[i]
         if (i, role) not in self._of_roles:
-            folder = Path(self._runs[i].get_logdir()) / role.value
-            self._of_roles[i, role] = SummaryWriter(str(folder))
+            self._of_roles[i, role] = SummaryWriter(f"{self._runs[i].get_logdir()}/{role.value}")
         return self._of_roles[i, role]
 
     def close(self) -> None:

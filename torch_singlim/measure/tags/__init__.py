@@ -302,13 +302,13 @@ def _row(tag: Tag) -> str:
     names = f"`{tag.name}{'' if tag.members is None else '/N'}`" + (
         f", `{tag.stderr_name}`" if tag.stderr is not None else ""
     )
-    when = ", ".join(need.value for need in Need if need in tag.needs) or "always"
+    when = ", ".join(need.value for need in Need if need in tag.needs) or "–"
     return f"| {names} | {tag.unit} | {tag.meaning} | {tag.advice} | {when} |"
 
 
 def tags_page() -> Iterator[str]:
     """Lines of the tables that explain every tag, one table for each group, as markdown."""
     for group in Group:
-        head = "| tag | unit | meaning | how to act on it | logged |"
+        head = "| tag | unit | meaning | how to act on it | only |"
         yield from ("", f"## {group.value}", "", head, "|---" * 5 + "|")
         yield from (_row(tag) for tag in TAGS if tag.group == group)

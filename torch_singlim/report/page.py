@@ -17,7 +17,7 @@ from torch_singlim.measure import History, Place, Rate, fit_exponents, sentences
 from torch_singlim.report.comparison import runs_figure
 from torch_singlim.report.figures import agreement_figure, speed_figure, time_scales_figure
 from torch_singlim.report.rates import sweep_figure
-from torch_singlim.report.record import Run, find_runs, read_run
+from torch_singlim.report.record import Run, distinct, find_runs, read_run
 
 __all__ = ["report"]
 
@@ -69,7 +69,7 @@ def report(roots: Sequence[Path], out: Path, *, name: str = "singlim", overwrite
 
 def _read(roots: Sequence[Path], name: str) -> tuple[list[Run], list[Path]]:
     """Every run once, with a name that distinguishes it; and the folders that have no record of this monitor."""
-    folders = list(dict.fromkeys(folder.resolve() for root in roots for folder in find_runs(root)))
+    folders = distinct(dict.fromkeys(folder.resolve() for root in roots for folder in find_runs(root)), name)
     if len(folders) == 1:
         (folder,) = folders
         # Lightning's version_0 alone is not a useful name

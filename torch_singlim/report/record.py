@@ -8,7 +8,7 @@ last one are whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote
 
 from torch_singlim.measure import History, Reason
 
-__all__ = ["Record", "Run", "find_runs", "read_run"]
+__all__ = ["Record", "Run", "distinct", "find_runs", "read_run"]
 
 _SUFFIX = ".jsonl"
 _VERSION = 1
@@ -40,7 +40,7 @@ class Record:
 
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / (quote(name, safe="") + _SUFFIX)
+        self.path = _file(folder, name)
         """The file."""
         self._num_reasons = 0
         self._lines({"torch_singlim": _VERSION, "name": name}, mode="w")
@@ -113,6 +113,19 @@ def find_runs(root: Path) -> list[Path]:
     return sorted(found)
 
 
+def distinct(folders: Iterable[Path], name: str) -> list[Path]:
+    """The folders without those whose record of this monitor is that of an earlier one: several loggers log one run."""
+    found: dict[object, Path] = {}
+    for folder in folders:
+        file = _file(folder, name)
+        found.setdefault(file.read_bytes() if file.exists() else folder, folder)
+    return list(found.values())
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / (quote(name, safe="") + _SUFFIX)
+
+
 def _is_record(path: Path) -> bool:
     with path.open(encoding="utf-8", errors="replace") as opened:
         return opened.read(len(_MARK)) == _MARK
@@ -136,7 +149,7 @@ def read_run(path: Path, *, name: str = "singlim", shown: str | None = None) -> 
     Raises:
         ValueError: there is no record of this monitor; the message lists the others. Or it cannot be read.
     """
-    file = path / (quote(name, safe="") + _SUFFIX)
+    file = _file(path, name)
     if not file.exists():
         there = sorted(unquote(each.stem) for each in path.glob(f"*{_SUFFIX}") if _is_record(each))
         raise ValueError(f"no monitor named {name} in {path}, but {', '.join(there) or 'none'}: pass its name (--name)")

@@ -78,7 +78,9 @@ def test_every_logger_gets_the_same_tags_and_a_record(tmp_path, offline):
     for i, folder in enumerate(folders):
         assert report([folder], tmp_path / f"report_{i}").exists()
     # all of them are one run
-    assert "<title>torch_singlim: lightning_logs/version_0</title>" in report([tmp_path], tmp_path / "report").read_text()
+    assert (
+        "<title>torch_singlim: lightning_logs/version_0</title>" in report([tmp_path], tmp_path / "report").read_text()
+    )
 
 
 def test_a_logger_without_a_folder_gets_the_values_alone(tmp_path, monkeypatch):

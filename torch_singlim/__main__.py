@@ -29,8 +29,9 @@ def _named(reference: str) -> Any:
 
 def _digits(options: argparse.Namespace) -> None:
     from torch_singlim.demo import train
+    from torch_singlim.report import record_file
 
-    if (options.out / "singlim.jsonl").exists() and not options.overwrite:
+    if record_file(options.out, "singlim").exists() and not options.overwrite:
         raise FileExistsError(f"{options.out} has a run already: pass --overwrite, or another folder with --out")
     train(options.out)
     print(f"figure: {options.out / 'drift.png'}")

@@ -96,7 +96,7 @@ class Board:
             self._count(point)
         self._runs = list(writers(trainer))
         self._of_roles: dict[tuple[int, Role], SummaryWriter] = {}
-        self._layout: Layout = {}
+        self._drawn: set[str] = set()  # the tags of the last layout
 
     def write(self, point: Mapping[str, float], step: int, beside: Sequence[Board]) -> None:
         """Write curves and bands, and the layout of all charts if it has changed.
@@ -107,17 +107,17 @@ class Board:
             beside: the boards of all monitors of the trainer, in their order.
         """
         self._count(point)
-        charts = layout({each.name: each.shown for each in beside}) if self._runs else {}
         for i, run in enumerate(self._runs):
             for tag, value in bands(point).items():
                 run.add_scalar(f"{self.name}/{tag}", value, step)
             for role, values in curves(point).items():
                 for tag, value in values.items():
                     self._writer(i, role).add_scalar(f"{self.name}/{tag}", value, step)
-            if charts != self._layout:
-                # TensorBoard reads the last one of a run
+        if self._runs and self.shown != self._drawn:
+            charts = layout({each.name: each.shown for each in beside})
+            for run in self._runs:  # TensorBoard reads the last one of a run
                 run._get_file_writer().add_summary(custom_scalars(charts), step)
-        self._layout = charts
+            self._drawn = set(self.shown)
 
     def _count(self, point: Mapping[str, float]) -> None:
         self.shown |= self._logged & point.keys()

@@ -54,13 +54,14 @@ class Logs:
         for logger in self._loggers:
             logger.log_metrics({f"{self._name}/{tag}": value for tag, value in point.items()}, step=step)
         self.board.write(point, step, [each.board for each in beside])
-        first, points = self._records is None, {step: point}
+        points = {step: point}
         if self._records is None:
             folders = dict.fromkeys(folder for each in self._loggers if (folder := folder_of(each)) is not None)
             self._records = [Record(folder, self._name) for folder in folders]
-        for record in self._records:
             # a run that is resumed has a history, which may have been logged elsewhere
-            record.write({**self._engine.history, **points} if first else points, self._engine.reasons)
+            points = {**self._engine.history, **points}
+        for record in self._records:
+            record.write(points, self._engine.reasons)
 
     def finish(self) -> None:
         """Write what is known at the end only, and close the files."""

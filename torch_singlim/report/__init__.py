@@ -12,7 +12,7 @@ from torch_singlim.report.figures import (
 )
 from torch_singlim.report.page import report
 from torch_singlim.report.rates import scaling_figure, sweep_figure
-from torch_singlim.report.record import Record, Run, find_runs, read_run
+from torch_singlim.report.record import Record, Run, find_runs, read_run, record_file
 
 __all__ = [
     # the record of a run, and a page of several
@@ -20,6 +20,7 @@ __all__ = [
     "Run",
     "find_runs",
     "read_run",
+    "record_file",
     "report",
     # the figures
     "Figure",

@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote
 
 from torch_singlim.measure import History, Reason
 
-__all__ = ["Record", "Run", "distinct", "find_runs", "read_run"]
+__all__ = ["Record", "Run", "distinct", "find_runs", "read_run", "record_file"]
 
 _SUFFIX = ".jsonl"
 _VERSION = 1
@@ -40,7 +40,7 @@ class Record:
 
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = _file(folder, name)
+        self.path = record_file(folder, name)
         """The file."""
         self._num_reasons = 0
         self._lines({"torch_singlim": _VERSION, "name": name}, mode="w")
@@ -117,12 +117,13 @@ def distinct(folders: Iterable[Path], name: str) -> list[Path]:
     """The folders without those whose record of this monitor is that of an earlier one: several loggers log one run."""
     found: dict[object, Path] = {}
     for folder in folders:
-        file = _file(folder, name)
+        file = record_file(folder, name)
         found.setdefault(file.read_bytes() if file.exists() else folder, folder)
     return list(found.values())
 
 
-def _file(folder: Path, name: str) -> Path:
+def record_file(folder: Path, name: str) -> Path:
+    """The record of the monitor with this name in the folder of a run."""
     return folder / (quote(name, safe="") + _SUFFIX)
 
 
@@ -149,7 +150,7 @@ def read_run(path: Path, *, name: str = "singlim", shown: str | None = None) -> 
     Raises:
         ValueError: there is no record of this monitor; the message lists the others. Or it cannot be read.
     """
-    file = _file(path, name)
+    file = record_file(path, name)
     if not file.exists():
         there = sorted(unquote(each.stem) for each in path.glob(f"*{_SUFFIX}") if _is_record(each))
         raise ValueError(f"no monitor named {name} in {path}, but {', '.join(there) or 'none'}: pass its name (--name)")
